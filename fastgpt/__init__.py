@@ -1,0 +1,4 @@
+"""nanoGPT's GPT with fused Triton kernels underneath. `from fastgpt import GPT, GPTConfig`."""
+
+from fastgpt import ops as ops
+from fastgpt.backend import use_backend as use_backend

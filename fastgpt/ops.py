@@ -1,0 +1,181 @@
+"""The public ops. Each equals its namesake in reference.py and picks its implementation in backend.py.
+
+Shapes: B batch, T time, C model width, H heads, D head dim, V vocabulary, N rows, K reduction. All ops are
+differentiable once in every floating input (`create_graph=True` raises where a kernel runs), take any
+strides on inputs and on the incoming gradient, and write to neither. Under autocast, matmuls and attention
+run in the low precision, LayerNorm and the loss in fp32, as PyTorch's own do.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import backend, reference
+
+_MODULES = {
+    ("layer_norm", "triton"): "fastgpt.kernels.layer_norm",
+    ("add_layer_norm", "triton"): "fastgpt.kernels.layer_norm",
+    ("linear_gelu", "triton"): "fastgpt.kernels.gemm_gelu",
+    ("linear_gelu", "cublas"): "fastgpt.kernels.gelu_mlp",
+    ("mlp", "triton"): "fastgpt.kernels.gemm_gelu",
+    ("mlp", "cublas"): "fastgpt.kernels.gelu_mlp",
+    ("causal_attention", "triton"): "fastgpt.kernels.attention",
+    ("causal_attention", "flash-attn"): "fastgpt.flash_attn",
+    ("packed_causal_attention", "triton"): "fastgpt.kernels.attention",
+    ("packed_causal_attention", "flash-attn"): "fastgpt.flash_attn",
+    ("cross_entropy", "triton"): "fastgpt.kernels.cross_entropy",
+}
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension: (x - mean) / sqrt(var + eps) * weight + bias.
+
+    x (..., C), weight and bias (C,) -> (..., C) in x's dtype; statistics in fp32. Equals F.layer_norm.
+    """
+    return _pick("layer_norm", x, weight, bias, width=x.shape[-1]).layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    delta: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """One pass over memory for `total = delta + residual` and its LayerNorm.
+
+    delta, residual (..., C), weight and bias (C,) -> (normed, total), both (..., C). `total` is rounded to
+    the promoted dtype of its terms before it is normalised, as the two separate ops would.
+    """
+    picked = _pick("add_layer_norm", delta, residual, weight, bias, width=delta.shape[-1])
+    return picked.add_layer_norm(delta, residual, weight, bias, eps)
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none"
+) -> Tensor:
+    """gelu(x @ weight.T + bias), exact (erf) for approximate="none", OpenAI's for "tanh".
+
+    x (..., K), weight (N, K), bias (N,) -> (..., N). Keeps the pre-activation for the backward, where
+    dGELU and the bias gradient are one pass.
+    """
+    _check_approximate(approximate)
+    x, weight, bias = _autocast(x, weight, bias)
+    return _pick("linear_gelu", x, weight, bias).linear_gelu(x, weight, bias, approximate)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    approximate: str = "none",
+) -> Tensor:
+    """GPT-2's MLP: gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
+
+    x (..., C), fc_weight (4C, C), proj_weight (C, 4C) -> (..., C); any hidden width. Keeps x and the
+    pre-activation; the activation itself is computed again in the backward instead of stored.
+    """
+    _check_approximate(approximate)
+    args = _autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    return _pick("mlp", *args).mlp(*args, approximate)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """softmax(scale * q @ k.T + causal mask) @ v, without the (T, T) matrix in memory.
+
+    q, k, v (B, H, T, D) -> (B, H, T, D); scale defaults to 1/sqrt(D). Softmax and accumulators in fp32.
+    Dropout draws its seed from PyTorch's generator: its mask is replayed by a recompute under the same
+    RNG state and differs from SDPA's. Equals F.scaled_dot_product_attention(is_causal=True).
+    """
+    _check_dropout(dropout_p)
+    q, k, v = _autocast(q, k, v)
+    picked = _pick("causal_attention", q, k, v, head_dim=q.shape[-1], dropout_p=dropout_p)
+    return picked.causal_attention(q, k, v, dropout_p, scale)
+
+
+def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+    """Causal attention straight from the QKV projection's output, by strides: no split, no transposes.
+
+    qkv (B, T, 3C) holds q, k, v side by side, each with heads side by side -> (B, T, C). The gradient is
+    one (B, T, 3C) tensor, written in place by the backward kernels.
+    """
+    _check_dropout(dropout_p)
+    if qkv.shape[-1] % (3 * n_head):
+        raise ValueError(f"qkv is {qkv.shape[-1]} wide, which is no multiple of 3 * n_head={n_head}")
+    (qkv,) = _autocast(qkv)
+    head_dim = qkv.shape[-1] // (3 * n_head)
+    picked = _pick("packed_causal_attention", qkv, head_dim=head_dim, dropout_p=dropout_p)
+    return picked.packed_causal_attention(qkv, n_head, dropout_p)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    """Mean over the counted rows of logsumexp(logits) - logits[target], in fp32.
+
+    logits (N, V), targets (N,) int64 -> fp32 scalar. Rows whose target is `ignore_index` count neither in
+    the sum nor in the mean; if all are ignored the mean is NaN and the gradient 0. A target outside
+    [0, V) raises IndexError on a CPU; on CUDA it is never read out of bounds.
+    """
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
+    picked = _pick("cross_entropy", logits, targets)
+    try:
+        return picked.cross_entropy(logits, targets, ignore_index)
+    except IndexError as error:  # PyTorch says which target, but not what would be right
+        V = logits.shape[-1]
+        raise IndexError(
+            f"{error} Targets must lie in [0, {V}), the vocabulary, or be ignore_index={ignore_index}"
+        ) from None
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
+) -> Tensor:
+    """cross_entropy(x @ weight.T, targets): x (N, C), weight (V, C), targets (N,) -> fp32 scalar."""
+    x, weight = _autocast(x, weight)
+    return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
+
+
+def _pick(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
+    """The module whose function called `op` will run on these tensors."""
+    given = tuple(t for t in tensors if t is not None)
+    return _load(op, backend.choose(op, why_not, given, facts))
+
+
+def _load(op: str, implementation: str) -> Any:
+    if implementation == "torch":
+        return reference
+    return importlib.import_module(_MODULES[op, implementation])
+
+
+def why_not(
+    op: str, implementation: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
+) -> str | None:
+    """Why this implementation cannot run here, or None. Imports the kernels, which need triton."""
+    try:
+        module = _load(op, implementation)
+    except Exception as error:  # a broken install raises anything, not only ImportError
+        return f"importing {_MODULES[op, implementation]} failed: {type(error).__name__}: {error}"
+    return module.unsupported(tensors, **facts)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors as autocast hands them to a matmul: in its dtype if it is on, else as they are."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
+    return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+
+
+def _check_approximate(approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"unknown GELU approximate={approximate!r}; use 'none' (erf) or 'tanh'")
+
+
+def _check_dropout(p: float) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p={p} is no probability; use a value in [0, 1]")

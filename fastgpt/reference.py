@@ -1,0 +1,69 @@
+"""Every op in plain PyTorch: the definition, the path without a GPU, and the oracle of the tests.
+
+The functions here are what the rest of the project is held to. They are as short as PyTorch allows, they
+work in float64 (where the tests take their truth from), and they are what runs when no kernel may.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    delta: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    total = residual + delta
+    return layer_norm(total, weight, bias, eps), total
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none"
+) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    approximate: str = "none",
+) -> Tensor:
+    return F.linear(linear_gelu(x, fc_weight, fc_bias, approximate), proj_weight, proj_bias)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale
+    )
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3C) -> q, k, v, each a (B, H, T, D) view into it: no copy."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+    B, T, C3 = qkv.shape
+    y = causal_attention(*split_heads(qkv, n_head), dropout_p)
+    return y.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    at_least_fp32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(at_least_fp32, targets, ignore_index=ignore_index)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
+) -> Tensor:
+    return cross_entropy(F.linear(x, weight), targets, ignore_index)

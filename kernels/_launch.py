@@ -1,0 +1,132 @@
+"""What every kernel file needs around its kernels: where they may run, how they start, how torch sees them.
+
+`launch` is the one place a kernel starts. It runs on its tensors' device, not the current one; and inside
+`record` it starts nothing, but notes what would have been launched, which is how `fastgpt inspect` compiles
+exactly the kernels that the launchers launch, ahead of time and without a GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton.jit too, once per process
+MIN_ARCH = 80
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]  # constexprs, num_warps, num_stages
+
+
+_recorded: list[Launch] | None = None
+_recorded_arch = 0
+_device_problems: dict[torch.device, str | None] = {}
+
+
+def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+    """Start `grid` programs of a jitted kernel on the device of its first argument, a tensor."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, options))
+        return
+    with torch.cuda.device_of(args[0]):
+        kernel[(grid,)](*args, **options)
+
+
+@contextmanager
+def record(arch: int) -> Iterator[list[Launch]]:
+    """Collect launches as made for a compute capability (90 for sm_90), starting none of them."""
+    global _recorded, _recorded_arch
+    _recorded, _recorded_arch = [], arch
+    try:
+        yield _recorded
+    finally:
+        _recorded, _recorded_arch = None, 0
+
+
+def arch(t: Tensor) -> int:
+    """Compute capability times ten; 0 in the interpreter."""
+    if _recorded is not None:
+        return _recorded_arch
+    if not t.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(t.device)
+    return 10 * major + minor
+
+
+def multiprocessors(t: Tensor) -> int:
+    """How many programs run at once, for grids that stride over their work."""
+    if _recorded is not None:
+        return 132
+    if not t.is_cuda:
+        return 3  # small and odd: in the interpreter every program strides
+    return torch.cuda.get_device_properties(t.device).multi_processor_count
+
+
+def dot_precision(t: Tensor) -> str:
+    """`input_precision` of a tl.dot on t: fp32 follows PyTorch's TF32 setting, the rest ignores it."""
+    if t.dtype != torch.float32 or not t.is_cuda:
+        return "ieee"
+    try:
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set through PyTorch 2.9's newer name, which forbids asking by the older
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def device_problem(t: Tensor) -> str | None:
+    """Why kernels cannot run where `t` lives, or None. Launches a tiny kernel once per GPU to find out."""
+    if t.device.type == "cpu":
+        if not INTERPRETED:
+            return "tensors are on cpu; use a CUDA GPU, or set TRITON_INTERPRET=1 before the start"
+        if t.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16"
+        return None
+    if t.device.type != "cuda":
+        return f"there are no kernels for {t.device.type}"
+    if torch.compiler.is_compiling():
+        return None  # nothing can be launched while tracing
+    if t.device not in _device_problems:
+        _device_problems[t.device] = _probe(t.device)
+    return _device_problems[t.device]
+
+
+@triton.jit
+def _probe_kernel(x_ptr):
+    tl.store(x_ptr, tl.load(x_ptr) + 1)
+
+
+def _probe(device: torch.device) -> str | None:
+    if torch.version.hip:
+        return "the kernels are untested on ROCm"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < MIN_ARCH:
+        return f"compute capability {major}.{minor} is below {MIN_ARCH / 10}"
+    try:
+        x = torch.zeros(1, device=device, dtype=torch.int32)
+        launch(_probe_kernel, 1, x)
+        return None if x.item() == 1 else "a test kernel gave a wrong result"
+    except Exception as error:  # no compiler, no libcuda, a driver too old: each raises its own
+        return f"a test kernel failed: {type(error).__name__}: {error}"
+
+
+_library = torch.library.Library("fastgpt", "DEF")
+
+
+def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Make a launcher a torch operator, opaque to torch.compile, and return it.
+
+    `fake` allocates the outputs without computing them. The autograd.Function stays outside: that costs
+    a third of torch.library's own autograd registration per call.
+    """
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, launcher, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgpt::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastgpt, name).default

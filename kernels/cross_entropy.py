@@ -1,0 +1,154 @@
+"""Mean cross entropy of logits (M, V), forward and backward.
+
+    lse = log(sum(exp(x)))      loss = mean over counted rows of (lse - x[target])
+    dx  = (exp(x - lse) - onehot(target)) * dloss / count,  and 0 in ignored rows
+
+Both passes read the logits once, in blocks of V, with the softmax in fp32: the forward keeps a running
+maximum and sum, the backward needs only the lse it left. A target that is neither in [0, V) nor the ignored
+index is never used as an address; its row's loss is NaN, so that the mistake shows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgpt.kernels._launch import device_problem, launch, register
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, target_ptr,  # in:  (M, V), (M,) int64
+    loss_ptr, lse_ptr,  # out: (M,) fp32, (M,) fp32
+    stride_xm, stride_xv, stride_t,
+    M, V, ignore_index,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    x_rows = x_ptr + rows * stride_xm
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for start in range(0, V, BLOCK_V):
+        cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
+        mask = (rows < M)[:, None] & (cols < V)[None, :]
+        x = tl.load(x_rows[:, None] + cols[None, :] * stride_xv, mask=mask, other=float("-inf"))
+        x = x.to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, axis=1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+        top = new_top
+    lse = tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
+
+    target = tl.load(target_ptr + rows * stride_t, mask=rows < M, other=ignore_index)
+    inside = (target >= 0) & (target < V)
+    picked = tl.load(x_rows + target * stride_xv, mask=inside & (rows < M), other=float("nan"))
+    loss = tl.where(target == ignore_index, 0.0, lse - picked.to(tl.float32))
+    tl.store(loss_ptr + rows, loss, mask=rows < M)
+    tl.store(lse_ptr + rows, lse, mask=rows < M)
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr, target_ptr, lse_ptr, scale_ptr,  # in:  (M, V), (M,) int64, (M,) fp32, () fp32
+    dx_ptr,                                 # out: (M, V)
+    stride_xm, stride_xv, stride_t,
+    M, V, ignore_index,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    target = tl.load(target_ptr + rows * stride_t, mask=rows < M, other=ignore_index)
+    lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
+    scale = tl.load(scale_ptr)
+    counted = target != ignore_index
+    for start in range(0, V, BLOCK_V):
+        cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
+        mask = (rows < M)[:, None] & (cols < V)[None, :]
+        x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xv
+        x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+        p = tl.exp(x - lse[:, None])
+        dx = (p - tl.where(cols[None, :] == target[:, None], 1.0, 0.0)) * scale
+        dx = tl.where(counted[:, None], dx, 0.0)
+        out = rows[:, None] * V + cols[None, :]
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _config(V: int) -> dict[str, int]:
+    """About 4096 logits at a time; several rows when the vocabulary is small. Not measured yet."""
+    block = min(4096, max(16, triton.next_power_of_2(V)))
+    return dict(BLOCK_M=min(32, 4096 // block), BLOCK_V=block, num_warps=8)
+
+
+def _outputs(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    loss = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
+    return loss, torch.empty_like(loss)
+
+
+def forward(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """x (M, V), targets (M,) -> per-row loss and lse, (M,) fp32."""
+    M, V = x.shape
+    if targets.device.type == "cpu":
+        _check_targets(targets, V, ignore_index)
+    loss, lse = _outputs(x, targets, ignore_index)
+    config = _config(V)
+    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, loss, lse,
+           *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
+    return loss, lse
+
+
+def _gradient(
+    x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int
+) -> Tensor:
+    return torch.empty(x.shape, device=x.device, dtype=x.dtype)
+
+
+def backward(
+    x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int
+) -> Tensor:
+    """scale () fp32 is dloss / count -> dx (M, V)."""
+    M, V = x.shape
+    dx = _gradient(x, targets, lse, scale, ignore_index)
+    config = _config(V)
+    launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, lse, scale, dx,
+           *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
+    return dx
+
+
+def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
+    """On a CPU looking is free. On CUDA it would wait for the device, so a bad row gives NaN there."""
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if bad.any():
+        raise IndexError(f"Target {targets[bad][0].item()} is out of bounds.")
+
+
+_forward = register(
+    "cross_entropy_forward(Tensor x, Tensor targets, int ignore_index) -> (Tensor, Tensor)",
+    forward, _outputs)  # fmt: skip
+_backward = register(
+    "cross_entropy_backward(Tensor x, Tensor targets, Tensor lse, Tensor scale, int ignore_index)"
+    " -> Tensor", backward, _gradient)  # fmt: skip
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, targets, ignore_index):
+        loss, lse = _forward(x, targets, ignore_index)
+        count = (targets != ignore_index).sum()
+        ctx.save_for_backward(x, targets, lse, count)
+        ctx.ignore_index = ignore_index
+        return loss.sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        x, targets, lse, count = ctx.saved_tensors
+        return _backward(x, targets, lse, dloss / count, ctx.ignore_index), None, None
+
+
+def unsupported(tensors: tuple[Tensor, ...]) -> str | None:
+    """Why these kernels cannot run on such tensors, or None."""
+    return device_problem(tensors[0])
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    return _CrossEntropy.apply(logits, targets, ignore_index)
