@@ -1,0 +1,79 @@
+"""Weights in and out: names that wrappers prefix, and Hugging Face's layout of the same weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SIZES = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+_WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DDP put into names
+_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, buffers in some versions, never weights
+
+
+def accept_wrapped_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """A load_state_dict pre-hook: names match whatever torch.compile or DDP wrapped, then or now.
+
+    The dict is load_state_dict's own shallow copy; the caller's stays as it is.
+    """
+    ours = {_bare(name): name for name, _ in module.named_parameters(remove_duplicate=False)}
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        value = state_dict.pop(name)
+        if not name.endswith(_MASKS):
+            bare = _bare(name[len(prefix) :])
+            state_dict[prefix + ours.get(bare, bare)] = value
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def from_hugging_face(
+    model_class: Any, config_class: Any, model_type: str, override_args: dict[str, Any]
+) -> Any:
+    """A `model_class` with the weights that transformers has under `model_type`."""
+    if model_type not in SIZES:
+        raise ValueError(f"unknown model_type={model_type!r}; use one of {', '.join(SIZES)}")
+    allowed = {"dropout", "gelu", "return_logits"}
+    if not set(override_args) <= allowed:
+        wrong = ", ".join(sorted(set(override_args) - allowed))
+        raise ValueError(f"cannot override {wrong}: {model_type} fixes it; only {sorted(allowed)}")
+    from transformers import GPT2LMHeadModel  # large, and only needed here
+
+    print(f"loading weights from pretrained gpt: {model_type}")
+    sizes = dict(SIZES[model_type], vocab_size=50257, block_size=1024, bias=True)
+    model = model_class(config_class(**sizes, **override_args))
+    load_hugging_face(model, GPT2LMHeadModel.from_pretrained(model_type).state_dict())
+    return model
+
+
+@torch.no_grad()
+def load_hugging_face(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy a GPT2LMHeadModel's state dict into a GPT; its Conv1D weights are stored transposed."""
+    weights = {name: w for name, w in weights.items() if not name.endswith(_MASKS)}
+    ours = model.state_dict()
+    if weights.keys() != ours.keys():
+        raise ValueError(f"parameter names differ: {sorted(weights.keys() ^ ours.keys())[:4]}, ...")
+    for name, weight in weights.items():
+        weight = weight.t() if name.endswith(_CONV1D) else weight
+        if weight.shape != ours[name].shape:
+            ours_shape = tuple(ours[name].shape)
+            raise ValueError(f"{name} is {tuple(weight.shape)} there and {ours_shape} in this model")
+        ours[name].copy_(weight)
+
+
+def to_hugging_face(model: nn.Module) -> dict[str, Tensor]:
+    """A GPT's weights under the names and in the layout of transformers' GPT2LMHeadModel."""
+    return {
+        name: w.t().contiguous() if name.endswith(_CONV1D) else w
+        for name, w in model.state_dict().items()
+    }

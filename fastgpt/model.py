@@ -1,0 +1,309 @@
+"""nanoGPT's GPT: the same names, shapes, initial bits, losses and samples, on the ops of ops.py.
+
+Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What differs is marked by a call to
+`ops`, and by `_untouched`: a fused op skips the forward of the modules whose weights it takes, so it steps
+aside when one of them was hooked, replaced, parametrised or sharded.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from fastgpt import checkpoint, decode, devices, init, ops
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias."""
+
+    def __init__(self, ndim: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.n_embd = config.n_embd
+        self.dropout = config.dropout
+        self.flash = True  # nanoGPT's name for "not the slow path"; forks read it
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        dropout_p = self.dropout if self.training else 0.0
+        y = ops.packed_causal_attention(qkv, self.n_head, dropout_p)  # (B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate=config.gelu)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
+        if _untouched(fc, nn.Linear) and _untouched(gelu, nn.GELU) and _untouched(proj, nn.Linear):
+            x = ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, gelu.approximate)
+        else:
+            x = proj(gelu(fc(x)))
+        return self.dropout(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config: "GPTConfig"):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = self.attn(self.ln_1(x))
+        if _untouched(self.ln_2, LayerNorm):
+            normed, x = ops.add_layer_norm(delta, x, self.ln_2.weight, self.ln_2.bias)
+        else:
+            x = x + delta
+            normed = self.ln_2(x)
+        return x + self.mlp(normed)
+
+
+@dataclass
+class GPTConfig:
+    """nanoGPT's seven fields, then ours, whose defaults change nothing."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
+    return_logits: bool = True  # False: forward(idx, targets) returns (None, loss)
+    gelu: str = "none"  # exact; "tanh" is what OpenAI's weights were trained with
+    residual_init: float | str = "0.02/sqrt(2*n_layer)"  # see init.py for the schemes
+    linear_init: float | str = 0.02
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied (arXiv 1608.05859)
+        self.register_load_state_dict_pre_hook(checkpoint.accept_wrapped_names)
+
+        self.apply(self._init_weights)
+        init.init_residual_projections(self, init.residual_std(config))
+        print(f"number of parameters: {self.get_num_params() / 1e6:.2f}M")
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Parameters, without the position embeddings by default. The token embeddings count: they
+        are the head's weights too."""
+        n_params = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            n_params -= self.transformer.wpe.weight.numel()
+        return n_params
+
+    def _init_weights(self, module: nn.Module) -> None:
+        tied = module is self.lm_head  # an embedding by its other name
+        init.init_module(module, 0.02 if tied else init.linear_std(self.config))
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and loss of token ids idx (B, T), int64 or int32.
+
+        Without targets: logits (B, 1, V) of the last position, and None. With targets (B, T) int64:
+        logits (B, T, V), or None under `return_logits=False`, and the mean cross entropy over the
+        targets other than -1, an fp32 scalar.
+        """
+        _check_tokens(idx, self.config.block_size)
+        T = idx.size(1)
+        pos = torch.arange(0, T, dtype=torch.long, device=idx.device)
+        x = self.transformer.drop(self._embed(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+
+        if targets is None:
+            if T == 0:
+                raise IndexError(f"idx {tuple(idx.shape)} has no last position; give at least one token")
+            return self.lm_head(x[:, [-1], :]), None
+        targets = targets.reshape(-1)
+        if not self.config.return_logits and _untouched(self.lm_head, nn.Linear):
+            rows = x.view(-1, x.size(-1))
+            return None, ops.linear_cross_entropy(rows, self.lm_head.weight, targets)
+        logits = self.lm_head(x)
+        loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
+        return (logits if self.config.return_logits else None), loss
+
+    def _embed(self, idx: Tensor) -> Tensor:
+        try:
+            return self.transformer.wte(idx)
+        except IndexError:  # raised on a CPU; a GPU asserts on the device
+            V = self.transformer.wte.num_embeddings
+            low, high = idx.min().item(), idx.max().item()
+            raise IndexError(
+                f"idx holds ids from {low} to {high}, but vocab_size={V} allows 0 to {V - 1}; "
+                "check that the data and the model use the same tokenizer"
+            ) from None
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keep only the first `block_size` positions, for a checkpoint trained on longer contexts."""
+        if not 0 < block_size <= self.config.block_size:
+            limit = self.config.block_size
+            raise ValueError(f"cannot crop to block_size={block_size}; use 1 to {limit}")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
+        """GPT-2 with OpenAI's weights, through Hugging Face: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+
+        `override_args` may set `dropout` and our own fields. As in nanoGPT the GELU stays exact;
+        dict(gelu="tanh") gives what the weights were trained with.
+        """
+        return checkpoint.from_hugging_face(cls, GPTConfig, model_type, override_args or {})
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW that decays what is two-dimensional: matmul weights and embeddings, no biases or norms."""
+        params = [p for _, p in self.named_parameters() if p.requires_grad]
+        decay, no_decay = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
+        groups = [
+            {"params": decay, "weight_decay": weight_decay},
+            {"params": no_decay, "weight_decay": 0.0},
+        ]
+        for name, group in (("decayed", decay), ("non-decayed", no_decay)):
+            count = sum(p.numel() for p in group)
+            print(f"num {name} parameter tensors: {len(group)}, with {count:,} parameters")
+        fused = device_type == "cuda" and "fused" in inspect.signature(torch.optim.AdamW).parameters
+        print(f"using fused AdamW: {fused}")
+        extra = dict(fused=True) if fused else {}
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **extra)  # type: ignore[arg-type]
+
+    def estimate_mfu(
+        self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None
+    ) -> float:
+        """Model FLOP/s over peak FLOP/s, for `fwdbwd_per_iter` sequences of block_size in dt seconds.
+
+        FLOPs per token as PaLM counts them (arXiv 2204.02311, appendix B): 6N + 12*L*H*Q*T. `peak_flops`
+        None is the dense bf16 peak of the model's device, NaN if that is unknown; nanoGPT's number is
+        the one for 312e12, an A100.
+        """
+        cfg = self.config
+        L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size
+        flops = (6 * self.get_num_params() + 12 * L * H * Q * T) * T * fwdbwd_per_iter
+        if peak_flops is None:
+            peak_flops = devices.peak_flops(self.lm_head.weight.device)
+        return flops / dt / peak_flops
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+    ) -> Tensor:
+        """idx (B, T) with up to `max_new_tokens` sampled ids appended.
+
+        temperature 0 is argmax. `top_k` keeps ties, `top_p` the smallest set of ids of that probability.
+        `stop_token` ends a row, which is filled up with it; the batch ends when every row has. Fills a
+        key-value cache up to block_size; past it the window moves and is computed anew, as in nanoGPT.
+        """
+        new = self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token)
+        return torch.cat([idx, *new], dim=1)
+
+    def generate_stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+    ) -> Iterator[Tensor]:
+        """`generate`, one (B, 1) column of new ids at a time."""
+        sampling = decode.Sampling(temperature, top_k, top_p)
+        cacheable = _forwards_untouched(self)
+        return decode.stream(self, idx, max_new_tokens, sampling, stop_token, cacheable)
+
+
+def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` would do what class `kind` does on its weights, and nothing else."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+        and not (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
+    )
+
+
+def _forwards_untouched(model: GPT) -> bool:
+    """Whether a decoding loop may take the place of GPT's, Block's and CausalSelfAttention's forward."""
+    dropout = model.training and model.config.dropout > 0  # would draw masks for fewer positions
+    blocks = model.transformer.h
+    return (
+        not dropout
+        and _untouched(model, GPT)
+        and all(_untouched(block, Block) for block in blocks)
+        and all(_untouched(block.attn, CausalSelfAttention) for block in blocks)
+    )
+
+
+def _check_config(config: GPTConfig) -> None:
+    for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        value = getattr(config, field)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field}={value!r} must be a positive integer")
+    if config.n_embd % config.n_head:
+        raise ValueError(
+            f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "
+            f"try n_embd={math.ceil(config.n_embd / config.n_head) * config.n_head}"
+        )
+    if config.gelu not in ("none", "tanh"):
+        raise ValueError(f"unknown gelu={config.gelu!r}; use 'none' (exact) or 'tanh'")
+    init.linear_std(config), init.residual_std(config)  # raise on an unknown scheme
+
+
+def _check_tokens(idx: Tensor, block_size: int) -> None:
+    if idx.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()")
+    if idx.dim() != 2:
+        raise ValueError(f"idx must be (B, T), got shape {tuple(idx.shape)}; add a batch with idx[None]")
+    if idx.size(1) > block_size:
+        raise ValueError(
+            f"idx has T={idx.size(1)} tokens, block_size is {block_size}; crop it with "
+            "idx[:, -block_size:] or build the model with a larger block_size"
+        )
