@@ -1,0 +1,103 @@
+"""Linear + bias + GELU and the MLP on it: kernels against float64, with either GEMM."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt import ops, reference, use_backend
+from fastgpt.kernels import gelu_mlp, gemm_gelu
+from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
+
+GEMMS = {"cublas": gelu_mlp, "triton": gemm_gelu}
+M_K_N = [(1, 1, 1), (0, 16, 16), (5, 17, 97), (37, 100, 64), (130, 64, 17), (3, 768, 100), (2, 48, 1600)]
+
+
+@pytest.fixture(params=GEMMS)
+def gemm(request):
+    with use_backend("auto", linear_gelu=request.param, mlp=request.param):
+        yield GEMMS[request.param]
+
+
+def linear(K, N, bias, dtype):
+    """A layer whose outputs are about N(0, 1), so that GELU is neither linear nor flat."""
+    return randn(N, K, dtype=dtype, scale=K**-0.5), randn(N, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("M, K, N", M_K_N)
+def test_linear_gelu(M, K, N, bias, approximate, gemm, dtype):
+    x, (w, b) = randn(M, K, dtype=dtype), linear(K, N, bias, dtype)
+    assert_as_accurate(
+        functools.partial(gemm.linear_gelu, approximate=approximate),
+        functools.partial(reference.linear_gelu, approximate=approximate),
+        x, w, b, grads=[randn(M, N, dtype=dtype)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("M, C", [(1, 1), (0, 8), (37, 24), (5, 97), (3, 192)])
+def test_mlp(M, C, bias, approximate, gemm, dtype):
+    (w1, b1), (w2, b2) = linear(C, 4 * C, bias, dtype), linear(4 * C, C, bias, dtype)
+    assert_as_accurate(
+        functools.partial(gemm.mlp, approximate=approximate),
+        functools.partial(reference.mlp, approximate=approximate),
+        randn(M, C, dtype=dtype), w1, b1, w2, b2, grads=[randn(M, C, dtype=dtype)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, grad_layout, gemm):
+    x, w = LAYOUTS[layout](randn(18, 33)), LAYOUTS[layout](randn(65, 33, scale=0.2))
+    b = LAYOUTS["strided"](randn(65))
+    grads = [LAYOUTS[grad_layout](randn(18, 65))]
+    assert_as_accurate(gemm.linear_gelu, reference.linear_gelu, x, w, b, grads=grads)
+    proj = LAYOUTS[layout](randn(33, 65, scale=0.2)), LAYOUTS["strided"](randn(33))
+    grads = [LAYOUTS[grad_layout](randn(18, 33))]
+    assert_as_accurate(gemm.mlp, reference.mlp, x, w, b, *proj, grads=grads)
+
+
+def test_recomputing_the_preactivation_changes_nothing(gemm):
+    """cuBLAS adds up a repeated product in the same order, so even the bits are the same."""
+    x, (w1, b1), (w2, b2) = randn(5, 24), linear(24, 96, True, torch.float32), linear(96, 24, True, torch.float32)
+    for op, args in ((gemm.linear_gelu, (x, w1, b1)), (gemm.mlp, (x, w1, b1, w2, b2))):
+        results = []
+        for recompute in (False, True):
+            leaves = [t.clone().requires_grad_() for t in args]
+            out = op(*leaves, recompute=recompute)
+            out.square().sum().backward()
+            results.append([out.detach(), *(t.grad for t in leaves)])
+        for kept, again in zip(*results, strict=True):
+            torch.testing.assert_close(kept, again, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_asked_gradients():
+    """Frozen weights, as under LoRA: their gradients are not computed, the rest is unchanged."""
+    x, (w1, b1), (w2, b2) = randn(5, 24), linear(24, 96, True, torch.float32), linear(96, 24, True, torch.float32)
+    args = [x, w1, b1, w2, b2]
+    with use_backend("triton"):
+        full = [t.clone().requires_grad_() for t in args]
+        ops.mlp(*full).sum().backward()
+        for i in range(5):
+            one = [t.clone().requires_grad_(i == j) for j, t in enumerate(args)]
+            ops.mlp(*one).sum().backward()
+            assert torch.equal(one[i].grad, full[i].grad)
+            assert all(t.grad is None for j, t in enumerate(one) if j != i)
+
+
+def test_erf_and_tanh_differ():
+    """The two GELUs are 1e-4 apart: a kernel that mixed them up would not pass as exact."""
+    h = torch.linspace(-4, 4, 1001, device=DEVICE).view(-1, 1)
+    for tanh, approximate in ((False, "none"), (True, "tanh")):
+        error = gelu_mlp.gelu_forward(h, tanh).double() - F.gelu(h.double(), approximate=approximate)
+        assert error.abs().max() < 2e-6
+
+
+def test_autocast_runs_in_low_precision(gemm):
+    with use_backend("triton", linear_gelu="cublas"), torch.autocast(DEVICE, dtype=torch.float16):
+        y = ops.linear_gelu(randn(4, 16), *linear(16, 8, True, torch.float32))
+    assert y.dtype == torch.float16

@@ -1,0 +1,83 @@
+"""LayerNorm and residual add + LayerNorm: kernels against float64."""
+
+import pytest
+import torch
+
+from fastgpt import ops, reference, use_backend
+from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
+
+ROWS_COLS = [(1, 1), (0, 16), (4, 17), (600, 40), (3, 97), (5, 100), (9, 768), (7, 1023), (2, 1600)]
+
+
+def weights(N, bias, dtype):
+    return randn(N, dtype=dtype), randn(N, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("M, N", ROWS_COLS)
+def test_layer_norm(M, N, bias, dtype):
+    x = randn(M, N, dtype=dtype)
+    grads = [randn(M, N, dtype=dtype)]
+    assert_as_accurate(ops.layer_norm, reference.layer_norm, x, *weights(N, bias, dtype), grads=grads)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("M, N", ROWS_COLS)
+def test_add_layer_norm(M, N, bias, dtype):
+    delta, residual = randn(M, N, dtype=dtype), randn(M, N, dtype=dtype)
+    grads = [randn(M, N, dtype=dtype), randn(M, N, dtype=dtype)]
+    w, b = weights(N, bias, dtype)
+    assert_as_accurate(
+        ops.add_layer_norm, reference.add_layer_norm, delta, residual, w, b, grads=grads
+    )
+
+
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, grad_layout):
+    x, residual = (LAYOUTS[layout](randn(6, 97)) for _ in range(2))
+    grads = [LAYOUTS[grad_layout](randn(6, 97)) for _ in range(2)]
+    w, b = (LAYOUTS["strided"](randn(97)) for _ in range(2))
+    assert_as_accurate(ops.layer_norm, reference.layer_norm, x, w, b, grads=grads)
+    assert_as_accurate(ops.add_layer_norm, reference.add_layer_norm, x, residual, w, b, grads=grads)
+
+
+@pytest.mark.parametrize("N", [17, 100, 768])
+def test_rows_of_mean_30(N, dtype):
+    """A fixed budget: eager's own fp16 statistics are several times off here."""
+    x = (30 + randn(8, N, dtype=torch.float64)).to(dtype)
+    w, b = weights(N, True, dtype)
+    grads = [randn(8, N, dtype=dtype)]
+    # xhat = (x - mean) * rstd carries the fp32 rounding of a mean 30 standard deviations away
+    assert_as_accurate(
+        ops.layer_norm, reference.layer_norm, x, w, b, grads=grads, eager=False, budget=4
+    )
+
+
+def test_low_precision_branch_on_fp32_residual(dtype):
+    """As under autocast: the sum and its gradient stay fp32, the branch gets its own dtype back."""
+    delta, residual = randn(5, 97, dtype=dtype), randn(5, 97)
+    w, b = weights(97, True, torch.float32)
+    grads = [randn(5, 97), randn(5, 97)]
+    assert_as_accurate(
+        ops.add_layer_norm, reference.add_layer_norm, delta, residual, w, b, grads=grads
+    )
+
+
+def test_leading_dimensions():
+    x = randn(2, 3, 5, 24)
+    args = x, randn(24), randn(24)
+    assert_as_accurate(ops.layer_norm, reference.layer_norm, *args, grads=[randn(2, 3, 5, 24)])
+
+
+def test_autocast_normalises_in_fp32():
+    x = randn(4, 64, dtype=torch.float16)
+    with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.float16):
+        assert ops.layer_norm(x, randn(64)).dtype == torch.float32
+
+
+def test_many_rows_in_few_strips(dtype):
+    """More rows than the backward has programs: every strip adds many partial sums."""
+    x, w, b = randn(4000, 16, dtype=dtype), *weights(16, True, dtype)
+    grads = [randn(4000, 16, dtype=dtype)]
+    assert_as_accurate(ops.layer_norm, reference.layer_norm, x, w, b, grads=grads)
