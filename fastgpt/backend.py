@@ -19,8 +19,9 @@ from fastgpt import tables
 
 MODES = ("auto", "triton", "torch")
 
-# Every op's implementations besides "torch" (reference.py). "triton" is always our own kernel; "cublas" is
-# PyTorch's GEMM followed by our elementwise kernels; "flash-attn" is the package of that name.
+# Every op's implementations besides "torch" (reference.py). "triton" is always our own kernel;
+# "cublas" is PyTorch's GEMM followed by our elementwise kernels; "flash-attn" is the package of
+# that name.
 KERNELS: Mapping[str, tuple[str, ...]] = {
     "layer_norm": ("triton",),
     "add_layer_norm": ("triton",),
@@ -53,8 +54,8 @@ _warned: set[str] = set()
 class use_backend:
     """Set the mode, for good as a plain call or for a block as `with use_backend(mode): ...`.
 
-    Keywords choose an op's implementation over the table's, as in
-    `use_backend("auto", causal_attention="flash-attn", mlp="triton")`. ValueError names what exists.
+    Keywords choose an op's implementation over the table's, as in `use_backend("auto",
+    causal_attention="flash-attn", mlp="triton")`. ValueError names what exists.
     """
 
     def __init__(self, mode: str = "auto", **implementations: str):
@@ -87,7 +88,9 @@ def choose(op: str, why_not: WhyNot, tensors: tuple[Tensor, ...], facts: Mapping
     return choice.implementation
 
 
-def explain(op: str, why_not: WhyNot, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> Choice:
+def explain(
+    op: str, why_not: WhyNot, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
+) -> Choice:
     """What `choose` will do and why. RuntimeError in mode "triton" where no kernel can run."""
     if _mode == "torch":
         return Choice("torch", "the backend is set to torch")

@@ -15,7 +15,10 @@ SIZES = {
 
 _WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DDP put into names
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-_MASKS = (".attn.bias", ".attn.masked_bias")  # causal masks, buffers in some versions, never weights
+_MASKS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+)  # causal masks, buffers in some versions, never weights
 
 
 def accept_wrapped_names(
@@ -67,7 +70,9 @@ def load_hugging_face(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         weight = weight.t() if name.endswith(_CONV1D) else weight
         if weight.shape != ours[name].shape:
             ours_shape = tuple(ours[name].shape)
-            raise ValueError(f"{name} is {tuple(weight.shape)} there and {ours_shape} in this model")
+            raise ValueError(
+                f"{name} is {tuple(weight.shape)} there and {ours_shape} in this model"
+            )
         ours[name].copy_(weight)
 
 

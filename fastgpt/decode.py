@@ -1,9 +1,10 @@
-"""Sampling from a GPT: nanoGPT's tokens for the same seed, with a key-value cache while one is valid.
+"""Sampling from a GPT: nanoGPT's tokens for the same seed, with a key-value cache while one is
+valid.
 
-Positions are absolute, so cached keys hold only while the context fits in block_size. Past that nanoGPT
-drops the oldest token and embeds every other one a position earlier; the window is then computed anew, as
-there. In fp32 cached logits equal the uncached ones to rounding (different GEMM shapes); in bf16 they are
-as far apart as two runs of differently shaped GEMMs are.
+Positions are absolute, so cached keys hold only while the context fits in block_size. Past that
+nanoGPT drops the oldest token and embeds every other one a position earlier; the window is then
+computed anew, as there. In fp32 cached logits equal the uncached ones to rounding (different GEMM
+shapes); in bf16 they are as far apart as two runs of differently shaped GEMMs are.
 """
 
 import math
@@ -44,7 +45,7 @@ class Sampling:
 
 
 def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """-inf outside the smallest set of ids whose probabilities add up to top_p (arXiv 1904.09751)."""
+    """-inf outside the smallest set of ids of probability top_p together (arXiv 1904.09751)."""
     ordered, ids = logits.sort(dim=-1, descending=True)
     p = F.softmax(ordered, dim=-1)
     drop = p.cumsum(dim=-1) - p >= top_p  # what comes before already adds up to top_p
@@ -77,8 +78,8 @@ def stream(
 class _NextLogits:
     """The logits (B, V) after idx (B, T), whose earlier columns were given in the call before.
 
-    The cache is only for a model in which nothing hooks or replaces what it bypasses: the forwards of
-    GPT, Block and CausalSelfAttention. Without it every call is a whole forward.
+    The cache is only for a model in which nothing hooks or replaces what it bypasses: the forwards
+    of GPT, Block and CausalSelfAttention. Without it every call is a whole forward.
     """
 
     def __init__(self, model: Any, cacheable: bool):
@@ -110,9 +111,7 @@ class _NextLogits:
     def _attend(self, layer: int, attn: Any, x: Tensor) -> Tensor:
         B, T, C = x.shape
         H, start, end = attn.n_head, self.filled, self.filled + x.size(1)
-        q, k, v = (
-            t.view(B, T, H, C // H).transpose(1, 2) for t in attn.c_attn(x).split(C, dim=2)
-        )
+        q, k, v = (t.view(B, T, H, C // H).transpose(1, 2) for t in attn.c_attn(x).split(C, dim=2))
         if layer == len(self.cache):
             shape = (B, H, self.model.config.block_size, C // H)
             self.cache.append((k.new_empty(shape), v.new_empty(shape)))

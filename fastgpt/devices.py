@@ -5,7 +5,8 @@ Sparse figures, twice as high, are often quoted instead; no training step reache
 
 import torch
 
-# the first entry whose name occurs in torch.cuda.get_device_name(); the more specific names come first
+# the first entry whose name occurs in torch.cuda.get_device_name(); the more specific names come
+# first
 _PEAKS = (
     ("B200", 2250e12),
     ("B100", 1750e12),
@@ -32,7 +33,9 @@ _PEAKS = (
 
 
 def peak_flops(device: torch.device) -> float:
-    """The device's dense bf16 peak; NaN where it is not known, so that no ratio to it looks like one."""
+    """The device's dense bf16 peak; NaN where it is not known, so that no ratio to it looks like
+    one.
+    """
     if device.type != "cuda":
         return float("nan")
     return peak_flops_of(torch.cuda.get_device_name(device))

@@ -5,8 +5,8 @@
     output projections (c_proj)               N(0, RESIDUAL_INIT[residual_init]),    biases 0
     LayerNorm                                 weight 1, bias 0
 
-Every block adds two projections to the residual stream; dividing their deviation by sqrt(2 * n_layer)
-keeps the variance of the sum bounded with depth (GPT-2 paper, section 2.3).
+Every block adds two projections to the residual stream; dividing their deviation by sqrt(2 *
+n_layer) keeps the variance of the sum bounded with depth (GPT-2 paper, section 2.3).
 
 The order of the draws is part of the contract: the same seed gives nanoGPT's bits, and leaves the
 generator in nanoGPT's state.

@@ -1,8 +1,8 @@
 """nanoGPT's GPT: the same names, shapes, initial bits, losses and samples, on the ops of ops.py.
 
-Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What differs is marked by a call to
-`ops`, and by `_untouched`: a fused op skips the forward of the modules whose weights it takes, so it steps
-aside when one of them was hooked, replaced, parametrised or sharded.
+Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What differs is marked by a
+call to `ops`, and by `_untouched`: a fused op skips the forward of the modules whose weights it
+takes, so it steps aside when one of them was hooked, replaced, parametrised or sharded.
 """
 
 import inspect
@@ -106,7 +106,7 @@ class GPT(nn.Module):
         super().__init__()
         _check_config(config)
         self.config = config
-        self.transformer = nn.ModuleDict(
+        self.transformer: Any = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -135,7 +135,9 @@ class GPT(nn.Module):
         tied = module is self.lm_head  # an embedding by its other name
         init.init_module(module, 0.02 if tied else init.linear_std(self.config))
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and loss of token ids idx (B, T), int64 or int32.
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets (B, T) int64:
@@ -152,7 +154,9 @@ class GPT(nn.Module):
 
         if targets is None:
             if T == 0:
-                raise IndexError(f"idx {tuple(idx.shape)} has no last position; give at least one token")
+                raise IndexError(
+                    f"idx {tuple(idx.shape)} has no last position; give at least one token"
+                )
             return self.lm_head(x[:, [-1], :]), None
         targets = targets.reshape(-1)
         if not self.config.return_logits and _untouched(self.lm_head, nn.Linear):
@@ -174,7 +178,7 @@ class GPT(nn.Module):
             ) from None
 
     def crop_block_size(self, block_size: int) -> None:
-        """Keep only the first `block_size` positions, for a checkpoint trained on longer contexts."""
+        """Keep only the first `block_size` positions of a checkpoint with longer contexts."""
         if not 0 < block_size <= self.config.block_size:
             limit = self.config.block_size
             raise ValueError(f"cannot crop to block_size={block_size}; use 1 to {limit}")
@@ -183,7 +187,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
-        """GPT-2 with OpenAI's weights, through Hugging Face: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
+        """GPT-2 with OpenAI's weights, through Hugging Face: gpt2, gpt2-medium, gpt2-large,
+        gpt2-xl.
 
         `override_args` may set `dropout` and our own fields. As in nanoGPT the GELU stays exact;
         dict(gelu="tanh") gives what the weights were trained with.
@@ -191,9 +196,15 @@ class GPT(nn.Module):
         return checkpoint.from_hugging_face(cls, GPTConfig, model_type, override_args or {})
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+        device_type: str,
     ) -> torch.optim.AdamW:
-        """AdamW that decays what is two-dimensional: matmul weights and embeddings, no biases or norms."""
+        """AdamW that decays what is two-dimensional: matmul weights and embeddings, no biases or
+        norms.
+        """
         params = [p for _, p in self.named_parameters() if p.requires_grad]
         decay, no_decay = [p for p in params if p.dim() >= 2], [p for p in params if p.dim() < 2]
         groups = [
@@ -211,11 +222,12 @@ class GPT(nn.Module):
     def estimate_mfu(
         self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None
     ) -> float:
-        """Model FLOP/s over peak FLOP/s, for `fwdbwd_per_iter` sequences of block_size in dt seconds.
+        """Model FLOP/s over peak FLOP/s, for `fwdbwd_per_iter` sequences of block_size in dt
+        seconds.
 
-        FLOPs per token as PaLM counts them (arXiv 2204.02311, appendix B): 6N + 12*L*H*Q*T. `peak_flops`
-        None is the dense bf16 peak of the model's device, NaN if that is unknown; nanoGPT's number is
-        the one for 312e12, an A100.
+        FLOPs per token as PaLM counts them (arXiv 2204.02311, appendix B): 6N + 12*L*H*Q*T.
+        `peak_flops` None is the dense bf16 peak of the model's device, NaN if that is unknown;
+        nanoGPT's number is the one for 312e12, an A100.
         """
         cfg = self.config
         L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size
@@ -236,9 +248,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """idx (B, T) with up to `max_new_tokens` sampled ids appended.
 
-        temperature 0 is argmax. `top_k` keeps ties, `top_p` the smallest set of ids of that probability.
-        `stop_token` ends a row, which is filled up with it; the batch ends when every row has. Fills a
-        key-value cache up to block_size; past it the window moves and is computed anew, as in nanoGPT.
+        temperature 0 is argmax. `top_k` keeps ties, `top_p` the smallest set of ids of that
+        probability. `stop_token` ends a row, which is filled up with it; the batch ends when every
+        row has. Fills a key-value cache up to block_size; past it the window moves and is computed
+        anew, as in nanoGPT.
         """
         new = self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token)
         return torch.cat([idx, *new], dim=1)
@@ -271,7 +284,9 @@ def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _forwards_untouched(model: GPT) -> bool:
-    """Whether a decoding loop may take the place of GPT's, Block's and CausalSelfAttention's forward."""
+    """Whether a decoding loop may take the place of GPT's, Block's and CausalSelfAttention's
+    forward.
+    """
     dropout = model.training and model.config.dropout > 0  # would draw masks for fewer positions
     blocks = model.transformer.h
     return (
@@ -299,9 +314,13 @@ def _check_config(config: GPTConfig) -> None:
 
 def _check_tokens(idx: Tensor, block_size: int) -> None:
     if idx.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()")
+        raise TypeError(
+            f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()"
+        )
     if idx.dim() != 2:
-        raise ValueError(f"idx must be (B, T), got shape {tuple(idx.shape)}; add a batch with idx[None]")
+        raise ValueError(
+            f"idx must be (B, T), got shape {tuple(idx.shape)}; add a batch with idx[None]"
+        )
     if idx.size(1) > block_size:
         raise ValueError(
             f"idx has T={idx.size(1)} tokens, block_size is {block_size}; crop it with "

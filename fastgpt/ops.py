@@ -1,12 +1,13 @@
-"""The public ops. Each equals its namesake in reference.py and picks its implementation in backend.py.
+"""The public ops. Each equals its namesake in reference.py and picks its implementation in
+backend.py.
 
-Shapes: B batch, T time, C model width, H heads, D head dim, V vocabulary, N rows, K reduction. All ops are
-differentiable once in every floating input (`create_graph=True` raises where a kernel runs), take any
-strides on inputs and on the incoming gradient, and write to neither. Under autocast, matmuls and attention
-run in the low precision, LayerNorm and the loss in fp32, as PyTorch's own do.
+Shapes: B batch, T time, C model width, H heads, D head dim, V vocabulary, N rows, K reduction. All
+ops are differentiable once in every floating input (`create_graph=True` raises where a kernel
+runs), take any strides on inputs and on the incoming gradient, and write to neither. Under
+autocast, matmuls and attention run in the low precision, LayerNorm and the loss in fp32, as
+PyTorch's own do.
 """
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,25 +16,12 @@ from torch import Tensor
 
 from fastgpt import backend, reference
 
-_MODULES = {
-    ("layer_norm", "triton"): "fastgpt.kernels.layer_norm",
-    ("add_layer_norm", "triton"): "fastgpt.kernels.layer_norm",
-    ("linear_gelu", "triton"): "fastgpt.kernels.gemm_gelu",
-    ("linear_gelu", "cublas"): "fastgpt.kernels.gelu_mlp",
-    ("mlp", "triton"): "fastgpt.kernels.gemm_gelu",
-    ("mlp", "cublas"): "fastgpt.kernels.gelu_mlp",
-    ("causal_attention", "triton"): "fastgpt.kernels.attention",
-    ("causal_attention", "flash-attn"): "fastgpt.flash_attn",
-    ("packed_causal_attention", "triton"): "fastgpt.kernels.attention",
-    ("packed_causal_attention", "flash-attn"): "fastgpt.flash_attn",
-    ("cross_entropy", "triton"): "fastgpt.kernels.cross_entropy",
-}
-
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension: (x - mean) / sqrt(var + eps) * weight + bias.
 
-    x (..., C), weight and bias (C,) -> (..., C) in x's dtype; statistics in fp32. Equals F.layer_norm.
+    x (..., C), weight and bias (C,) -> (..., C) in x's dtype; statistics in fp32. Equals
+    F.layer_norm.
     """
     return _pick("layer_norm", x, weight, bias, width=x.shape[-1]).layer_norm(x, weight, bias, eps)
 
@@ -43,8 +31,9 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """One pass over memory for `total = delta + residual` and its LayerNorm.
 
-    delta, residual (..., C), weight and bias (C,) -> (normed, total), both (..., C). `total` is rounded to
-    the promoted dtype of its terms before it is normalised, as the two separate ops would.
+    delta, residual (..., C), weight and bias (C,) -> (normed, total), both (..., C). `total` is
+    rounded to the promoted dtype of its terms before it is normalised, as the two separate ops
+    would.
     """
     picked = _pick("add_layer_norm", delta, residual, weight, bias, width=delta.shape[-1])
     return picked.add_layer_norm(delta, residual, weight, bias, eps)
@@ -55,8 +44,8 @@ def linear_gelu(
 ) -> Tensor:
     """gelu(x @ weight.T + bias), exact (erf) for approximate="none", OpenAI's for "tanh".
 
-    x (..., K), weight (N, K), bias (N,) -> (..., N). Keeps the pre-activation for the backward, where
-    dGELU and the bias gradient are one pass.
+    x (..., K), weight (N, K), bias (N,) -> (..., N). Keeps the pre-activation for the backward,
+    where dGELU and the bias gradient are one pass.
     """
     _check_approximate(approximate)
     x, weight, bias = _autocast(x, weight, bias)
@@ -73,8 +62,8 @@ def mlp(
 ) -> Tensor:
     """GPT-2's MLP: gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
 
-    x (..., C), fc_weight (4C, C), proj_weight (C, 4C) -> (..., C); any hidden width. Keeps x and the
-    pre-activation; the activation itself is computed again in the backward instead of stored.
+    x (..., C), fc_weight (4C, C), proj_weight (C, 4C) -> (..., C); any hidden width. Keeps x and
+    the pre-activation; the activation itself is computed again in the backward instead of stored.
     """
     _check_approximate(approximate)
     args = _autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
@@ -86,9 +75,10 @@ def causal_attention(
 ) -> Tensor:
     """softmax(scale * q @ k.T + causal mask) @ v, without the (T, T) matrix in memory.
 
-    q, k, v (B, H, T, D) -> (B, H, T, D); scale defaults to 1/sqrt(D). Softmax and accumulators in fp32.
-    Dropout draws its seed from PyTorch's generator: its mask is replayed by a recompute under the same
-    RNG state and differs from SDPA's. Equals F.scaled_dot_product_attention(is_causal=True).
+    q, k, v (B, H, T, D) -> (B, H, T, D); scale defaults to 1/sqrt(D). Softmax and accumulators in
+    fp32. Dropout draws its seed from PyTorch's generator: its mask is replayed by a recompute under
+    the same RNG state and differs from SDPA's. Equals
+    F.scaled_dot_product_attention(is_causal=True).
     """
     _check_dropout(dropout_p)
     q, k, v = _autocast(q, k, v)
@@ -97,14 +87,17 @@ def causal_attention(
 
 
 def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
-    """Causal attention straight from the QKV projection's output, by strides: no split, no transposes.
+    """Causal attention straight from the QKV projection's output, by strides: no split, no
+    transposes.
 
-    qkv (B, T, 3C) holds q, k, v side by side, each with heads side by side -> (B, T, C). The gradient is
-    one (B, T, 3C) tensor, written in place by the backward kernels.
+    qkv (B, T, 3C) holds q, k, v side by side, each with heads side by side -> (B, T, C). The
+    gradient is one (B, T, 3C) tensor, written in place by the backward kernels.
     """
     _check_dropout(dropout_p)
     if qkv.shape[-1] % (3 * n_head):
-        raise ValueError(f"qkv is {qkv.shape[-1]} wide, which is no multiple of 3 * n_head={n_head}")
+        raise ValueError(
+            f"qkv is {qkv.shape[-1]} wide, which is no multiple of 3 * n_head={n_head}"
+        )
     (qkv,) = _autocast(qkv)
     head_dim = qkv.shape[-1] // (3 * n_head)
     picked = _pick("packed_causal_attention", qkv, head_dim=head_dim, dropout_p=dropout_p)
@@ -114,9 +107,9 @@ def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) ->
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean over the counted rows of logsumexp(logits) - logits[target], in fp32.
 
-    logits (N, V), targets (N,) int64 -> fp32 scalar. Rows whose target is `ignore_index` count neither in
-    the sum nor in the mean; if all are ignored the mean is NaN and the gradient 0. A target outside
-    [0, V) raises IndexError on a CPU; on CUDA it is never read out of bounds.
+    logits (N, V), targets (N,) int64 -> fp32 scalar. Rows whose target is `ignore_index` count
+    neither in the sum nor in the mean; if all are ignored the mean is NaN and the gradient 0. A
+    target outside [0, V) raises IndexError on a CPU; on CUDA it is never read out of bounds.
     """
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
@@ -126,14 +119,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     except IndexError as error:  # PyTorch says which target, but not what would be right
         V = logits.shape[-1]
         raise IndexError(
-            f"{error} Targets must lie in [0, {V}), the vocabulary, or be ignore_index={ignore_index}"
+            f"{error} Targets must lie in [0, {V}), the vocabulary, or be "
+            f"ignore_index={ignore_index}"
         ) from None
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
 ) -> Tensor:
-    """cross_entropy(x @ weight.T, targets): x (N, C), weight (V, C), targets (N,) -> fp32 scalar."""
+    """cross_entropy(x @ weight.T, targets): x (N, C), weight (V, C), targets (N,) -> fp32."""
     x, weight = _autocast(x, weight)
     return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
 
@@ -145,9 +139,22 @@ def _pick(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
 
 
 def _load(op: str, implementation: str) -> Any:
-    if implementation == "torch":
-        return reference
-    return importlib.import_module(_MODULES[op, implementation])
+    """The module of an implementation. Written as imports, which torch.compile can trace."""
+    module: Any = reference
+    if implementation == "flash-attn":
+        from fastgpt import flash_attn as module
+    elif implementation == "cublas":
+        from fastgpt.kernels import gelu_mlp as module
+    elif implementation == "triton":
+        if "layer_norm" in op:
+            from fastgpt.kernels import layer_norm as module
+        elif "attention" in op:
+            from fastgpt.kernels import attention as module
+        elif op == "cross_entropy":
+            from fastgpt.kernels import cross_entropy as module
+        else:
+            from fastgpt.kernels import gemm_gelu as module
+    return module
 
 
 def why_not(
@@ -157,12 +164,12 @@ def why_not(
     try:
         module = _load(op, implementation)
     except Exception as error:  # a broken install raises anything, not only ImportError
-        return f"importing {_MODULES[op, implementation]} failed: {type(error).__name__}: {error}"
+        return f"importing it failed: {type(error).__name__}: {error}"
     return module.unsupported(tensors, **facts)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as autocast hands them to a matmul: in its dtype if it is on, else as they are."""
+    """The tensors as autocast hands them to a matmul: in its dtype if on, else as they are."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return tensors

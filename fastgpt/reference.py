@@ -1,7 +1,8 @@
 """Every op in plain PyTorch: the definition, the path without a GPU, and the oracle of the tests.
 
-The functions here are what the rest of the project is held to. They are as short as PyTorch allows, they
-work in float64 (where the tests take their truth from), and they are what runs when no kernel may.
+The functions here are what the rest of the project is held to. They are as short as PyTorch allows,
+they work in float64 (where the tests take their truth from), and they are what runs when no kernel
+may.
 """
 
 import torch
@@ -40,9 +41,7 @@ def mlp(
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale
-    )
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """Which implementation runs where, by measurement.
 
-CONSERVATIVE is for devices nobody has measured: GEMMs from cuBLAS, attention from PyTorch's SDPA (cuDNN or
-flash), and the simple memory-bound kernels. MEASURED overrides it per device name; an entry is added only
-together with the record under bench/results/ it was read from, and carries that record's date.
+CONSERVATIVE is for devices nobody has measured: GEMMs from cuBLAS, attention from PyTorch's SDPA
+(cuDNN or flash), and the simple memory-bound kernels. MEASURED overrides it per device name; an
+entry is added only together with the record under bench/results/ it was read from, and carries that
+record's date.
 """
 
 CONSERVATIVE: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""What the forward and backward attention kernels share: tiles of a head, program order, dropout."""
+"""What forward and backward attention kernels share: tiles of a head, program order, dropout."""
 
 import triton
 import triton.language as tl
@@ -34,7 +34,9 @@ def kept_scores(seed, head, rows, cols, dropout_p):
 
 @triton.jit
 def head_and_block(block_size: tl.constexpr, T, H):
-    """Program id -> (block of T, b*H + h, b, h). Blocks of one head run together and share its k, v in L2."""
+    """Program id -> (block of T, b*H + h, b, h). Blocks of one head run together and share its k, v
+    in L2.
+    """
     blocks = tl.cdiv(T, block_size)
     head = tl.program_id(0) // blocks
     return tl.program_id(0) % blocks, head, (head // H).to(tl.int64), (head % H).to(tl.int64)

@@ -1,8 +1,8 @@
-"""What every kernel file needs around its kernels: where they may run, how they start, how torch sees them.
+"""What a kernel file needs around its kernels: where they run, how they start, how torch sees them.
 
-`launch` is the one place a kernel starts. It runs on its tensors' device, not the current one; and inside
-`record` it starts nothing, but notes what would have been launched, which is how `fastgpt inspect` compiles
-exactly the kernels that the launchers launch, ahead of time and without a GPU.
+`launch` is the one place a kernel starts. It runs on its tensors' device, not the current one; and
+inside `record` it starts nothing, but notes what would have been launched, which is how `fastgpt
+inspect` compiles exactly the kernels that the launchers launch, ahead of time and without a GPU.
 """
 
 import os
@@ -26,7 +26,6 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
-_recorded_arch = 0
 _device_problems: dict[torch.device, str | None] = {}
 
 
@@ -40,24 +39,14 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
 
 
 @contextmanager
-def record(arch: int) -> Iterator[list[Launch]]:
-    """Collect launches as made for a compute capability (90 for sm_90), starting none of them."""
-    global _recorded, _recorded_arch
-    _recorded, _recorded_arch = [], arch
+def record() -> Iterator[list[Launch]]:
+    """Collect launches, starting none of them."""
+    global _recorded
+    _recorded = []
     try:
         yield _recorded
     finally:
-        _recorded, _recorded_arch = None, 0
-
-
-def arch(t: Tensor) -> int:
-    """Compute capability times ten; 0 in the interpreter."""
-    if _recorded is not None:
-        return _recorded_arch
-    if not t.is_cuda:
-        return 0
-    major, minor = torch.cuda.get_device_capability(t.device)
-    return 10 * major + minor
+        _recorded = None
 
 
 def multiprocessors(t: Tensor) -> int:
@@ -70,8 +59,8 @@ def multiprocessors(t: Tensor) -> int:
 
 
 def dot_precision(t: Tensor) -> str:
-    """`input_precision` of a tl.dot on t: fp32 follows PyTorch's TF32 setting, the rest ignores it."""
-    if t.dtype != torch.float32 or not t.is_cuda:
+    """`input_precision` of a tl.dot on t: fp32 follows PyTorch's TF32 setting."""
+    if t.dtype != torch.float32 or t.device.type == "cpu":
         return "ieee"
     try:
         tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -81,7 +70,9 @@ def dot_precision(t: Tensor) -> str:
 
 
 def device_problem(t: Tensor) -> str | None:
-    """Why kernels cannot run where `t` lives, or None. Launches a tiny kernel once per GPU to find out."""
+    """Why kernels cannot run where `t` lives, or None. Launches a tiny kernel once per GPU to find
+    out.
+    """
     if t.device.type == "cpu":
         if not INTERPRETED:
             return "tensors are on cpu; use a CUDA GPU, or set TRITON_INTERPRET=1 before the start"
@@ -116,14 +107,28 @@ def _probe(device: torch.device) -> str | None:
         return f"a test kernel failed: {type(error).__name__}: {error}"
 
 
+def differentiable_once() -> None:
+    """For the first line of a backward: kernels have no derivative of their own, so refuse
+    create_graph.
+
+    PyTorch's once_differentiable notices only incoming gradients that need a gradient themselves;
+    with the constant one of loss.backward(create_graph=True) it would let a wrong constant through.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fastgpt's kernels can be differentiated only once, create_graph=True asks for more; "
+            'use fastgpt.use_backend("torch") for higher derivatives'
+        )
+
+
 _library = torch.library.Library("fastgpt", "DEF")
 
 
 def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Make a launcher a torch operator, opaque to torch.compile, and return it.
 
-    `fake` allocates the outputs without computing them. The autograd.Function stays outside: that costs
-    a third of torch.library's own autograd registration per call.
+    `fake` allocates the outputs without computing them. The autograd.Function stays outside: that
+    costs a third of torch.library's own autograd registration per call.
     """
     name = schema.split("(")[0]
     _library.define(schema)

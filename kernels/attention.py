@@ -1,23 +1,24 @@
-"""Causal attention without the (T, T) matrix in memory: the public ops on the forward and backward kernels.
+"""Causal attention without the (T, T) matrix in memory: the public ops on the forward and backward
+kernels.
 
 Everything is addressed by strides, so q, k, v may be views into one (B, T, 3C) projection and their
-gradients views into another. A head dim that is no power of two is padded in registers only. Outputs lie in
-memory as (B, T, H, D), which is what the next projection reads.
+gradients views into another. A head dim that is no power of two is padded in registers only.
+Outputs lie in memory as (B, T, H, D), which is what the next projection reads.
 
-Dropout keeps score (b, h, row, col) by a Philox draw from (seed, b*H + h, row, col): the backward draws the
-same mask again, whatever its block sizes, and `dropout_mask` writes it out. The seed is drawn on the device
-from PyTorch's generator, so manual_seed and a checkpoint's recompute replay it without a host wait.
+Dropout keeps score (b, h, row, col) by a Philox draw from (seed, b*H + h, row, col): the backward
+draws the same mask again, whatever its block sizes, and `dropout_mask` writes it out. The seed is
+drawn on the device from PyTorch's generator, so manual_seed and a checkpoint's recompute replay it
+without a host wait.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgpt.kernels import attention_backward, attention_forward
 from fastgpt.kernels._attention import head_and_block, kept_scores
-from fastgpt.kernels._launch import device_problem, launch, register
+from fastgpt.kernels._launch import device_problem, differentiable_once, launch, register
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
@@ -147,8 +148,8 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
+        differentiable_once()
         q, k, v, o, lse, seed = ctx.saved_tensors
         dq, dk, dv = _backward(do, q, k, v, o, lse, seed, ctx.scale, ctx.dropout_p)
         return dq, dk, dv, None, None, None
@@ -163,8 +164,8 @@ class _PackedAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        differentiable_once()
         qkv, y, lse, seed = ctx.saved_tensors
         dqkv = _packed_backward(dy, qkv, y, lse, seed, ctx.n_head, ctx.dropout_p)
         return dqkv, None, None, None

@@ -2,8 +2,8 @@
 
     s = scale * q @ k.T, causal     lse = log(sum(exp(s)))     o = drop(exp(s - lse)) @ v
 
-A program owns BLOCK_M queries of one head and walks the keys left to right with a running maximum and sum;
-blocks left of the diagonal need no mask.
+A program owns BLOCK_M queries of one head and walks the keys left to right with a running maximum
+and sum; blocks left of the diagonal need no mask.
 """
 
 import torch
@@ -70,7 +70,8 @@ def _forward_kernel(
         stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p,
         False, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
     acc, total, top = _forward_blocks(
-        acc, total, top, q, k_ptr, v_ptr, seed_ptr, head, rows, diagonal, min(diagonal + BLOCK_M, T),
+        acc, total, top, q, k_ptr, v_ptr, seed_ptr, head, rows,
+        diagonal, min(diagonal + BLOCK_M, T),
         stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p,
         True, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
 
@@ -81,14 +82,18 @@ def _forward_kernel(
 
 
 def _config(D: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. Not measured on any GPU yet."""
+    """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. Chosen so that sm_90 code does not spill
+    (`fastgpt inspect`); not measured on any GPU yet."""
     block_d = max(16, triton.next_power_of_2(D))
-    if dtype == torch.float32:
-        block_m, block_n = (64, 32) if block_d <= 128 else (32, 16)
-        return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=2)
-    if block_d <= 128:
-        return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_D=block_d, num_warps=8, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=32, BLOCK_D=block_d, num_warps=8, num_stages=2)
+    if dtype != torch.float32:
+        block_m, block_n, warps, stages = (128, 64, 8, 3) if block_d <= 128 else (64, 32, 8, 2)
+    elif block_d <= 128:
+        block_m, block_n, warps, stages = 64, 32 if block_d <= 64 else 16, 8, 2
+    else:
+        block_m, block_n, warps, stages = 32, 16, 4, 2
+    return dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps, num_stages=stages
+    )
 
 
 def forward(

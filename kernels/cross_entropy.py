@@ -3,18 +3,17 @@
     lse = log(sum(exp(x)))      loss = mean over counted rows of (lse - x[target])
     dx  = (exp(x - lse) - onehot(target)) * dloss / count,  and 0 in ignored rows
 
-Both passes read the logits once, in blocks of V, with the softmax in fp32: the forward keeps a running
-maximum and sum, the backward needs only the lse it left. A target that is neither in [0, V) nor the ignored
-index is never used as an address; its row's loss is NaN, so that the mistake shows.
+Both passes read the logits once, in blocks of V, with the softmax in fp32: the forward keeps a
+running maximum and sum, the backward needs only the lse it left. A target that is neither in [0, V)
+nor the ignored index is never used as an address; its row's loss is NaN, so that the mistake shows.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastgpt.kernels._launch import device_problem, launch, register
+from fastgpt.kernels._launch import device_problem, differentiable_once, launch, register
 
 
 @triton.jit
@@ -96,15 +95,11 @@ def forward(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tens
     return loss, lse
 
 
-def _gradient(
-    x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int
-) -> Tensor:
+def _gradient(x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
     return torch.empty(x.shape, device=x.device, dtype=x.dtype)
 
 
-def backward(
-    x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int
-) -> Tensor:
+def backward(x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
     """scale () fp32 is dloss / count -> dx (M, V)."""
     M, V = x.shape
     dx = _gradient(x, targets, lse, scale, ignore_index)
@@ -115,7 +110,7 @@ def backward(
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
-    """On a CPU looking is free. On CUDA it would wait for the device, so a bad row gives NaN there."""
+    """On a CPU looking is free. On CUDA it would wait for the device: a bad row's loss is NaN."""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= V))
     if bad.any():
         raise IndexError(f"Target {targets[bad][0].item()} is out of bounds.")
@@ -139,8 +134,8 @@ class _CrossEntropy(torch.autograd.Function):
         return loss.sum() / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss):
+        differentiable_once()
         x, targets, lse, count = ctx.saved_tensors
         return _backward(x, targets, lse, dloss / count, ctx.ignore_index), None, None
 

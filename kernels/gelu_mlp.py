@@ -1,11 +1,13 @@
-"""GELU around cuBLAS: the activation, its gradient fused with the bias gradient, and the MLP on them.
+"""GELU around cuBLAS: the activation, its gradient fused with the bias gradient, and the MLP on
+them.
 
     h = x @ w.T + b        y  = gelu(h)
     dh = dy * gelu'(h)     db = sum over rows of dh       dx = dh @ w       dw = dh.T @ x
 
-The GEMMs are PyTorch's, and so is adding b, which cuBLAS does in fp32 before it rounds h. What is ours is
-the pass after them. Forward: gelu. Backward: one pass that reads dy and h and writes dh, db's partials and,
-for the MLP, gelu(h) again, which the second GEMM's weight gradient needs and nothing had to store.
+The GEMMs are PyTorch's, and so is adding b, which cuBLAS does in fp32 before it rounds h. What is
+ours is the pass after them. Forward: gelu. Backward: one pass that reads dy and h and writes dh,
+db's partials and, for the MLP, gelu(h) again, which the second GEMM's weight gradient needs and
+nothing had to store.
 
 The pre-activation h is kept for the backward, or computed again there from x (`recompute`).
 """
@@ -15,9 +17,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastgpt.kernels._launch import device_problem, launch, multiprocessors, register
+from fastgpt.kernels._launch import (
+    device_problem,
+    differentiable_once,
+    launch,
+    multiprocessors,
+    register,
+)
 from fastgpt.kernels._math import gelu, gelu_grad
 
 
@@ -64,7 +71,9 @@ def _gelu_backward_kernel(
         tl.store(db_ptr + partial, tl.sum(db, axis=0), mask=cols < N)
 
 
-def _backward_config(M: int, N: int, with_bias: bool, processors: int) -> tuple[int, dict[str, int]]:
+def _backward_config(
+    M: int, N: int, with_bias: bool, processors: int
+) -> tuple[int, dict[str, int]]:
     """Strips of rows and tile; a bias gradient needs few strips. Not measured on any GPU yet."""
     tile = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
     strips = triton.cdiv(M, tile["BLOCK_M"])
@@ -117,7 +126,9 @@ def cublas_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Ten
 
 
 class LinearGelu(torch.autograd.Function):
-    """`matmul_gelu(x, w, b, tanh) -> (h, y)` is the forward: cublas_gelu, or gemm_gelu's one kernel."""
+    """`matmul_gelu(x, w, b, tanh) -> (h, y)` is the forward: cublas_gelu, or gemm_gelu's one
+    kernel.
+    """
 
     @staticmethod
     def forward(ctx, x, w, b, tanh, recompute, matmul_gelu):
@@ -127,8 +138,8 @@ class LinearGelu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        differentiable_once()
         x, w, b, h = ctx.saved_tensors
         needs_x, needs_w, needs_b = ctx.needs_input_grad[:3]
         h = F.linear(x, w, b) if h is None else h
@@ -147,8 +158,8 @@ class Mlp(torch.autograd.Function):
         return F.linear(a, w2, b2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        differentiable_once()
         x, w1, b1, w2, h = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         h = F.linear(x, w1, b1) if h is None else h
@@ -192,7 +203,5 @@ def mlp(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     tanh = approximate == "tanh"
-    y = Mlp.apply(
-        rows, fc_weight, fc_bias, proj_weight, proj_bias, tanh, recompute, matmul_gelu
-    )
+    y = Mlp.apply(rows, fc_weight, fc_bias, proj_weight, proj_bias, tanh, recompute, matmul_gelu)
     return y.view(*x.shape[:-1], proj_weight.shape[0])

@@ -2,8 +2,9 @@
 
     h = x @ w.T + b        y = gelu(h)
 
-Each program owns one (BLOCK_M, BLOCK_N) tile of the output and accumulates over K in fp32. h is rounded to
-its dtype before GELU reads it, so the backward (gelu_mlp.py) differentiates exactly what the forward did.
+Each program owns one (BLOCK_M, BLOCK_N) tile of the output and accumulates over K in fp32. h is
+rounded to its dtype before GELU reads it, so the backward (gelu_mlp.py) differentiates exactly what
+the forward did.
 """
 
 import functools
@@ -28,7 +29,8 @@ def _gemm_gelu_kernel(
     TANH: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # programs that run together share rows of x and w in L2: walk GROUP_M row blocks per column block
+    # programs that run together share rows of x and w in L2: walk GROUP_M row blocks per column
+    # block
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (GROUP_M * tiles_n)
     inside = tl.program_id(0) % (GROUP_M * tiles_n)

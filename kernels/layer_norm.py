@@ -4,18 +4,23 @@
     ds   = rstd * (g - mean(g) - xhat * mean(g * xhat)) + ds_out,  g = dy * w
     dw   = sum over rows of dy * xhat           db   = sum over rows of dy
 
-A program owns BLOCK_M whole rows. In the backward a fixed number of programs stride over the rows, so that
-dy and s are read once for ds, dw and db together; their dw and db partials are added by torch in a fixed
-order, which keeps gradients bitwise reproducible.
+A program owns BLOCK_M whole rows. In the backward a fixed number of programs stride over the rows,
+so that dy and s are read once for ds, dw and db together; their dw and db partials are added by
+torch in a fixed order, which keeps gradients bitwise reproducible.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastgpt.kernels._launch import device_problem, launch, multiprocessors, register
+from fastgpt.kernels._launch import (
+    device_problem,
+    differentiable_once,
+    launch,
+    multiprocessors,
+    register,
+)
 
 MAX_WIDTH = 16384  # one row must fit in a program's registers
 
@@ -158,7 +163,9 @@ def backward(
     dy: Tensor, ds_out: Tensor | None, s: Tensor, w: Tensor, mean: Tensor, rstd: Tensor,
     has_bias: bool, delta_dtype: torch.dtype,
 ):  # fmt: skip
-    """-> ds (M, N); the same in delta_dtype, (0, N) where that is ds's own; dw (N,); db (N,) or (0,)."""
+    """-> ds (M, N); the same in delta_dtype, (0, N) where that is ds's own; dw (N,); db (N,) or
+    (0,).
+    """
     M, N = s.shape
     ds, ddelta, dw, db = _gradients(dy, ds_out, s, w, mean, rstd, has_bias, delta_dtype)
     config = _config(N)
@@ -180,7 +187,8 @@ _forward = register(
     " -> (Tensor, Tensor, Tensor)", forward, _outputs)  # fmt: skip
 _add_forward = register(
     "add_layer_norm_forward(Tensor delta, Tensor residual, Tensor w, Tensor? b, float eps,"
-    " ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)", add_forward, _add_outputs)  # fmt: skip
+    " ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    add_forward, _add_outputs)  # fmt: skip
 _backward = register(
     "layer_norm_backward(Tensor dy, Tensor? ds_out, Tensor s, Tensor w, Tensor mean, Tensor rstd,"
     " bool has_bias, ScalarType delta_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -196,8 +204,8 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        differentiable_once()
         x, w, mean, rstd = ctx.saved_tensors
         dx, _, dw, db = _backward(dy, None, x, w, mean, rstd, ctx.has_bias, x.dtype)
         return dx, dw, db if ctx.has_bias else None, None, None
@@ -213,8 +221,8 @@ class _AddLayerNorm(torch.autograd.Function):
         return y, s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, ds_out):
+        differentiable_once()
         s, w, mean, rstd = ctx.saved_tensors
         delta_dtype, residual_dtype = ctx.dtypes
         narrow = delta_dtype if delta_dtype != s.dtype else residual_dtype

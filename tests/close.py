@@ -1,12 +1,15 @@
-"""How close is close enough: the error against float64 beside eager PyTorch's own in the same dtype.
+"""How close is close enough: the error against float64 beside eager PyTorch's own in the same
+dtype.
 
-    |ours - truth| <= 2 * |eager - truth| + EPS_BUDGET * eps(dtype) * max|truth|      (maxima over elements)
+    |ours - truth| <= 2 * |eager - truth| + EPS_BUDGET * eps(dtype) * max|truth|      (maxima over
+    elements)
 
-The first term lets an op be as inexact as what it replaces, and follows matmul length and dtype by itself.
-The second is one rounding of the result: where eager happens to be exact, its error alone would allow none.
-Row ops on rows of mean 30 use `eager=False`: there eager's own error is large in fp16, and statistics kept
-in half precision would hide behind it. A gradient that cancels to exactly 0, as attention's dq and dk do
-for a single token, may keep a thousandth of one rounding of the case's largest result.
+The first term lets an op be as inexact as what it replaces, and follows matmul length and dtype by
+itself. The second is one rounding of the result: where eager happens to be exact, its error alone
+would allow none. Row ops on rows of mean 30 use `eager=False`: there eager's own error is large in
+fp16, and statistics kept in half precision would hide behind it. A gradient that cancels to exactly
+0, as attention's dq and dk do for a single token, may keep a thousandth of one rounding of the
+case's largest result.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +29,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -
 
 def _wide(t: Tensor, step: int) -> Tensor:
     """t's values in every `step`-th column of a memory block twice as wide."""
-    block = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), device=t.device, dtype=t.dtype)
+    block = torch.full(
+        (*t.shape[:-1], 2 * t.shape[-1]), float("nan"), device=t.device, dtype=t.dtype
+    )
     view = block[..., ::2] if step == 2 else block[..., : t.shape[-1]]
     return view.copy_(t)
 
@@ -42,11 +47,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def evaluate(
-    op: Callable, inputs: Sequence[Tensor | None], grads: Sequence[Tensor], dtype: torch.dtype | None
+    op: Callable,
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """op's outputs and the gradients of its floating inputs; dtype None leaves the inputs' own."""
     cast = [
-        t if t is None or dtype is None or not t.is_floating_point() else t.to(dtype) for t in inputs
+        t if t is None or dtype is None or not t.is_floating_point() else t.to(dtype)
+        for t in inputs
     ]
     leaves = [t if t is None else _leaf(t) for t in cast]
     out = op(*leaves)
@@ -72,8 +81,9 @@ def assert_as_accurate(
 ) -> None:
     """Outputs and gradients of op(*inputs), forced onto kernels, against `ref` in float64.
 
-    `budget` multiplies EPS_BUDGET. Also: shapes and dtypes are eager's, nothing given is written to, and
-    memory that a kernel leaves unwritten shows as NaN (deterministic mode fills torch.empty with it).
+    `budget` multiplies EPS_BUDGET. Also: shapes and dtypes are eager's, nothing given is written
+    to, and memory that a kernel leaves unwritten shows as NaN (deterministic mode fills torch.empty
+    with it).
     """
     given = [t for t in (*inputs, *grads) if t is not None]
     before = [t.clone() for t in given]

@@ -1,7 +1,7 @@
 """Where the tests run: on a CUDA device in every dtype, else on the CPU in Triton's interpreter.
 
-TRITON_INTERPRET is read while triton is imported, and torch imports triton, so whether there is a GPU has to
-be asked of the driver before anything else is imported.
+TRITON_INTERPRET is read while triton is imported, and torch imports triton, so whether there is a
+GPU has to be asked of the driver before anything else is imported.
 """
 
 import ctypes
@@ -14,7 +14,9 @@ def _has_gpu() -> bool:
     except OSError:
         return False
     count = ctypes.c_int()
-    return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    return (
+        cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    )
 
 
 if not _has_gpu():
@@ -25,7 +27,8 @@ import torch  # noqa: E402
 
 from fastgpt import use_backend  # noqa: E402
 
-# The interpreter computes bf16 wrongly in every release so far (fastgpt refuses it): bf16 is for GPUs.
+# The interpreter computes bf16 wrongly in every release so far (fastgpt refuses it): bf16 is for
+# GPUs.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 

@@ -1,4 +1,4 @@
-"""Causal attention, separate and packed: kernels against float64, and dropout against its own mask."""
+"""Causal attention, separate and packed, against float64; dropout against its own mask."""
 
 import functools
 
@@ -10,7 +10,14 @@ from fastgpt.kernels import attention
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, evaluate, randn
 
 # B, H, T, D: T on both sides of a block's edge, D that are no power of two
-SHAPES = [(1, 1, 1, 16), (2, 1, 37, 16), (1, 2, 129, 24), (1, 1, 128, 64), (1, 2, 130, 80), (2, 2, 17, 25)]
+SHAPES = [
+    (1, 1, 1, 16),
+    (2, 1, 37, 16),
+    (1, 2, 129, 24),
+    (1, 1, 128, 64),
+    (1, 2, 130, 80),
+    (2, 2, 17, 25),
+]
 WIDE = [(1, 1, 65, 96), (1, 1, 70, 128), (1, 1, 40, 200), (1, 1, 40, 256)]
 
 
@@ -57,7 +64,10 @@ def test_large_scores(dtype):
     q, k, v = qkv_of(1, 1, 70, 16, dtype)
     args = (q * 20, k * 5, v)
     assert_as_accurate(
-        ops.causal_attention, reference.causal_attention, *args, grads=[randn(1, 1, 70, 16, dtype=dtype)]
+        ops.causal_attention,
+        reference.causal_attention,
+        *args,
+        grads=[randn(1, 1, 70, 16, dtype=dtype)],
     )
 
 
@@ -87,7 +97,9 @@ def test_dropout_replays_from_its_mask(B, H, T, D):
     seed = torch.tensor([1234567890123], device=DEVICE)
     kept = attention.dropout_mask(seed, B, H, T, p)
     scale = D**-0.5
-    ours = evaluate(lambda q, k, v: attention._Attention.apply(q, k, v, seed, scale, p), args, grads, None)
+    ours = evaluate(
+        lambda q, k, v: attention._Attention.apply(q, k, v, seed, scale, p), args, grads, None
+    )
     ref = functools.partial(explicit_attention, kept=kept, p=p)
     truth = evaluate(ref, args, grads, torch.float64)
     for a, t in zip(ours[0] + ours[1], truth[0] + truth[1], strict=True):
@@ -99,13 +111,18 @@ def test_dropout_mask_is_what_it_claims():
     masks = [attention.dropout_mask(seed, 2, 3, 128, 0.25) for seed in seeds]
     n = masks[0].numel()
     for mask in masks:
-        # a binomial share is within 5 of its standard deviations of 1 - p, but for one run in 1.7 million
+        # a binomial share is within 5 of its standard deviations of 1 - p, but for one run in 1.7
+        # million
         assert abs(mask.double().mean().item() - 0.75) < 5 * (0.25 * 0.75 / n) ** 0.5
         heads = mask.flatten(0, 1).flatten(1).double()
-        correlation = torch.corrcoef(torch.cat([heads, heads.roll(1, 1)])) - torch.eye(12, device=DEVICE)
+        correlation = torch.corrcoef(torch.cat([heads, heads.roll(1, 1)])) - torch.eye(
+            12, device=DEVICE
+        )
         assert correlation.abs().max() < 6 / heads.shape[1] ** 0.5
     for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert (masks[a] != masks[b]).double().mean() > 0.3  # 2 * p * (1 - p) = 0.375 of them differ
+        assert (
+            masks[a] != masks[b]
+        ).double().mean() > 0.3  # 2 * p * (1 - p) = 0.375 of them differ
 
 
 def test_dropout_follows_the_generator():

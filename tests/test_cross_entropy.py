@@ -32,7 +32,9 @@ def test_layouts(layout):
     logits = LAYOUTS[layout](randn(9, 97))
     targets = LAYOUTS["strided"](targets_of(9, 97).double()).long()
     targets = torch.stack([targets, targets])[:, ::1].t()[:, 0]  # stride 2
-    assert_as_accurate(ops.cross_entropy, reference.cross_entropy, logits, targets, grads=[scalar()])
+    assert_as_accurate(
+        ops.cross_entropy, reference.cross_entropy, logits, targets, grads=[scalar()]
+    )
 
 
 @pytest.mark.parametrize("ignore_index", [-1, -100, 5])

@@ -11,7 +11,15 @@ from fastgpt.kernels import gelu_mlp, gemm_gelu
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
 GEMMS = {"cublas": gelu_mlp, "triton": gemm_gelu}
-M_K_N = [(1, 1, 1), (0, 16, 16), (5, 17, 97), (37, 100, 64), (130, 64, 17), (3, 768, 100), (2, 48, 1600)]
+M_K_N = [
+    (1, 1, 1),
+    (0, 16, 16),
+    (5, 17, 97),
+    (37, 100, 64),
+    (130, 64, 17),
+    (3, 768, 100),
+    (2, 48, 1600),
+]
 
 
 @pytest.fixture(params=GEMMS)
@@ -63,7 +71,11 @@ def test_layouts(layout, grad_layout, gemm):
 
 def test_recomputing_the_preactivation_changes_nothing(gemm):
     """cuBLAS adds up a repeated product in the same order, so even the bits are the same."""
-    x, (w1, b1), (w2, b2) = randn(5, 24), linear(24, 96, True, torch.float32), linear(96, 24, True, torch.float32)
+    x, (w1, b1), (w2, b2) = (
+        randn(5, 24),
+        linear(24, 96, True, torch.float32),
+        linear(96, 24, True, torch.float32),
+    )
     for op, args in ((gemm.linear_gelu, (x, w1, b1)), (gemm.mlp, (x, w1, b1, w2, b2))):
         results = []
         for recompute in (False, True):
@@ -77,7 +89,11 @@ def test_recomputing_the_preactivation_changes_nothing(gemm):
 
 def test_only_the_asked_gradients():
     """Frozen weights, as under LoRA: their gradients are not computed, the rest is unchanged."""
-    x, (w1, b1), (w2, b2) = randn(5, 24), linear(24, 96, True, torch.float32), linear(96, 24, True, torch.float32)
+    x, (w1, b1), (w2, b2) = (
+        randn(5, 24),
+        linear(24, 96, True, torch.float32),
+        linear(96, 24, True, torch.float32),
+    )
     args = [x, w1, b1, w2, b2]
     with use_backend("triton"):
         full = [t.clone().requires_grad_() for t in args]
@@ -93,7 +109,9 @@ def test_erf_and_tanh_differ():
     """The two GELUs are 1e-4 apart: a kernel that mixed them up would not pass as exact."""
     h = torch.linspace(-4, 4, 1001, device=DEVICE).view(-1, 1)
     for tanh, approximate in ((False, "none"), (True, "tanh")):
-        error = gelu_mlp.gelu_forward(h, tanh).double() - F.gelu(h.double(), approximate=approximate)
+        error = gelu_mlp.gelu_forward(h, tanh).double() - F.gelu(
+            h.double(), approximate=approximate
+        )
         assert error.abs().max() < 2e-6
 
 

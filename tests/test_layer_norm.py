@@ -18,7 +18,9 @@ def weights(N, bias, dtype):
 def test_layer_norm(M, N, bias, dtype):
     x = randn(M, N, dtype=dtype)
     grads = [randn(M, N, dtype=dtype)]
-    assert_as_accurate(ops.layer_norm, reference.layer_norm, x, *weights(N, bias, dtype), grads=grads)
+    assert_as_accurate(
+        ops.layer_norm, reference.layer_norm, x, *weights(N, bias, dtype), grads=grads
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
