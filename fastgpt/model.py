@@ -102,11 +102,13 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
+    transformer: Any  # a ModuleDict of wte, wpe, drop, h and ln_f
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         _check_config(config)
         self.config = config
-        self.transformer: Any = nn.ModuleDict(
+        self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),

@@ -23,7 +23,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     x (..., C), weight and bias (C,) -> (..., C) in x's dtype; statistics in fp32. Equals
     F.layer_norm.
     """
-    return _pick("layer_norm", x, weight, bias, width=x.shape[-1]).layer_norm(x, weight, bias, eps)
+    C = _width("x", x)
+    _check_shape("weight", weight, C)
+    _check_shape("bias", bias, C)
+    return _pick("layer_norm", x, weight, bias, width=C).layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -35,7 +38,11 @@ def add_layer_norm(
     rounded to the promoted dtype of its terms before it is normalised, as the two separate ops
     would.
     """
-    picked = _pick("add_layer_norm", delta, residual, weight, bias, width=delta.shape[-1])
+    C = _width("delta", delta)
+    _check_shape("residual", residual, *delta.shape)
+    _check_shape("weight", weight, C)
+    _check_shape("bias", bias, C)
+    picked = _pick("add_layer_norm", delta, residual, weight, bias, width=C)
     return picked.add_layer_norm(delta, residual, weight, bias, eps)
 
 
@@ -48,6 +55,8 @@ def linear_gelu(
     where dGELU and the bias gradient are one pass.
     """
     _check_approximate(approximate)
+    _check_shape("weight", weight, weight.shape[0], _width("x", x))
+    _check_shape("bias", bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
     return _pick("linear_gelu", x, weight, bias).linear_gelu(x, weight, bias, approximate)
 
@@ -66,6 +75,10 @@ def mlp(
     the pre-activation; the activation itself is computed again in the backward instead of stored.
     """
     _check_approximate(approximate)
+    _check_shape("fc_weight", fc_weight, fc_weight.shape[0], _width("x", x))
+    _check_shape("fc_bias", fc_bias, fc_weight.shape[0])
+    _check_shape("proj_weight", proj_weight, proj_weight.shape[0], fc_weight.shape[0])
+    _check_shape("proj_bias", proj_bias, proj_weight.shape[0])
     args = _autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
     return _pick("mlp", *args).mlp(*args, approximate)
 
@@ -81,6 +94,8 @@ def causal_attention(
     F.scaled_dot_product_attention(is_causal=True).
     """
     _check_dropout(dropout_p)
+    if q.dim() != 4:
+        raise ValueError(f"q is {tuple(q.shape)}, it must be (B, H, T, D)")
     q, k, v = _autocast(q, k, v)
     picked = _pick("causal_attention", q, k, v, head_dim=q.shape[-1], dropout_p=dropout_p)
     return picked.causal_attention(q, k, v, dropout_p, scale)
@@ -111,6 +126,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     neither in the sum nor in the mean; if all are ignored the mean is NaN and the gradient 0. A
     target outside [0, V) raises IndexError on a CPU; on CUDA it is never read out of bounds.
     """
+    if logits.dim() != 2:
+        raise ValueError(f"logits are {tuple(logits.shape)}, they must be (N, V)")
+    _check_shape("targets", targets, logits.shape[0])
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
     picked = _pick("cross_entropy", logits, targets)
@@ -176,6 +194,18 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
     return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+
+
+def _width(name: str, t: Tensor) -> int:
+    if t.dim() == 0:
+        raise ValueError(f"{name} is a scalar; it needs at least one dimension")
+    return t.shape[-1]
+
+
+def _check_shape(name: str, t: Tensor | None, *expected: int) -> None:
+    """A kernel trusts its shapes: a wrong one would be read out of bounds."""
+    if t is not None and t.shape != expected:
+        raise ValueError(f"{name} is {tuple(t.shape)}, it must be {expected} to fit the others")
 
 
 def _check_approximate(approximate: str) -> None:

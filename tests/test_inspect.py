@@ -1,0 +1,92 @@
+"""Every kernel compiles ahead of time, without a GPU, into code worth launching."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the compiler under test")
+
+from fastgpt.inspect import SHARED_LIMITS  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+KERNELS = {  # file.kernel -> whether its work is matrix products
+    "_launch.probe_kernel": False,
+    "attention.mask_kernel": False,
+    "attention_backward.delta_kernel": False,
+    "attention_backward.dkdv_kernel": True,
+    "attention_backward.dq_kernel": True,
+    "attention_forward.forward_kernel": True,
+    "cross_entropy.backward_kernel": False,
+    "cross_entropy.forward_kernel": False,
+    "gelu_mlp.gelu_backward_kernel": False,
+    "gelu_mlp.gelu_kernel": False,
+    "gemm_gelu.gemm_gelu_kernel": True,
+    "layer_norm.backward_kernel": False,
+    "layer_norm.forward_kernel": False,
+}
+
+
+def inspect(*args: str) -> list[dict]:
+    """In a process of its own: here the interpreter may have taken the compiler's place."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastgpt", "inspect", "--json", *args]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    return inspect("--arch", "sm_90")
+
+
+@pytest.fixture(scope="module")
+def others():
+    return inspect("--arch", "sm_80", "--arch", "sm_100", "--dtype", "bfloat16")
+
+
+def test_every_kernel_is_compiled(hopper, others):
+    """The list above is complete: it is every @triton.jit function that ends in _kernel."""
+    sources = {
+        f"{path.stem}.{line.split('(')[0].removeprefix('def _')}"
+        for path in (ROOT / "kernels").glob("*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
+    }
+    assert sources == set(KERNELS)
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        assert {row["kernel"] for row in hopper + others if row["arch"] == arch} == set(KERNELS)
+
+
+def test_shared_memory_fits(hopper, others):
+    for row in hopper + others:
+        limit = SHARED_LIMITS[int(row["arch"].removeprefix("sm_"))]
+        assert row["shared_bytes"] <= limit, row
+
+
+def test_hopper_code_does_not_spill(hopper):
+    assert [row for row in hopper if row["spills"]] == []
+
+
+def test_matrix_products_run_on_tensor_cores(hopper, others):
+    """fp32 is IEEE by default and stays off them."""
+    for row in hopper + others:
+        if not KERNELS[row["kernel"]] or row["config"]["dtypes"].startswith("fp32"):
+            continue
+        if row["arch"] != "sm_90":
+            assert row["tensor_core"] in ("mma", "tcgen05"), row
+        elif row["kernel"].startswith("attention_backward") and row["config"]["D"] > 128:
+            assert row["tensor_core"] == "mma", row  # tiles that do not spill are too small for wgmma
+        else:
+            assert row["tensor_core"] == "wgmma", row
+
+
+def test_unknown_arch_names_the_known_ones():
+    command = [sys.executable, "-m", "fastgpt", "inspect", "--arch", "sm_70"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "sm_70" in done.stderr and "sm_90" in done.stderr
