@@ -1,0 +1,93 @@
+"""The `fastgpt` command: most subcommands are a module's `add_arguments(parser)` and `main(args)`.
+
+What a user can put right ends as `fastgpt: <message>` with exit code 2 and no traceback;
+`python -X dev -m fastgpt ...` shows that too.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import fastgpt
+from fastgpt import report, run
+
+MODULES = {
+    "prepare": ("fastgpt.data", "turn a text into train.bin, val.bin and meta.pkl"),
+    "train": ("fastgpt.train", "train a GPT on prepared data"),
+    "sample": ("fastgpt.sample", "write text with a trained GPT"),
+    "convert": ("fastgpt.convert", "turn a checkpoint into a Hugging Face folder, or back"),
+    "run": ("fastgpt.run", "run an unmodified nanoGPT script on fastgpt's model"),
+    "inspect": ("fastgpt.inspect", "compile every kernel for a GPU and read what came out"),
+}
+
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    IndexError,
+    OSError,
+    ImportError,
+    RuntimeError,  # a backend that cannot run here, a GPU without memory left
+    FloatingPointError,  # a loss that is not finite
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parser(argv).parse_args(argv)
+        return args.main(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `fastgpt sample | head`; the exit must not flush into the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _USER_ERRORS as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"fastgpt: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    """A parser that lists every command and imports only the one that was asked for."""
+    parser = argparse.ArgumentParser(prog="fastgpt", description=fastgpt.__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (module_name, line) in MODULES.items():
+        command = commands.add_parser(name, help=line, description=line)
+        if argv[:1] == [name]:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+
+    line = "say what each op would run on this machine, and why"
+    commands.add_parser("info", help=line, description=line).set_defaults(main=_info)
+
+    line = "time training against nanoGPT's (in a checkout of fastgpt)"
+    # every argument is bench/train.py's, --help too: with this prefix none looks like an option
+    command = commands.add_parser("bench", help=line, add_help=False, prefix_chars="\0")
+    command.add_argument("args", nargs="*")
+    command.set_defaults(main=_bench)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> int:
+    for name, version in report.versions().items():
+        print(f"{name:<14}{version}")
+    print()
+    for op, choice in report.backend_report().items():
+        print(f"{op:<26}{choice.implementation:<12}{choice.reason}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """Run the checkout's bench/train.py, by its path: a nanoGPT folder has a `bench` of its own."""
+    root = Path(fastgpt.__file__).resolve().parent.parent
+    script = root / "bench" / "train.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"no {script}: the benchmarks are not installed, only a checkout of fastgpt has them; "
+            "clone it and run `make bench` there"
+        )
+    return run.execute(script, args.args, folder=root)

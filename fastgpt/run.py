@@ -1,0 +1,74 @@
+"""`fastgpt run SCRIPT [args]`: an unmodified nanoGPT script, with `from model import GPT` answered.
+
+It runs as `python SCRIPT [args]` would run it: its own folder first on sys.path, the current folder
+left alone. nanoGPT's scripts read configurator.py, data/ and out/ from the current folder, so the
+usual call is `cd nanoGPT && fastgpt run train.py`; on several GPUs, `torchrun ... -m fastgpt run
+train.py`.
+"""
+
+import argparse
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from fastgpt import model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("script", type=Path, help="train.py, sample.py, bench.py or your own")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own, all that follow")
+
+
+def main(args: argparse.Namespace) -> int:
+    if not args.script.is_file():
+        raise FileNotFoundError(f"no script {args.script}; call this in nanoGPT's folder")
+    print(f"fastgpt: {args.script} runs with `model` answered by fastgpt", flush=True)
+    return execute(args.script, args.args, folder=args.script.resolve().parent, model=model)
+
+
+def execute(script: Path, args: list[str], folder: Path, **modules: ModuleType) -> int:
+    """Run `script` as __main__ with `folder` on sys.path and `modules` already imported.
+
+    An error of the script is the script's: it ends in a traceback and exit code 1, as under python.
+    """
+    with _as_python_would([str(script), *args], folder, modules):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except Exception as error:
+            if (name := _only_beside_script(error, script)) is not None:
+                raise FileNotFoundError(
+                    f"{script.name} reads {name} from the current folder, but it is beside it; "
+                    f"use `cd {script.parent} && fastgpt run {script.name}`"
+                ) from error
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+@contextmanager
+def _as_python_would(
+    argv: list[str], folder: Path, modules: dict[str, ModuleType]
+) -> Iterator[None]:
+    before = sys.argv, sys.path, {name: sys.modules.get(name) for name in modules}
+    sys.argv, sys.path = argv, [str(folder), *sys.path[1:]]
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        sys.argv, sys.path, replaced = before
+        for name, module in replaced.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def _only_beside_script(error: Exception, script: Path) -> str | None:
+    """The file the script looked for in vain in the current folder, if its own folder has it."""
+    if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, str):
+        return None
+    name = error.filename
+    return name if not Path(name).is_absolute() and (script.parent / name).exists() else None
