@@ -1,7 +1,8 @@
 from setuptools import setup
 
-# kernels/ is imported as fastgpt.kernels and has no __init__.py: `kernels` is Hugging Face's name, and a package of
-# ours by that name would shadow theirs in this folder. The symlink serves checkouts, package_dir serves wheels.
+# kernels/ is imported as fastgpt.kernels and has no __init__.py: `kernels` is Hugging Face's name,
+# and a package of ours by that name would shadow theirs in this folder. The symlink serves
+# checkouts, package_dir serves wheels.
 setup(
     name="fastgpt",
     version="0.1.0",

@@ -1,4 +1,4 @@
-"""The `fastgpt` command: most subcommands are a module's `add_arguments(parser)` and `main(args)`.
+"""The `fastgpt` command: all but `bench` are a module's `add_arguments(parser)` and `main(args)`.
 
 What a user can put right ends as `fastgpt: <message>` with exit code 2 and no traceback;
 `python -X dev -m fastgpt ...` shows that too.
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import fastgpt
-from fastgpt import report, run
+from fastgpt import run
 
 MODULES = {
     "prepare": ("fastgpt.data", "turn a text into train.bin, val.bin and meta.pkl"),
@@ -19,6 +19,7 @@ MODULES = {
     "sample": ("fastgpt.sample", "write text with a trained GPT"),
     "convert": ("fastgpt.convert", "turn a checkpoint into a Hugging Face folder, or back"),
     "run": ("fastgpt.run", "run an unmodified nanoGPT script on fastgpt's model"),
+    "info": ("fastgpt.report", "say what each op would run on this machine, and why"),
     "inspect": ("fastgpt.inspect", "compile every kernel for a GPU and read what came out"),
 }
 
@@ -61,24 +62,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
 
-    line = "say what each op would run on this machine, and why"
-    commands.add_parser("info", help=line, description=line).set_defaults(main=_info)
-
     line = "time training against nanoGPT's (in a checkout of fastgpt)"
     # every argument is bench/train.py's, --help too: with this prefix none looks like an option
     command = commands.add_parser("bench", help=line, add_help=False, prefix_chars="\0")
     command.add_argument("args", nargs="*")
     command.set_defaults(main=_bench)
     return parser
-
-
-def _info(args: argparse.Namespace) -> int:
-    for name, version in report.versions().items():
-        print(f"{name:<14}{version}")
-    print()
-    for op, choice in report.backend_report().items():
-        print(f"{op:<26}{choice.implementation:<12}{choice.reason}")
-    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -1,12 +1,12 @@
-"""Dense bf16 matmul peaks of CUDA devices, in FLOP/s, from their vendor's datasheets.
-
-Sparse figures, twice as high, are often quoted instead; no training step reaches those.
-"""
+"""The device and dtype to run on, and what a device can do."""
 
 import torch
 
-# the first entry whose name occurs in torch.cuda.get_device_name(); the more specific names come
-# first
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16 matmul peaks in FLOP/s, from the vendors' datasheets. Sparse figures, twice as high,
+# are often quoted instead; no training step reaches those. The first name that occurs in
+# torch.cuda.get_device_name() counts, so the more specific ones come first.
 _PEAKS = (
     ("B200", 2250e12),
     ("B100", 1750e12),
@@ -43,3 +43,24 @@ def peak_flops(device: torch.device) -> float:
 
 def peak_flops_of(device_name: str) -> float:
     return next((peak for name, peak in _PEAKS if name in device_name), float("nan"))
+
+
+def pick_device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but PyTorch sees no GPU; use --device cpu")
+    return device
+
+
+def pick_dtype(device: torch.device, name: str | None) -> torch.dtype:
+    """The dtype to autocast to; float32 means not to."""
+    if device.type != "cuda":
+        if name == "float16":
+            raise ValueError(f"float16 is for CUDA; on {device} use bfloat16 or float32")
+        return DTYPES[name or "float32"]
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs only emulate it
+    return DTYPES[name or ("bfloat16" if has_bf16 else "float16")]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

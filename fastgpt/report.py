@@ -1,5 +1,6 @@
-"""What runs here and why: `fastgpt.backend_report()`, and the versions behind it."""
+"""What runs here and why: `fastgpt.backend_report()`, the versions behind it, `fastgpt info`."""
 
+import argparse
 import importlib.metadata
 import platform
 
@@ -50,3 +51,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None: `fastgpt info` takes no arguments."""
+
+
+def main(args: argparse.Namespace) -> int:
+    for name, version in versions().items():
+        print(f"{name:<14}{version}")
+    print()
+    for op, choice in backend_report().items():
+        print(f"{op:<26}{choice.implementation:<12}{choice.reason}")
+    return 0

@@ -8,8 +8,8 @@ import torch
 
 from fastgpt import convert, data
 from fastgpt.checkpoint import SIZES
+from fastgpt.devices import autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
-from fastgpt.train import autocast, pick_device, pick_dtype
 
 
 def write_sample(

@@ -8,7 +8,6 @@ an interrupted and resumed run gives the bits of one that was left alone.
 import argparse
 import math
 import signal
-import sys
 import time
 import typing
 from collections.abc import Iterator
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fastgpt import convert, data
+from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
 from fastgpt.model import GPT, GPTConfig
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from fastgpt.progress import Progress
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -53,7 +52,7 @@ class TrainConfig:
     grad_clip: float = _setting(1.0, "largest gradient norm, 0 for any")
     eval_every: int = _setting(250, "steps between validations; each saves a checkpoint")
     eval_iters: int = _setting(20, "batches per validation")
-    dtype: str | None = _setting(None, "of autocast; default: what suits it", choices=_DTYPES)
+    dtype: str | None = _setting(None, "of autocast; default: what suits it", choices=DTYPES)
     device: str | None = _setting(None, "cuda, cuda:1, cpu, ...; default: a GPU if there is one")
     seed: int = _setting(1337, "of weights, batches and dropout")
     compile: bool = _setting(False, "torch.compile the model")
@@ -78,7 +77,7 @@ class Result:
 def train(config: TrainConfig) -> Result:
     """Train until `config` is met or Ctrl-C. What is returned is also saved."""
     trainer = Trainer(config)
-    progress = _Progress(trainer)
+    progress = Progress(trainer)
     with _ctrl_c_noted() as pressed:
         while True:
             over = trainer.fraction() >= 1 or bool(pressed)
@@ -235,76 +234,6 @@ def validation_loss(
     return torch.stack(losses).mean().item()
 
 
-def pick_device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but PyTorch sees no GPU; use --device cpu")
-    return device
-
-
-def pick_dtype(device: torch.device, name: str | None) -> torch.dtype:
-    """The dtype to autocast to; float32 means not to."""
-    if device.type != "cuda":
-        if name == "float16":
-            raise ValueError(f"float16 is for CUDA; on {device} use bfloat16 or float32")
-        return _DTYPES[name or "float32"]
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs only emulate it
-    return _DTYPES[name or ("bfloat16" if has_bf16 else "float16")]
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-class _Progress:
-    """One line that is rewritten on a terminal, and a new one every ten seconds elsewhere."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.live = sys.stdout.isatty()
-        self.losses: list[Tensor] = []  # of the steps since the line before
-        self.shown = self.started = time.perf_counter()
-        self.fraction_before = trainer.fraction()
-
-    def add(self, loss: Tensor) -> None:
-        self.losses.append(loss)
-        if time.perf_counter() - self.shown > (0.5 if self.live else 10):
-            self.show()
-
-    def show(self) -> None:
-        if not self.losses:
-            return
-        trainer, cfg = self.trainer, self.trainer.config
-        loss = _last_if_finite(self.losses, trainer.step)  # waits for the device: before the clock
-        now, done = time.perf_counter(), trainer.fraction()
-        tokens_per_step = cfg.batch_size * cfg.grad_accum * trainer.model.config.block_size
-        rate = len(self.losses) * tokens_per_step / (now - self.shown)
-        eta = (now - self.started) * max(1 - done, 0) / (done - self.fraction_before)
-        bar = "#" * round(20 * min(done, 1))
-        text = f"[{bar:.<20}] step {trainer.step:,}  loss {loss:.4f}  {rate:,.0f} tok/s"
-        self._write(f"{text}  ETA {eta // 60:.0f}:{eta % 60:02.0f}", end="" if self.live else "\n")
-        self.losses, self.shown = [], now
-
-    def note(self, text: str) -> None:
-        self._write(text, end="\n")
-        self.shown = time.perf_counter()  # what was noted took time, but not training's
-
-    def _write(self, text: str, end: str) -> None:
-        print(f"\r{text:<79}" if self.live else text, end=end, flush=True)
-
-
-def _last_if_finite(losses: list[Tensor], step: int) -> float:
-    """The loss of `step`, the last of `losses`. FloatingPointError names the first not finite."""
-    values = torch.stack(losses).tolist()
-    for number, value in enumerate(values, start=step - len(values) + 1):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {number}; try a lower --lr or a longer --warmup. "
-                "A checkpoint that was saved is from before that"
-            )
-    return values[-1]
-
-
 @contextmanager
 def _ctrl_c_noted() -> Iterator[list[int]]:
     """A list that the first Ctrl-C fills, so that its step is finished; the second interrupts."""
@@ -324,9 +253,8 @@ def _ctrl_c_noted() -> Iterator[list[int]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     hints = typing.get_type_hints(TrainConfig)
     for setting in fields(TrainConfig):
-        kind = next(
-            iter(typing.get_args(hints[setting.name])), hints[setting.name]
-        )  # T | None -> T
+        hint = hints[setting.name]
+        kind = next(iter(typing.get_args(hint)), hint)  # T | None -> T
         options = dict(setting.metadata, required=setting.default is MISSING)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction

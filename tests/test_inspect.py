@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the compiler under test")
 
-from fastgpt.inspect import SHARED_LIMITS  # noqa: E402
+from fastgpt.inspect import SHARED_LIMITS
 
 ROOT = Path(__file__).parent.parent
 KERNELS = {  # file.kernel -> whether its work is matrix products
@@ -80,7 +80,8 @@ def test_matrix_products_run_on_tensor_cores(hopper, others):
         if row["arch"] != "sm_90":
             assert row["tensor_core"] in ("mma", "tcgen05"), row
         elif row["kernel"].startswith("attention_backward") and row["config"]["D"] > 128:
-            assert row["tensor_core"] == "mma", row  # tiles that do not spill are too small for wgmma
+            # tiles that do not spill are too small for wgmma
+            assert row["tensor_core"] == "mma", row
         else:
             assert row["tensor_core"] == "wgmma", row
 
