@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         torch.randint(vocab_size, (B, T + 1), generator=generator) for _ in range(args.steps)
     ]
     batches = [x.to(args.device) for x in batches]
-    trainees = [Trainee(variant, config, args.device, dtype) for variant in VARIANTS]
+    trainees = [Trainee(variant, config, args.device, dtype) for variant in args.variants]
     for i in range(args.rounds + 1):
         print(f"\rround {i}/{args.rounds} ", end="", file=sys.stderr, flush=True)
         for trainee in trainees:
@@ -126,6 +126,7 @@ def main() -> int:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="bench.train", description="training tokens/s")
     parser.add_argument("--size", choices=SIZES, default="124M" if on_gpu else "char")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     low = "bfloat16" if on_gpu else "float32"
@@ -134,6 +135,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="per round and variant")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the record")
     args = parser.parse_args()
+    if args.variants[0] != "eager":
+        parser.error(f"--variants starts with {args.variants[0]}; ratios need eager first")
 
     record = measure(args)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,7 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
 
 
 def _warn_once(op: str, choice: Choice) -> None:
-    if choice.reason not in _warned and "cannot run" in choice.reason:
-        _warned.add(choice.reason)
+    _, refused, problem = choice.reason.partition("cannot run: ")
+    if refused and problem not in _warned:  # once, whichever ops and implementations it stops
+        _warned.add(problem)
         warnings.warn(f"fastgpt: {op} runs in PyTorch: {choice.reason}", stacklevel=4)

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -273,10 +274,18 @@ class GPT(nn.Module):
         return decode.stream(self, idx, max_new_tokens, sampling, stop_token, cacheable)
 
 
+# as imported: forks put another class, or another forward, under these names
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.GELU, nn.Dropout, LayerNorm, CausalSelfAttention, Block, GPT)
+}
+
+
 def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` would do what class `kind` does on its weights, and nothing else."""
     return (
         type(module) is kind
+        and kind.forward is _FORWARDS.get(kind)
         and "forward" not in module.__dict__
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
@@ -286,23 +295,25 @@ def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _forwards_untouched(model: GPT) -> bool:
-    """Whether a decoding loop may take the place of GPT's, Block's and CausalSelfAttention's
-    forward.
-    """
-    dropout = model.training and model.config.dropout > 0  # would draw masks for fewer positions
+    """Whether a decoding loop may stand in for GPT's, Block's and CausalSelfAttention's forward."""
     blocks = model.transformer.h
+    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
+    draws = any(m.training and m.p > 0 for m in dropouts)  # a mask for every position, each time
+    draws = draws or any(block.attn.training and block.attn.dropout > 0 for block in blocks)
     return (
-        not dropout
+        not draws
         and _untouched(model, GPT)
+        and _untouched(model.transformer.drop, nn.Dropout)
         and all(_untouched(block, Block) for block in blocks)
         and all(_untouched(block.attn, CausalSelfAttention) for block in blocks)
+        and all(_untouched(block.attn.resid_dropout, nn.Dropout) for block in blocks)
     )
 
 
 def _check_config(config: GPTConfig) -> None:
     for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, field)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:  # numpy's integers are none of int
             raise ValueError(f"{field}={value!r} must be a positive integer")
     if config.n_embd % config.n_head:
         raise ValueError(

@@ -189,7 +189,7 @@ def why_not(
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast hands them to a matmul: in its dtype if on, else as they are."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone

@@ -27,6 +27,8 @@ import torch  # noqa: E402
 
 from fastgpt import use_backend  # noqa: E402
 
+torch.set_num_threads(1)  # the tensors are small: a second thread would cost more than it gives
+
 # The interpreter computes bf16 wrongly in every release so far (fastgpt refuses it): bf16 is for
 # GPUs.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
