@@ -275,7 +275,7 @@ class GPT(nn.Module):
 
 
 # as imported: forks put another class, or another forward, under these names
-_FORWARDS = {
+_FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward
     for kind in (nn.Linear, nn.GELU, nn.Dropout, LayerNorm, CausalSelfAttention, Block, GPT)
 }

@@ -1,0 +1,207 @@
+"""Everything a GPU session is for, most valuable first, within a budget of seconds.
+
+    python -m bench.gpu --budget 540 --out DIR
+
+Works from a bare checkout. Stages run in order until the budget is spent; after each, DIR/gpu.json
+is written again, so that whatever ended is kept. The short table is printed last. Without a GPU the
+same stages run on toy sizes, which proves the script and measures nothing.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import configs, ops, train
+from bench.timing import in_turns
+from fastgpt.report import versions
+
+ROOT = Path(__file__).parent.parent
+Record = dict[str, Any]
+
+
+class Session:
+    """The budget, the sizes, and the record as far as it has come."""
+
+    def __init__(self, budget: float, out: Path):
+        self.start, self.budget, self.path = time.perf_counter(), budget, out / "gpu.json"
+        self.on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.on_gpu else "cpu")
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.M, self.C, self.V = (16384, 768, 50304) if self.on_gpu else (64, 64, 97)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
+        self.record: Record = {
+            "schema": 1,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "environment": versions(),
+            "commit": commit.stdout.strip() or "unknown",
+            "stages": {},
+        }
+
+    def left(self) -> float:
+        return self.budget - (time.perf_counter() - self.start)
+
+    def run(self, name: str, stage: Callable[["Session", float], Any], share: float) -> None:
+        """Give a stage its share of the budget; what it raises is its result, not the end."""
+        seconds = min(share * self.budget, self.left())
+        if seconds < 0.02 * self.budget:
+            self.record["stages"][name] = {"problem": "no budget was left"}
+            return
+        began = time.perf_counter()
+        try:
+            result = stage(self, seconds)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"problem": f"{type(error).__name__}: {error}"}
+        took = time.perf_counter() - began
+        self.record["stages"][name] = {"seconds": took, "result": result}
+        self.path.write_text(json.dumps(self.record, indent=1) + "\n")
+        print(f"{name}: {took:.0f}s of {seconds:.0f}s, {self.left():.0f}s left", flush=True)
+
+
+def test(session: Session, seconds: float) -> Record:
+    """The kernel tests, stopped when their time is up. A failure is the first thing to know."""
+    files = ["layer_norm", "gelu_mlp", "cross_entropy", "attention", "compile"]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--show-capture=no"]
+    command += [f"tests/test_{name}.py" for name in files]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    log = session.path.with_name("pytest.txt")
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=seconds
+            )
+            code = str(done.returncode)
+        except subprocess.TimeoutExpired:
+            code = "stopped: out of time"
+    return {"exit": code, "last": log.read_text().strip().splitlines()[-5:]}
+
+
+def gemm(session: Session, seconds: float) -> list[Record]:
+    """TFLOP/s of cuBLAS on every GEMM of a training step: the ceiling of everything else."""
+    M, C, V = session.M, session.C, session.V
+    rows = []
+    layers = {
+        "qkv": (C, 3 * C),
+        "proj": (C, C),
+        "fc": (C, 4 * C),
+        "proj2": (4 * C, C),
+        "head": (C, V),
+    }
+    for name, (K, N) in layers.items():
+        x, w, dy = (
+            torch.randn(shape, device=session.device).to(session.dtype)
+            for shape in ((M, K), (N, K), (M, N))
+        )
+        calls = {
+            "forward": functools.partial(torch.mm, x, w.t()),
+            "dgrad": functools.partial(torch.mm, dy, w),
+            "wgrad": functools.partial(torch.mm, dy.t(), x),
+        }
+        for direction, samples in in_turns(calls, session.device, seconds / len(layers)).items():
+            median = statistics.median(samples)
+            rows.append({
+                "layer": name, "direction": direction, "shape": [M, K, N],
+                "microseconds": 1e6 * median, "teraflops_per_second": 2e-12 * M * K * N / median,
+            })  # fmt: skip
+    return rows
+
+
+def per_op(session: Session, seconds: float) -> list[Record]:
+    found = list(ops.cases(session.device, session.dtype, session.M, session.C, session.V))
+    return [
+        row for case in found for row in ops.measure(case, session.device, seconds / len(found))
+    ]
+
+
+def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
+    def stage(session: Session, seconds: float) -> Record:
+        """In a process of its own: memory is clean, and it can be stopped."""
+        command = [
+            sys.executable,
+            "-m",
+            "bench.train",
+            "--size",
+            size if session.on_gpu else "char",
+        ]
+        command += ["--batch-size", str(batch_size if session.on_gpu else 2), "--rounds", "5"]
+        command += ["--out", str(session.path.parent / "train"), "--steps", "10"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        if done.returncode:
+            return {"problem": done.stderr[-2000:]}
+        return json.loads(Path(done.stdout.split("record: ")[1].strip()).read_text())
+
+    assert size in train.SIZES
+    return stage
+
+
+def search(session: Session, seconds: float) -> list[Record]:
+    return configs.search(session.device, session.dtype, session.M, session.C, session.V, seconds)
+
+
+STAGES = (  # share of the budget, at most
+    ("test", test, 0.25),
+    ("gemm", gemm, 0.04),
+    ("train 124M B=16", training("124M", 16), 0.25),
+    ("per op", per_op, 0.2),
+    ("train 124M B=4", training("124M", 4), 0.15),
+    ("search", search, 1.0),
+)
+
+
+def table(record: Record) -> str:
+    """The few lines that must survive a cut-off reply."""
+    lines = [f"{record['environment']['device']}, {record['commit'][:9]}"]
+    for name, stage in record["stages"].items():
+        result = stage.get("result", stage)
+        if isinstance(result, dict) and "problem" in result:
+            lines.append(f"{name}: {result['problem'][-200:]}")
+        elif name == "test":
+            lines.append(f"test: exit {result['exit']}, {result['last'][-1:]}")
+        elif name.startswith("train"):
+            lines += [f"{name:16} {_short(row)}" for row in result["rows"]]
+        else:
+            lines += [f"{name:8} {_short(row)}" for row in result]
+    return "\n".join(lines)
+
+
+def _short(row: Record) -> str:
+    if "problem" in row:
+        return f"{row.get('op', '')} {row['variant']}: {row['problem'][:90]}"
+    wanted = (
+        "op", "layer", "kernel", "direction", "variant", "microseconds", "teraflops_per_second",
+        "tokens_per_second", "over_eager", "over_default",
+    )  # fmt: skip
+    shown = (
+        f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in wanted if k in row
+    )
+    return " ".join(shown)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--budget", type=float, default=540, help="seconds (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the record")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    session = Session(args.budget, args.out)
+    for name, stage, share in STAGES:
+        session.run(name, stage, share)
+    print(table(session.record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
