@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import configs, ops, train
-from bench.timing import in_turns
+from bench.timing import Variants, in_turns
 from fastgpt.report import versions
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def gemm(session: Session, seconds: float) -> list[Record]:
             torch.randn(shape, device=session.device).to(session.dtype)
             for shape in ((M, K), (N, K), (M, N))
         )
-        calls = {
+        calls: Variants = {
             "forward": functools.partial(torch.mm, x, w.t()),
             "dgrad": functools.partial(torch.mm, dy, w),
             "wgrad": functools.partial(torch.mm, dy.t(), x),
