@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, ops, use_backend
+from fastgpt import GPT, GPTConfig, backend, ops, use_backend
 from fastgpt.kernels import attention, cross_entropy, gelu_mlp, gemm_gelu, layer_norm
 from tests.close import DEVICE, randn
 
@@ -86,13 +86,14 @@ def test_backward_twice_gives_the_same_bits():
 
 
 def test_func_transforms_fall_back():
-    """torch.func sees PyTorch's own ops, whose per-sample gradients exist."""
-    w, x = randn(16), randn(3, 5, 16)
+    """torch.func sees PyTorch's own ops, whose per-sample gradients exist; kernels say why not."""
+    w, x, problems = randn(16), randn(3, 5, 16), []
 
     def loss(w, x):
+        problems.append(backend._tensor_problem((x, w)))
         return ops.layer_norm(x, w).square().sum()
 
-    with use_backend("auto", layer_norm="triton"):
-        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(w, x)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(w, x)
     expected = torch.stack([torch.func.grad(loss)(w, row) for row in x])
     torch.testing.assert_close(per_sample, expected)
+    assert all("torch.func" in problem for problem in problems)
