@@ -15,7 +15,8 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "data": ["tiktoken", "numpy"],
         "hf": ["transformers", "safetensors"],
-        "dev": ["pytest", "pytest-benchmark", "ruff", "mypy", "numpy"],
+        "plot": ["matplotlib"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "numpy", "matplotlib"],
     },
     entry_points={"console_scripts": ["fastgpt=fastgpt.cli:main"]},
 )

@@ -20,6 +20,7 @@ MODULES = {
     "convert": ("fastgpt.convert", "turn a checkpoint into a Hugging Face folder, or back"),
     "run": ("fastgpt.run", "run an unmodified nanoGPT script on fastgpt's model"),
     "info": ("fastgpt.report", "say what each op would run on this machine, and why"),
+    "init-report": ("fastgpt.init_report", "compare the initial weights with their specification"),
     "inspect": ("fastgpt.inspect", "compile every kernel for a GPU and read what came out"),
 }
 

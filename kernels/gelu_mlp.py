@@ -48,7 +48,7 @@ def _gelu_backward_kernel(
     TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     strip, column = tl.program_id(0) % STRIPS, tl.program_id(0) // STRIPS
-    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     db = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
 
     for block in range(strip, tl.cdiv(M, BLOCK_M), STRIPS):

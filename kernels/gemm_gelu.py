@@ -43,6 +43,7 @@ def _gemm_gelu_kernel(
     # rows and columns past the end wrap around instead of being masked: they are never stored
     x_ptrs = x_ptr + (rows % M)[:, None] * stride_xm + ks[None, :].to(tl.int64) * stride_xk
     w_ptrs = w_ptr + (cols % N)[None, :] * stride_wn + ks[:, None].to(tl.int64) * stride_wk
+    step = tl.full([], BLOCK_K, dtype=tl.int64)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -51,8 +52,8 @@ def _gemm_gelu_kernel(
             x = tl.load(x_ptrs, mask=(ks < K - start)[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=(ks < K - start)[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+        x_ptrs += step * stride_xk
+        w_ptrs += step * stride_wk
 
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols % N).to(tl.float32)[None, :]

@@ -66,6 +66,20 @@ def test_low_precision_branch_on_fp32_residual(dtype):
     )
 
 
+def test_column_strides_beyond_32_bits(tmp_path):
+    """stride * column overflows an int32. A sparse file lends the address space, not the memory."""
+    stride, N = 2**27 + 1, 17
+    if DEVICE == "cpu":
+        memory = torch.from_file(str(tmp_path / "sparse"), True, stride * N, dtype=torch.float16)
+    else:
+        memory = torch.empty(stride * N, device=DEVICE, dtype=torch.float16)
+    x = memory.as_strided((2, N), (1, stride)).copy_(randn(2, N, dtype=torch.float16))
+    weight = torch.ones(N, device=DEVICE, dtype=torch.float16)
+    with use_backend("triton"):
+        ours = ops.layer_norm(x, weight)
+    torch.testing.assert_close(ours, reference.layer_norm(x, weight))
+
+
 def test_leading_dimensions():
     x = randn(2, 3, 5, 24)
     args = x, randn(24), randn(24)
