@@ -126,7 +126,9 @@ def _try(
         calls = {"default": target.call, "candidate": _in(target, config)}
         times = in_turns(calls, device, seconds)
     except Exception as problem:  # out of shared memory, a compiler's refusal, a wrong result
-        return row | {"problem": f"{type(problem).__name__}: {str(problem).splitlines()[0][:100]}"}
+        return row | {
+            "problem": f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:100]}"
+        }
     default, candidate = (statistics.median(times[name]) for name in calls)
     return row | {"microseconds": 1e6 * candidate, "over_default": default / candidate}
 

@@ -1,4 +1,4 @@
-"""Every op, forward and backward, against eager PyTorch, compiled PyTorch and SDPA's backends.
+"""The ops of a GPT, both ways, against eager PyTorch, compiled PyTorch and SDPA's backends.
 
 A case names an op and its inputs; `measure` checks each variant's results against eager in float32,
 refuses a wrong one, and times the rest in turns. `python -m bench.gpu` runs all cases.
@@ -102,7 +102,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> list[dict[str, 
             if not error < 0.03:
                 raise ArithmeticError(f"relative error {error:.2g} against eager in float32")
         except Exception as problem:
-            text = f"{type(problem).__name__}: {str(problem).splitlines()[0][:100]}"
+            text = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:100]}"
             rows.append({"op": case.op, "shape": case.shape, "variant": name, "problem": text})
             continue
         forward[name] = functools.partial(_forward_only, function, context, leaves, case.options)

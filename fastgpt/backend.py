@@ -20,15 +20,15 @@ from fastgpt import tables
 MODES = ("auto", "triton", "torch")
 
 # Every op's implementations besides "torch" (reference.py). "triton" is always our own kernel;
-# "cublas" is PyTorch's GEMM followed by our elementwise kernels; "flash-attn" is the package of
-# that name.
+# "cublas" is PyTorch's GEMM followed by our elementwise kernels; "cudnn" and "flash" are SDPA held
+# to one of its own backends, "flash-attn" is the package of that name.
 KERNELS: Mapping[str, tuple[str, ...]] = {
     "layer_norm": ("triton",),
     "add_layer_norm": ("triton",),
     "linear_gelu": ("triton", "cublas"),
     "mlp": ("triton", "cublas"),
-    "causal_attention": ("triton", "flash-attn"),
-    "packed_causal_attention": ("triton", "flash-attn"),
+    "causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
+    "packed_causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
     "cross_entropy": ("triton",),
 }
 
@@ -55,7 +55,8 @@ class use_backend:
     """Set the mode, for good as a plain call or for a block as `with use_backend(mode): ...`.
 
     Keywords choose an op's implementation over the table's, as in `use_backend("auto",
-    causal_attention="flash-attn", mlp="triton")`. ValueError names what exists.
+    causal_attention="flash-attn", mlp="triton")`. ValueError names what exists. Activation
+    checkpointing runs forwards again in the backward: keep the block around both.
     """
 
     def __init__(self, mode: str = "auto", **implementations: str):
@@ -66,10 +67,15 @@ class use_backend:
             if name not in (*KERNELS[op], "torch"):
                 known = ", ".join((*KERNELS[op], "torch"))
                 raise ValueError(f"unknown implementation {name!r} of {op}; use one of {known}")
+            if (mode == "triton" and name == "torch") or (mode == "torch" and name != "torch"):
+                raise ValueError(f'{op}="{name}" contradicts "{mode}"; use "auto" to mix them')
         self._before = _mode, _overrides
-        _mode, _overrides = _checked_mode(mode, "use_backend"), implementations
+        self._chosen = _checked_mode(mode, "use_backend"), implementations
+        _mode, _overrides = self._chosen
 
     def __enter__(self) -> "use_backend":
+        global _mode, _overrides
+        _mode, _overrides = self._chosen  # once more, for an object used twice
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -86,6 +92,11 @@ def choose(op: str, why_not: WhyNot, tensors: tuple[Tensor, ...], facts: Mapping
     if choice.implementation == "torch" and tensors[0].is_cuda and _mode == "auto":
         _warn_once(op, choice)
     return choice.implementation
+
+
+def kernels_possible(tensor: Tensor) -> bool:
+    """Whether any op on such a tensor might run outside PyTorch: cheap, and wrong only upwards."""
+    return _mode == "triton" or (_mode == "auto" and tensor.is_cuda)
 
 
 def explain(
@@ -112,9 +123,11 @@ def explain(
 
 
 def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
-    if op in _overrides and (_mode == "auto" or _overrides[op] != "torch"):
+    if op in _overrides:
         return _overrides[op], "asked for by use_backend"
-    name = torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else "cpu"
+    name = "cpu"
+    if tensor.is_cuda:  # not get_device_name: torch.compile cannot trace that
+        name = torch.cuda.get_device_properties(tensor.device).name
     choice = tables.implementation(op, name)
     source = f"measured on {name}" if name in tables.MEASURED else "the conservative choice"
     if _mode == "triton" and choice == "torch":

@@ -28,11 +28,11 @@ def accept_wrapped_names(
 
     The dict is load_state_dict's own shallow copy; the caller's stays as it is.
     """
-    ours = {_bare(name): name for name, _ in module.named_parameters(remove_duplicate=False)}
+    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    ours = {_bare(name): name for name, _ in own}
     for name in [name for name in state_dict if name.startswith(prefix)]:
-        value = state_dict.pop(name)
-        if not name.endswith(_MASKS):
-            bare = _bare(name[len(prefix) :])
+        value, bare = state_dict.pop(name), _bare(name[len(prefix) :])
+        if bare in ours or not name.endswith(_MASKS):
             state_dict[prefix + ours.get(bare, bare)] = value
 
 

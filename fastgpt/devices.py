@@ -1,13 +1,16 @@
 """The device and dtype to run on, and what a device can do."""
 
+import re
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bf16 matmul peaks in FLOP/s, from the vendors' datasheets. Sparse figures, twice as high,
 # are often quoted instead; no training step reaches those. The first name that occurs in
-# torch.cuda.get_device_name() counts, so the more specific ones come first.
+# torch.cuda.get_device_name() as whole words counts, so the more specific ones come first.
 _PEAKS = (
+    ("GB200", 2500e12),
     ("B200", 2250e12),
     ("B100", 1750e12),
     ("GH200", 989.4e12),
@@ -42,7 +45,10 @@ def peak_flops(device: torch.device) -> float:
 
 
 def peak_flops_of(device_name: str) -> float:
-    return next((peak for name, peak in _PEAKS if name in device_name), float("nan"))
+    if "Laptop" in device_name:  # another chip under the same name
+        return float("nan")
+    matches = (peak for name, peak in _PEAKS if re.search(rf"\b{name}\b", device_name))
+    return next(matches, float("nan"))
 
 
 def pick_device(name: str | None) -> torch.device:

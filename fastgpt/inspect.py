@@ -72,8 +72,10 @@ def _run_launchers(dtype: torch.dtype) -> None:
     _launch.launch(_launch._probe_kernel, 1, meta(1, dtype=torch.int32))
     _, mean, rstd = layer_norm.forward(x, w, w, 1e-5, dtype)
     layer_norm.backward(x, None, x, w, mean, rstd, True, dtype)
-    layer_norm.add_forward(x, x, w, w, 1e-5, dtype)
-    layer_norm.backward(x, x, x, w, mean, rstd, True, torch.float32)
+    stream, gain = meta(M, C, dtype=torch.float32), meta(C, dtype=torch.float32)
+    layer_norm.add_forward(x, stream, gain, None, 1e-5, torch.float32)  # as under autocast
+    layer_norm.backward(stream, stream, stream, gain, mean, rstd, False, dtype)
+    gemm_gelu.forward(x, meta(4 * C, C), None, False)
     for tanh in (False, True):
         h, _ = gemm_gelu.forward(x, meta(4 * C, C), meta(4 * C), tanh)
         gelu_mlp.gelu_forward(h, tanh)

@@ -8,7 +8,7 @@ takes, so it steps aside when one of them was hooked, replaced, parametrised or 
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
@@ -162,9 +162,10 @@ class GPT(nn.Module):
                 )
             return self.lm_head(x[:, [-1], :]), None
         targets = targets.reshape(-1)
-        if not self.config.return_logits and _untouched(self.lm_head, nn.Linear):
+        head = self.lm_head
+        if not self.config.return_logits and _untouched(head, nn.Linear) and head.bias is None:
             rows = x.view(-1, x.size(-1))
-            return None, ops.linear_cross_entropy(rows, self.lm_head.weight, targets)
+            return None, ops.linear_cross_entropy(rows, head.weight, targets)
         logits = self.lm_head(x)
         loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
         return (logits if self.config.return_logits else None), loss
@@ -311,6 +312,9 @@ def _forwards_untouched(model: GPT) -> bool:
 
 
 def _check_config(config: GPTConfig) -> None:
+    for ours in fields(GPTConfig):  # nanoGPT's own GPTConfig, or a fork's, lacks what is ours
+        if not hasattr(config, ours.name):
+            setattr(config, ours.name, ours.default)
     for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, field)
         if not isinstance(value, Integral) or value < 1:  # numpy's integers are none of int

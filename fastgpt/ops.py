@@ -47,18 +47,26 @@ def add_layer_norm(
 
 
 def linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    approximate: str = "none",
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """gelu(x @ weight.T + bias), exact (erf) for approximate="none", OpenAI's for "tanh".
 
-    x (..., K), weight (N, K), bias (N,) -> (..., N). Keeps the pre-activation for the backward,
-    where dGELU and the bias gradient are one pass.
+    x (..., K), weight (N, K), bias (N,) -> (..., N). Kernels keep the pre-activation for the
+    backward, or compute it again there (`recompute`); dGELU and the bias gradient are one pass.
     """
     _check_approximate(approximate)
     _check_shape("weight", weight, weight.shape[0], _width("x", x))
     _check_shape("bias", bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
-    return _pick("linear_gelu", x, weight, bias).linear_gelu(x, weight, bias, approximate)
+    picked = _pick("linear_gelu", x, weight, bias)
+    if picked is reference:  # which leaves what to keep to autograd
+        return picked.linear_gelu(x, weight, bias, approximate)
+    return picked.linear_gelu(x, weight, bias, approximate, recompute)
 
 
 def mlp(
@@ -68,11 +76,13 @@ def mlp(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     approximate: str = "none",
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """GPT-2's MLP: gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
 
-    x (..., C), fc_weight (4C, C), proj_weight (C, 4C) -> (..., C); any hidden width. Keeps x and
-    the pre-activation; the activation itself is computed again in the backward instead of stored.
+    x (..., C), fc_weight (4C, C), proj_weight (C, 4C) -> (..., C); any hidden width. Kernels keep
+    x and the pre-activation, with `recompute` x alone; the activation itself is never stored.
     """
     _check_approximate(approximate)
     _check_shape("fc_weight", fc_weight, fc_weight.shape[0], _width("x", x))
@@ -80,7 +90,10 @@ def mlp(
     _check_shape("proj_weight", proj_weight, proj_weight.shape[0], fc_weight.shape[0])
     _check_shape("proj_bias", proj_bias, proj_weight.shape[0])
     args = _autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
-    return _pick("mlp", *args).mlp(*args, approximate)
+    picked = _pick("mlp", *args)
+    if picked is reference:  # which leaves what to keep to autograd
+        return picked.mlp(*args, approximate)
+    return picked.mlp(*args, approximate, recompute)
 
 
 def causal_attention(
@@ -102,16 +115,15 @@ def causal_attention(
 
 
 def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
-    """Causal attention straight from the QKV projection's output, by strides: no split, no
-    transposes.
+    """Causal attention on the QKV projection's output, by strides: no split, no transposes.
 
     qkv (B, T, 3C) holds q, k, v side by side, each with heads side by side -> (B, T, C). The
     gradient is one (B, T, 3C) tensor, written in place by the backward kernels.
     """
     _check_dropout(dropout_p)
-    if qkv.shape[-1] % (3 * n_head):
+    if n_head < 1 or qkv.dim() != 3 or qkv.shape[-1] % (3 * n_head):
         raise ValueError(
-            f"qkv is {qkv.shape[-1]} wide, which is no multiple of 3 * n_head={n_head}"
+            f"qkv is {tuple(qkv.shape)}, it must be (B, T, 3C) with C a multiple of n_head={n_head}"
         )
     (qkv,) = _autocast(qkv)
     head_dim = qkv.shape[-1] // (3 * n_head)
@@ -122,9 +134,10 @@ def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) ->
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean over the counted rows of logsumexp(logits) - logits[target], in fp32.
 
-    logits (N, V), targets (N,) int64 -> fp32 scalar. Rows whose target is `ignore_index` count
-    neither in the sum nor in the mean; if all are ignored the mean is NaN and the gradient 0. A
-    target outside [0, V) raises IndexError on a CPU; on CUDA it is never read out of bounds.
+    logits (N, V), targets (N,) int64 -> fp32 scalar, float64 for float64 logits. Rows whose
+    target is `ignore_index` count neither in the sum nor in the mean; if all are ignored the mean
+    is NaN and the gradient 0. A target outside [0, V) raises IndexError on a CPU; on CUDA it is
+    never read out of bounds.
     """
     if logits.dim() != 2:
         raise ValueError(f"logits are {tuple(logits.shape)}, they must be (N, V)")
@@ -146,6 +159,9 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets): x (N, C), weight (V, C), targets (N,) -> fp32."""
+    if x.dim() != 2:
+        raise ValueError(f"x is {tuple(x.shape)}, it must be (N, C)")
+    _check_shape("weight", weight, weight.shape[0], x.shape[1])
     x, weight = _autocast(x, weight)
     return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
 
@@ -159,7 +175,11 @@ def _pick(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
 def _load(op: str, implementation: str) -> Any:
     """The module of an implementation. Written as imports, which torch.compile can trace."""
     module: Any = reference
-    if implementation == "flash-attn":
+    if implementation in ("cudnn", "flash"):
+        from fastgpt import sdpa
+
+        module = getattr(sdpa, implementation)
+    elif implementation == "flash-attn":
         from fastgpt import flash_attn as module
     elif implementation == "cublas":
         from fastgpt.kernels import gelu_mlp as module
@@ -188,9 +208,12 @@ def why_not(
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as autocast hands them to a matmul: in its dtype if on, else as they are."""
-    device = next(t.device.type for t in tensors if t is not None)
+    first = next(t for t in tensors if t is not None)
+    device = first.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
+    if not backend.kernels_possible(first):
+        return tensors  # PyTorch casts by itself, and remembers a weight's cast
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
     return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)

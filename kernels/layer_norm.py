@@ -239,14 +239,17 @@ def unsupported(tensors: tuple[Tensor, ...], width: int) -> str | None:
     return device_problem(tensors[0])
 
 
-def _out_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+def _out_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """CUDA's autocast normalises in fp32; a CPU's leaves LayerNorm alone."""
+    return torch.float32 if device.type == "cuda" and torch.is_autocast_enabled("cuda") else dtype
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     N = x.shape[-1]
     w, b = weight.contiguous(), None if bias is None else bias.contiguous()
-    return _LayerNorm.apply(x.reshape(-1, N), w, b, eps, _out_dtype(x)).view(x.shape)
+    return _LayerNorm.apply(x.reshape(-1, N), w, b, eps, _out_dtype(x.device, x.dtype)).view(
+        x.shape
+    )
 
 
 def add_layer_norm(
@@ -254,7 +257,6 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     N = delta.shape[-1]
     w, b = weight.contiguous(), None if bias is None else bias.contiguous()
-    total_dtype = torch.promote_types(delta.dtype, residual.dtype)
-    dtype = torch.float32 if torch.is_autocast_enabled(delta.device.type) else total_dtype
+    dtype = _out_dtype(delta.device, torch.promote_types(delta.dtype, residual.dtype))
     y, s = _AddLayerNorm.apply(delta.reshape(-1, N), residual.reshape(-1, N), w, b, eps, dtype)
     return y.view(delta.shape), s.view(delta.shape)

@@ -56,6 +56,14 @@ def test_a_call_sets_the_mode_for_good():
     assert implementation() == "torch"
 
 
+def test_a_scope_used_twice_sets_the_mode_twice():
+    scope = use_backend("torch")
+    for _ in range(2):
+        with scope:
+            assert backend._mode == "torch"
+        assert backend._mode == "auto"
+
+
 def test_an_exception_restores_the_mode():
     use_backend("triton")
     with pytest.raises(KeyError), use_backend("torch"):
@@ -78,8 +86,8 @@ def test_an_override_takes_another_kernel_for_its_op_only():
         assert implementation("mlp") == "cublas"
         y = ops.linear_gelu(x, w)
     torch.testing.assert_close(y, reference.linear_gelu(x, w))
-    with use_backend("torch", linear_gelu="triton"):
-        assert implementation("linear_gelu") == "torch"  # never a kernel
+    with pytest.raises(ValueError, match="contradicts"):
+        use_backend("torch", linear_gelu="triton")  # never a kernel
 
 
 def test_the_report_covers_every_op():
@@ -128,7 +136,8 @@ def on_old_gpu(monkeypatch):
     """A tensor that says it is on a GPU, and a dispatcher that has not warned of anything yet."""
     monkeypatch.setattr(backend, "_warned", set())
     monkeypatch.setattr(backend, "_tensor_problem", lambda tensors: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some old GPU")
+    properties = SimpleNamespace(name="Some old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
 
 

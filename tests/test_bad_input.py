@@ -107,8 +107,25 @@ MISTAKES = {
     "attention's width": Mistake(
         lambda: ops.packed_causal_attention(torch.randn(1, 3, 95), 2),
         ValueError,
-        "95 wide",
-        r"multiple of 3 \* n_head=2",
+        r"\(1, 3, 95\)",
+        r"multiple of n_head=2",
+    ),
+    "attention's dimensions": Mistake(
+        lambda: ops.packed_causal_attention(torch.randn(5, 48), 2), ValueError, r"5, 48", "B, T, 3C"
+    ),
+    "no heads": Mistake(
+        lambda: ops.packed_causal_attention(torch.randn(1, 3, 96), 0), ValueError, "n_head=0", "3C"
+    ),
+    "the head's width": Mistake(
+        lambda: ops.linear_cross_entropy(
+            torch.randn(3, 8), torch.randn(5, 7), torch.zeros(3).long()
+        ),
+        ValueError,
+        r"weight is \(5, 7\)",
+        r"must be \(5, 8\)",
+    ),
+    "a contradiction": Mistake(
+        lambda: use_backend("triton", mlp="torch"), ValueError, 'mlp="torch"', 'use "auto"'
     ),
     "backend": Mistake(
         lambda: use_backend("cuda"), ValueError, "'cuda'", "one of auto, triton, torch"

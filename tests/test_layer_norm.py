@@ -86,10 +86,13 @@ def test_leading_dimensions():
     assert_as_accurate(ops.layer_norm, reference.layer_norm, *args, grads=[randn(2, 3, 5, 24)])
 
 
-def test_autocast_normalises_in_fp32():
-    x = randn(4, 64, dtype=torch.float16)
+def test_autocast_gives_eagers_dtype():
+    """fp32 on CUDA, where autocast promotes LayerNorm; the input's on a CPU, where it does not."""
+    x, w = randn(4, 64, dtype=torch.float16), randn(64, dtype=torch.float16)
     with use_backend("triton"), torch.autocast(DEVICE, dtype=torch.float16):
-        assert ops.layer_norm(x, randn(64)).dtype == torch.float32
+        assert ops.layer_norm(x, w).dtype == reference.layer_norm(x, w).dtype
+        ours, eager = ops.add_layer_norm(x, x, w), reference.add_layer_norm(x, x, w)
+        assert [t.dtype for t in ours] == [t.dtype for t in eager]
 
 
 def test_many_rows_in_few_strips(dtype):

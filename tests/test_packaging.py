@@ -31,7 +31,7 @@ ALLOWED = {
     "fastgpt/model.py": ["torch"]
     + [f"fastgpt.{name}" for name in ("checkpoint", "decode", "devices", "init", "ops")],
 }
-LAZILY = {"fastgpt/ops.py": ["fastgpt.kernels", "fastgpt.flash_attn"]}  # inside functions
+LAZILY = {"fastgpt/ops.py": ["fastgpt.kernels", "fastgpt.flash_attn", "fastgpt.sdpa"]}  # inside functions
 KERNELS = ["torch", "triton", "fastgpt.kernels"]
 NEVER = {  # for what is not listed above
     "fastgpt": ["kernels", "bench", "tests"],
