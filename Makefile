@@ -5,13 +5,16 @@ VENV = .venv/made
 endif
 
 help:            ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)    ## train a small GPT for two minutes and show what it learned; DATA=file for your text
 	$(PYTHON) -m fastgpt.demo $(if $(DATA),--data $(DATA))
 
 test: $(VENV)    ## all tests; CPU: Triton's interpreter, GPU: the compiled kernels
 	$(PYTHON) -m pytest
+
+test-deep: $(VENV) ## the tests with 20 times the drawn cases and 200 training steps
+	FASTGPT_DEEP=1 $(PYTHON) -m pytest
 
 lint: $(VENV)    ## ruff and mypy
 	$(PYTHON) -m ruff check .
@@ -26,4 +29,4 @@ bench: $(VENV)   ## time training on this machine
 	.venv/bin/pip install -c constraints.txt -e '.[dev,data,hf]'
 	touch $@
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test test-deep lint bench
