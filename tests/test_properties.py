@@ -1,0 +1,255 @@
+"""Any call of any op: hypothesis draws the shapes, strides, dtype and which inputs need a gradient.
+
+A few examples per op, the same ones at every run, so that what turns red was changed.
+FASTGPT_DEEP=1 (`make test-deep`) draws 20 times as many, new and larger; a failure prints the line
+that repeats it.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import ops, reference, use_backend
+from fastgpt.kernels import gelu_mlp, gemm_gelu
+from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
+from tests.conftest import DTYPES
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis, of the dev extra, is missing")
+st = hypothesis.strategies
+
+DEEP = os.environ.get("FASTGPT_DEEP") == "1"
+
+SIZES = {  # a letter each, as in the docstrings of ops.py
+    "B": st.integers(0, 3),
+    "T": st.integers(1, 70 if DEEP else 40),
+    "H": st.integers(1, 3),
+    "D": st.integers(16, 70 if DEEP else 40),
+    "C": st.integers(1, 300),
+    "K": st.integers(1, 100),
+    "N": st.integers(1, 150),
+    "V": st.integers(1, 300),
+}
+
+
+class Op(NamedTuple):
+    ours: Callable
+    ref: Callable
+    inputs: str  # their shapes: "3HD" is a product, "C?" may be None, "N<V" are N ids below V
+    outputs: str
+    options: dict[str, Any]  # keyword -> a strategy, or the letter of a size
+
+
+def op(name: str, inputs: str, outputs: str, module: Any = ops, **options: Any) -> Op:
+    return Op(getattr(module, name), getattr(reference, name), inputs, outputs, options)
+
+
+ERF_OR_TANH = st.sampled_from(["none", "tanh"])
+ATTENTION = {
+    "causal_attention": op("causal_attention", "B H T D, B H T D, B H T D", "B H T D"),
+    "packed": op("packed_causal_attention", "B T 3HD", "B T HD", n_head="H"),
+}
+OPS = {
+    "layer_norm": op("layer_norm", "B T C, C, C?", "B T C"),
+    "add_layer_norm": op("add_layer_norm", "B T C, B T C, C, C?", "B T C, B T C"),
+    **{
+        f"{name}, {gemm} GEMM": op(name, inputs, outputs, module, approximate=ERF_OR_TANH)
+        for gemm, module in (("cuBLAS", gelu_mlp), ("Triton", gemm_gelu))
+        for name, inputs, outputs in (
+            ("linear_gelu", "B T K, N K, N?", "B T N"),
+            ("mlp", "B T K, N K, N?, K N, K?", "B T K"),
+        )
+    },
+    **ATTENTION,
+    "cross_entropy": op("cross_entropy", "N V, N<V", ""),
+    "linear_cross_entropy": op("linear_cross_entropy", "N K, V K, N<V", ""),
+}
+
+
+class Call(NamedTuple):
+    ours: Callable
+    ref: Callable
+    inputs: list[Tensor | None]
+    grads: list[Tensor]
+
+
+@st.composite
+def calls(draw: Callable, op: Op, dtypes: list[torch.dtype] = DTYPES) -> Call:
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from(dtypes))
+    size = functools.cache(lambda letter: draw(SIZES[letter]))
+
+    def tensor(spec: str) -> Tensor | None:
+        if "<" in spec:
+            return some_ids(*map(size, spec.split("<")))
+        if "?" in spec and draw(st.booleans()):
+            return None
+        dims = spec.strip("?").split()
+        shape = [math.prod(int(c) if c.isdigit() else size(c) for c in dim) for dim in dims]
+        return LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](randn(*shape, dtype=dtype))
+
+    inputs = [tensor(spec) for spec in op.inputs.split(", ")]
+    if op.outputs:
+        grads = [tensor(spec) for spec in op.outputs.split(", ")]
+    else:  # a loss
+        grads = [torch.randn((), device=DEVICE)]
+    options = {
+        name: size(option) if isinstance(option, str) else draw(option)
+        for name, option in op.options.items()
+    }
+    ours, ref = (functools.partial(f, **options) for f in (op.ours, op.ref))
+    return Call(ours, ref, inputs, grads)
+
+
+def some_ids(N: int, V: int) -> Tensor:
+    """Targets, some ignored but never all: the mean loss of none is NaN."""
+    ids = torch.randint(V, (N,), device=DEVICE)
+    ids[1:][torch.rand(N - 1, device=DEVICE) < 0.3] = -1
+    return ids
+
+
+def for_any(few: int) -> Callable:
+    """Run a test with drawn `data`, `few` times in CI."""
+    limits = hypothesis.settings(
+        max_examples=20 * few if DEEP else few,
+        derandomize=not DEEP,
+        database=None,
+        print_blob=True,
+        deadline=None,  # the first launch of a kernel compiles it
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    return lambda test: limits(hypothesis.given(data=st.data())(test))
+
+
+class Graph:
+    """A call on the kernels in which the inputs numbered `need` need a gradient."""
+
+    def __init__(self, call: Call, need: Collection[int]):
+        self.leaves = [t if t is None else t.detach() for t in call.inputs]
+        self.needed = [self.leaves[i].requires_grad_() for i in sorted(need)]
+        with use_backend("triton"):
+            out = call.ours(*self.leaves)
+        self.outputs = list(out) if isinstance(out, tuple) else [out]
+        self.incoming = call.grads
+
+    def gradients(self, **options: bool) -> list[Tensor]:
+        return torch.autograd.grad(self.outputs, self.needed, self.incoming, **options)
+
+
+def floating(call: Call) -> list[int]:
+    return [i for i, t in enumerate(call.inputs) if t is not None and t.is_floating_point()]
+
+
+def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", OPS)
+@for_any(6)
+def test_as_accurate_as_eager(name, data):
+    call = data.draw(calls(OPS[name]))
+    assert_as_accurate(call.ours, call.ref, *call.inputs, grads=call.grads)
+
+
+@pytest.mark.parametrize("name", OPS)
+@for_any(2)
+def test_inputs_without_a_gradient_change_nothing(name, data):
+    """As when weights are frozen: outputs and the other gradients keep their bits."""
+    call = data.draw(calls(OPS[name]))
+    everything = set(floating(call))
+    full = Graph(call, everything)
+    expected = dict(zip(sorted(everything), full.gradients(), strict=True))
+    some = data.draw(st.sets(st.sampled_from(sorted(everything)), min_size=1))
+    for need in (some, *(everything - {i} for i in everything)):
+        part = Graph(call, need)
+        assert_same_bits(part.outputs, full.outputs)
+        if need:
+            assert_same_bits(part.gradients(), [expected[i] for i in sorted(need)])
+        else:
+            assert not any(t.requires_grad for t in part.outputs)
+
+
+@pytest.mark.parametrize("name", OPS)
+@for_any(2)
+def test_a_graph_gives_the_same_bits_again_and_no_second_derivative(name, data):
+    call = data.draw(calls(OPS[name]))
+    graph = Graph(call, floating(call))
+    assert_same_bits(graph.gradients(retain_graph=True), graph.gradients(retain_graph=True))
+    with pytest.raises(RuntimeError, match="only once"):
+        graph.gradients(create_graph=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+@for_any(2)
+def test_samples_in_another_order(name, data):
+    """Outputs and gradients follow; what belongs to all of the batch, as a weight's, stays."""
+    call = data.draw(calls(OPS[name], [torch.float32]))
+    batch = OPS[name].inputs[0]  # the letter of the dimension that counts samples
+    of_batch = [spec[0] == batch for spec in OPS[name].inputs.split(", ")]
+    order = torch.randperm(call.inputs[0].shape[0], device=DEVICE)
+    inputs = [t[order] if yes else t for t, yes in zip(call.inputs, of_batch, strict=True)]
+    grads = [g[order] if g.dim() else g for g in call.grads]
+
+    need = floating(call)
+    given = Graph(call, need)
+    shuffled = Graph(call._replace(inputs=inputs, grads=grads), need)
+    expected = [t[order] if t.dim() else t for t in given.outputs]
+    expected += [
+        g[order] if of_batch[i] else g for i, g in zip(need, given.gradients(), strict=True)
+    ]
+    ours = shuffled.outputs + list(shuffled.gradients())
+    for a, b in zip(ours, expected, strict=True):
+        # sums over the batch are added up in another order
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@for_any(5)
+def test_no_token_depends_on_a_later_one(name, data):
+    """The past's outputs do not change with the future; the future gets no gradient from them."""
+    call = data.draw(calls(ATTENTION[name]))
+    past = data.draw(st.integers(1, call.grads[0].shape[-2]))
+    inputs, grads = ([t.clone() for t in tensors] for tensors in (call.inputs, call.grads))
+    for t in inputs:
+        t[..., past:, :] = 7
+    grads[0][..., past:, :] = 0
+
+    given = Graph(call._replace(grads=grads), floating(call))
+    changed = Graph(call._replace(inputs=inputs), [])
+    assert torch.equal(given.outputs[0][..., :past, :], changed.outputs[0][..., :past, :])
+    assert all(g[..., past:, :].count_nonzero() == 0 for g in given.gradients())
+
+
+ROUNDINGS = 16  # of the largest shifted element: its own, and those of the sums it enters
+
+
+@for_any(10)
+def test_cross_entropy_of_shifted_rows(data):
+    """softmax(x + c) = softmax(x)"""
+    call = data.draw(calls(OPS["cross_entropy"], [torch.float32]))
+    x, targets = call.inputs
+    shifted = x + 100 * randn(x.shape[0], 1)
+    a, b = (Graph(call._replace(inputs=[t, targets]), [0]) for t in (x, shifted))
+    atol = ROUNDINGS * torch.finfo(x.dtype).eps * shifted.abs().max().item()
+    torch.testing.assert_close(a.outputs, b.outputs, rtol=0, atol=atol)
+    (da,), (db,), scale = a.gradients(), b.gradients(), call.grads[0].abs().item()
+    torch.testing.assert_close(da, db, rtol=0, atol=atol * scale)
+
+
+@for_any(10)
+def test_layer_norm_of_shifted_rows(data):
+    """x + c - mean(x + c) = x - mean(x)"""
+    call = data.draw(calls(OPS["layer_norm"], [torch.float32]))
+    x, weight, bias = call.inputs
+    shifted = x + 100 * randn(*x.shape[:-1], 1)
+    a, b = (Graph(call._replace(inputs=[t, weight, bias]), []) for t in (x, shifted))
+    variance = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
+    eps = ROUNDINGS * torch.finfo(x.dtype).eps
+    largest = shifted.abs().amax(-1, keepdim=True)
+    allowed = eps * largest * (variance + 1e-5).rsqrt() * weight.abs()
+    assert ((a.outputs[0] - b.outputs[0]).abs() <= allowed).all()
