@@ -34,13 +34,15 @@ SIZES = {  # a letter each, as in the docstrings of ops.py
     "K": st.integers(1, 100),
     "N": st.integers(1, 150),
     "V": st.integers(1, 300),
+    # fewer could all be guessed right: a loss near 0 keeps the roundings of the logits it is from
+    "R": st.integers(8, 150),
 }
 
 
 class Op(NamedTuple):
     ours: Callable
     ref: Callable
-    inputs: str  # their shapes: "3HD" is a product, "C?" may be None, "N<V" are N ids below V
+    inputs: str  # their shapes: "3HD" is a product, "C?" may be None, "R<V" are R ids below V
     outputs: str
     options: dict[str, Any]  # keyword -> a strategy, or the letter of a size
 
@@ -66,9 +68,14 @@ OPS = {
         )
     },
     **ATTENTION,
-    "cross_entropy": op("cross_entropy", "N V, N<V", ""),
-    "linear_cross_entropy": op("linear_cross_entropy", "N K, V K, N<V", ""),
+    "cross_entropy": op("cross_entropy", "R V, R<V", ""),
+    "linear_cross_entropy": op("linear_cross_entropy", "R K, V K, R<V", ""),
 }
+
+
+def batch_of(op: Op) -> str:
+    """The letter of the dimension that counts samples; a weight's shape begins with another."""
+    return op.inputs[0]
 
 
 class Call(NamedTuple):
@@ -91,7 +98,10 @@ def calls(draw: Callable, op: Op, dtypes: list[torch.dtype] = DTYPES) -> Call:
             return None
         dims = spec.strip("?").split()
         shape = [math.prod(int(c) if c.isdigit() else size(c) for c in dim) for dim in dims]
-        return LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](randn(*shape, dtype=dtype))
+        # a weight's products are then about N(0, 1): where GELU and softmax bend
+        scale = shape[-1] ** -0.5 if dims[-1] in "KN" and spec[0] != batch_of(op) else 1.0
+        t = randn(*shape, dtype=dtype, scale=scale)
+        return LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](t)
 
     inputs = [tensor(spec) for spec in op.inputs.split(", ")]
     if op.outputs:
@@ -106,10 +116,10 @@ def calls(draw: Callable, op: Op, dtypes: list[torch.dtype] = DTYPES) -> Call:
     return Call(ours, ref, inputs, grads)
 
 
-def some_ids(N: int, V: int) -> Tensor:
+def some_ids(R: int, V: int) -> Tensor:
     """Targets, some ignored but never all: the mean loss of none is NaN."""
-    ids = torch.randint(V, (N,), device=DEVICE)
-    ids[1:][torch.rand(N - 1, device=DEVICE) < 0.3] = -1
+    ids = torch.randint(V, (R,), device=DEVICE)
+    ids[1:][torch.rand(R - 1, device=DEVICE) < 0.3] = -1
     return ids
 
 
@@ -153,7 +163,8 @@ def assert_same_bits(ours: list[Tensor], theirs: list[Tensor]) -> None:
 @for_any(6)
 def test_as_accurate_as_eager(name, data):
     call = data.draw(calls(OPS[name]))
-    assert_as_accurate(call.ours, call.ref, *call.inputs, grads=call.grads)
+    # a search finds the cases, of an element or two, in which eager is exact by luck: hence the 4
+    assert_as_accurate(call.ours, call.ref, *call.inputs, grads=call.grads, budget=4)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -189,8 +200,7 @@ def test_a_graph_gives_the_same_bits_again_and_no_second_derivative(name, data):
 def test_samples_in_another_order(name, data):
     """Outputs and gradients follow; what belongs to all of the batch, as a weight's, stays."""
     call = data.draw(calls(OPS[name], [torch.float32]))
-    batch = OPS[name].inputs[0]  # the letter of the dimension that counts samples
-    of_batch = [spec[0] == batch for spec in OPS[name].inputs.split(", ")]
+    of_batch = [spec[0] == batch_of(OPS[name]) for spec in OPS[name].inputs.split(", ")]
     order = torch.randperm(call.inputs[0].shape[0], device=DEVICE)
     inputs = [t[order] if yes else t for t, yes in zip(call.inputs, of_batch, strict=True)]
     grads = [g[order] if g.dim() else g for g in call.grads]
