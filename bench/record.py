@@ -10,7 +10,7 @@
     rows         one per variant (and op, and direction): "variant" and either "problem", why it has
                  no time, or "seconds", a list with one sample per round, and what follows from it
 
-Records lie in bench/results/<device>/ and are only ever added to. Everything shown anywhere (tables,
+Records lie in bench/results/<device>/ and are only ever added to. What is shown (tables,
 pictures, the README) is computed from them.
 """
 
