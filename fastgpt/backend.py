@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastgpt import tables
 
@@ -21,7 +22,8 @@ MODES = ("auto", "triton", "torch")
 
 # Every op's implementations besides "torch" (reference.py). "triton" is always our own kernel;
 # "cublas" is PyTorch's GEMM followed by our elementwise kernels; "cudnn" and "flash" are SDPA held
-# to one of its own backends, "flash-attn" is the package of that name.
+# to one of its own backends, "flash-attn" is the package of that name. "aten" is PyTorch's ops
+# under a backward of our own, which is what there is to win on a CPU; "block" is the fused path.
 KERNELS: Mapping[str, tuple[str, ...]] = {
     "layer_norm": ("triton",),
     "add_layer_norm": ("triton",),
@@ -30,6 +32,9 @@ KERNELS: Mapping[str, tuple[str, ...]] = {
     "causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
     "packed_causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
     "cross_entropy": ("triton",),
+    "linear_cross_entropy": ("triton", "aten"),
+    "block": ("triton", "aten"),
+    "adamw": ("triton",),
 }
 
 WhyNot = Callable[[str, str, tuple[Tensor, ...], Mapping[str, Any]], str | None]
@@ -105,15 +110,13 @@ def explain(
     """What `choose` will do and why. RuntimeError in mode "triton" where no kernel can run."""
     if _mode == "torch":
         return Choice("torch", "the backend is set to torch")
-    if _mode == "auto":
-        device = tensors[0].device
-        if device.type != "cuda":
-            return Choice("torch", f"tensors are on {device.type}, the kernels need CUDA")
-        if torch.compiler.is_compiling() and op not in _overrides:
-            return Choice("torch", "torch.compile fuses PyTorch's own ops")
+    if _mode == "auto" and torch.compiler.is_compiling() and op not in _overrides:
+        return Choice("torch", "torch.compile fuses PyTorch's own ops")
     wanted, why = _wanted(op, tensors[0])
     if wanted == "torch":
         return Choice("torch", why)
+    if _mode == "auto" and not tensors[0].is_cuda and wanted != "aten":
+        return Choice("torch", _needs_cuda(tensors[0]))
     problem = _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
     if problem is None:
         return Choice(wanted, why)
@@ -125,6 +128,9 @@ def explain(
 def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
     if op in _overrides:
         return _overrides[op], "asked for by use_backend"
+    if _mode == "auto" and not tensor.is_cuda:
+        aten = tensor.device.type == "cpu" and op in tables.ATEN_ON_CPU
+        return ("aten", "PyTorch's ops, our backward") if aten else ("torch", _needs_cuda(tensor))
     name = "cpu"
     if tensor.is_cuda:  # not get_device_name: torch.compile cannot trace that
         name = torch.cuda.get_device_properties(tensor.device).name
@@ -135,8 +141,12 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
     return choice, source
 
 
+def _needs_cuda(tensor: Tensor) -> str:
+    return f"tensors are on {tensor.device.type}, the kernels need CUDA"
+
+
 def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
-    """What no kernel can take, whatever the op."""
+    """What no kernel can take, whatever the op. No rows are fine, rows of nothing are not."""
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
             return f"{type(t).__name__} is not a plain tensor"
@@ -146,8 +156,12 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
             return f"dtype {t.dtype} is not float32, float16 or bfloat16"
         if t.device != tensors[0].device:
             return f"tensors are on {tensors[0].device} and {t.device}"
+        if t.numel() == 0 and tensors[0].shape[:-1].numel() > 0:
+            return f"an operand is empty: {tuple(t.shape)}"
         if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t):
             return "torch.func transforms need PyTorch's own ops"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation needs PyTorch's own ops"
     return None
 
 

@@ -100,8 +100,7 @@ class _NextLogits:
         """Forward only the columns that are not cached yet."""
         transformer = self.model.transformer
         start, end = self.filled, idx.size(1)
-        pos = torch.arange(start, end, dtype=torch.long, device=idx.device)
-        x = self.model._embed(idx[:, start:]) + transformer.wpe(pos)
+        x, _ = self.model._embed(idx[:, start:], start=start)
         for layer, block in enumerate(transformer.h):
             x = x + self._attend(layer, block.attn, block.ln_1(x))
             x = x + block.mlp(block.ln_2(x))

@@ -9,11 +9,15 @@ import io
 import math
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgpt import backend_report, data, report, use_backend
+from fastgpt.devices import autocast
+from fastgpt.engine import Batch
 from fastgpt.sample import write_sample
 from fastgpt.train import TrainConfig, Trainer, train
 
@@ -67,8 +71,7 @@ def _unigram_loss(vocab_size: int) -> float:
 def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
     """Training steps of fastgpt and of eager PyTorch in turns: a busy machine slows both."""
     ours, eager = _quiet_trainer(config), _quiet_trainer(config)
-    eager.model.config.return_logits = True
-    eager.optimizer = torch.optim.AdamW(eager.model.parameters())
+    eager.engine = _nanogpts_step(eager)
     tokens = steps * config.batch_size * config.block_size
     rates: dict[str, list[float]] = {"auto": [], "torch": []}
     end = time.perf_counter() + seconds
@@ -88,6 +91,23 @@ def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
         f"training on {device}: fastgpt {statistics.median(fast):,.0f} tok/s (its ops ran: {ran}), "
         f"eager PyTorch {statistics.median(plain):,.0f} tok/s; turn by turn {ratio:.2f}x"
     )
+
+
+def _nanogpts_step(trainer: Trainer) -> Callable[[Sequence[Batch]], Tensor]:
+    model, optimizer = trainer.model, torch.optim.AdamW(trainer.model.parameters())
+    model.config.return_logits = True
+
+    def step(batches: Sequence[Batch]) -> Tensor:
+        ((x, y),) = batches
+        with autocast(trainer.device, trainer.dtype):
+            _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
 
 
 def _quiet_trainer(config: TrainConfig) -> Trainer:

@@ -1,22 +1,22 @@
 """nanoGPT's GPT: the same names, shapes, initial bits, losses and samples, on the ops of ops.py.
 
 Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What differs is marked by a
-call to `ops`, and by `_untouched`: a fused op skips the forward of the modules whose weights it
-takes, so it steps aside when one of them was hooked, replaced, parametrised or sharded.
+call to `ops`, or to `path`, the fused training path (fused.py). A fused op skips the forward of the
+modules whose weights it takes, so it asks whether they are `untouched`, and steps aside where one
+was hooked, replaced, parametrised or sharded.
 """
 
-import inspect
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from numbers import Integral
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch.utils.checkpoint import checkpoint as computed_again
 
-from fastgpt import checkpoint, decode, devices, init, ops
+from fastgpt import checkpoint, checks, decode, devices, fused, init, ops
+from fastgpt.untouched import FORWARDS, plain_lookup, untouched
 
 
 class LayerNorm(nn.Module):
@@ -60,7 +60,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
-        if _untouched(fc, nn.Linear) and _untouched(gelu, nn.GELU) and _untouched(proj, nn.Linear):
+        if untouched(fc, nn.Linear) and untouched(gelu, nn.GELU) and untouched(proj, nn.Linear):
             x = ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, gelu.approximate)
         else:
             x = proj(gelu(fc(x)))
@@ -77,12 +77,31 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         delta = self.attn(self.ln_1(x))
-        if _untouched(self.ln_2, LayerNorm):
+        if untouched(self.ln_2, LayerNorm):
             normed, x = ops.add_layer_norm(delta, x, self.ln_2.weight, self.ln_2.bias)
         else:
             x = x + delta
             normed = self.ln_2(x)
         return x + self.mlp(normed)
+
+    def weights(self, settings: fused.Settings) -> fused.Weights | None:
+        """What the fused path reads, or None where running the modules might do something else."""
+        attn, mlp = self.attn, self.mlp
+        norms, dropouts = (self.ln_1, self.ln_2), (attn.resid_dropout, mlp.dropout)
+        linears = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+        as_built = [(self, Block), (attn, CausalSelfAttention), (mlp, MLP), (mlp.gelu, nn.GELU)]
+        for kind, modules in ((LayerNorm, norms), (nn.Linear, linears), (nn.Dropout, dropouts)):
+            as_built += [(m, kind) for m in modules]
+        if not all(untouched(m, kind) for m, kind in as_built):
+            return None
+        rates = {m.p if m.training else 0.0 for m in dropouts}
+        rates.add(attn.dropout if attn.training else 0.0)
+        tanh = mlp.gelu.approximate == "tanh"
+        if rates != {settings.dropout_p} or (attn.n_head, tanh) != settings[:2]:
+            return None
+        layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
+        tensors: Any = (t for layer in layers for t in (layer.weight, layer.bias))
+        return fused.Weights(*tensors)
 
 
 @dataclass
@@ -100,6 +119,7 @@ class GPTConfig:
     gelu: str = "none"  # exact; "tanh" is what OpenAI's weights were trained with
     residual_init: float | str = "0.02/sqrt(2*n_layer)"  # see init.py for the schemes
     linear_init: float | str = 0.02
+    checkpoint_blocks: bool = False  # compute a block again in the backward, instead of storing it
 
 
 class GPT(nn.Module):
@@ -107,7 +127,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        _check_config(config)
+        checks.check_config(config, GPTConfig)
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
@@ -139,21 +159,30 @@ class GPT(nn.Module):
         init.init_module(module, 0.02 if tied else init.linear_std(self.config))
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None
+        self, idx: Tensor, targets: Tensor | None = None, *, low: fused.Low | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and loss of token ids idx (B, T), int64 or int32.
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets (B, T) int64:
         logits (B, T, V), or None under `return_logits=False`, and the mean cross entropy over the
-        targets other than -1, an fp32 scalar.
+        targets other than -1, an fp32 scalar. `low` is for engine.py: a weight as matmuls read it.
         """
-        _check_tokens(idx, self.config.block_size)
-        T = idx.size(1)
-        pos = torch.arange(0, T, dtype=torch.long, device=idx.device)
-        x = self.transformer.drop(self._embed(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        checks.check_tokens(idx, self.config.block_size)
+        cfg, T, p = self.config, idx.size(1), self.config.dropout if self.training else 0.0
+        path = fused.path(next(self.parameters()), cfg.n_head, T, cfg.gelu == "tanh", p, low)
+        x, head_weight = self._embed(idx, path)  # (B, T, C)
+        x, delta = self.transformer.drop(x), None  # the residual stream is x + delta
         for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
+            weights = block.weights(path.settings) if path else None
+            if path and weights and path.takes(x, *weights):
+                delta, x = self._stored_or_not(path.block, delta, x, weights)
+            else:
+                x, delta = self._stored_or_not(block, x if delta is None else x + delta), None
+        ln_f = self.transformer.ln_f
+        if path and untouched(ln_f, LayerNorm) and path.takes(x, ln_f.weight, ln_f.bias):
+            x = path.norm(delta, x, ln_f.weight, ln_f.bias)
+        else:
+            x = ln_f(x if delta is None else x + delta)
 
         if targets is None:
             if T == 0:
@@ -161,25 +190,53 @@ class GPT(nn.Module):
                     f"idx {tuple(idx.shape)} has no last position; give at least one token"
                 )
             return self.lm_head(x[:, [-1], :]), None
-        targets = targets.reshape(-1)
-        head = self.lm_head
-        if not self.config.return_logits and _untouched(head, nn.Linear) and head.bias is None:
-            rows = x.view(-1, x.size(-1))
-            return None, ops.linear_cross_entropy(rows, head.weight, targets)
-        logits = self.lm_head(x)
-        loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
-        return (logits if self.config.return_logits else None), loss
+        return self._loss(path, x, head_weight, targets.reshape(-1))
 
-    def _embed(self, idx: Tensor) -> Tensor:
+    def _embed(
+        self, idx: Tensor, path: fused.Path | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token plus position embeddings (B, T, C) from position `start`; and the weight that the
+        head is to read, None for its own.
+        """
+        wte, wpe = self.transformer.wte, self.transformer.wpe
         try:
-            return self.transformer.wte(idx)
+            if path and self._tied_and_plain() and path.takes(wte.weight, wpe.weight):
+                return path.embed(idx, wte.weight, wpe.weight)
+            pos = torch.arange(start, start + idx.size(1), device=idx.device)
+            return wte(idx) + wpe(pos), None
         except IndexError:  # raised on a CPU; a GPU asserts on the device
-            V = self.transformer.wte.num_embeddings
-            low, high = idx.min().item(), idx.max().item()
+            V, low, high = wte.num_embeddings, idx.min().item(), idx.max().item()
             raise IndexError(
                 f"idx holds ids from {low} to {high}, but vocab_size={V} allows 0 to {V - 1}; "
                 "check that the data and the model use the same tokenizer"
             ) from None
+
+    def _tied_and_plain(self) -> bool:
+        """Whether the embeddings and the head are lookups and a matmul, on one weight."""
+        wte, wpe, head = self.transformer.wte, self.transformer.wpe, self.lm_head
+        return (
+            all(plain_lookup(m) for m in (wte, wpe))
+            and (untouched(head, nn.Linear) and head.bias is None)
+            and head.weight is wte.weight
+        )
+
+    def _loss(
+        self, path: fused.Path | None, x: Tensor, head_weight: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """x (B, T, C), targets (B*T,) -> logits or None, loss."""
+        head, returned = self.lm_head, self.config.return_logits
+        if not returned and untouched(head, nn.Linear) and head.bias is None:
+            if path and head_weight is not None:
+                return None, path.loss(x, head_weight, head.weight, targets)
+            return None, ops.linear_cross_entropy(x.view(-1, x.size(-1)), head.weight, targets)
+        logits = head(x) if head_weight is None else F.linear(x, head_weight)
+        loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
+        return (logits if returned else None), loss
+
+    def _stored_or_not(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.config.checkpoint_blocks and torch.is_grad_enabled():
+            return computed_again(function, *args, use_reentrant=False)
+        return function(*args)
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first `block_size` positions of a checkpoint with longer contexts."""
@@ -218,10 +275,9 @@ class GPT(nn.Module):
         for name, group in (("decayed", decay), ("non-decayed", no_decay)):
             count = sum(p.numel() for p in group)
             print(f"num {name} parameter tensors: {len(group)}, with {count:,} parameters")
-        fused = device_type == "cuda" and "fused" in inspect.signature(torch.optim.AdamW).parameters
+        fused = device_type in ("cuda", "cpu")  # exact on both, and several times faster
         print(f"using fused AdamW: {fused}")
-        extra = dict(fused=True) if fused else {}
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, **extra)  # type: ignore[arg-type]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
 
     def estimate_mfu(
         self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None
@@ -275,24 +331,7 @@ class GPT(nn.Module):
         return decode.stream(self, idx, max_new_tokens, sampling, stop_token, cacheable)
 
 
-# as imported: forks put another class, or another forward, under these names
-_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward
-    for kind in (nn.Linear, nn.GELU, nn.Dropout, LayerNorm, CausalSelfAttention, Block, GPT)
-}
-
-
-def _untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` would do what class `kind` does on its weights, and nothing else."""
-    return (
-        type(module) is kind
-        and kind.forward is _FORWARDS.get(kind)
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
-        and not (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
-    )
+FORWARDS |= {kind: kind.forward for kind in (LayerNorm, CausalSelfAttention, MLP, Block, GPT)}
 
 
 def _forwards_untouched(model: GPT) -> bool:
@@ -303,43 +342,9 @@ def _forwards_untouched(model: GPT) -> bool:
     draws = draws or any(block.attn.training and block.attn.dropout > 0 for block in blocks)
     return (
         not draws
-        and _untouched(model, GPT)
-        and _untouched(model.transformer.drop, nn.Dropout)
-        and all(_untouched(block, Block) for block in blocks)
-        and all(_untouched(block.attn, CausalSelfAttention) for block in blocks)
-        and all(_untouched(block.attn.resid_dropout, nn.Dropout) for block in blocks)
+        and untouched(model, GPT)
+        and untouched(model.transformer.drop, nn.Dropout)
+        and all(untouched(block, Block) for block in blocks)
+        and all(untouched(block.attn, CausalSelfAttention) for block in blocks)
+        and all(untouched(block.attn.resid_dropout, nn.Dropout) for block in blocks)
     )
-
-
-def _check_config(config: GPTConfig) -> None:
-    for ours in fields(GPTConfig):  # nanoGPT's own GPTConfig, or a fork's, lacks what is ours
-        if not hasattr(config, ours.name):
-            setattr(config, ours.name, ours.default)
-    for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        value = getattr(config, field)
-        if not isinstance(value, Integral) or value < 1:  # numpy's integers are none of int
-            raise ValueError(f"{field}={value!r} must be a positive integer")
-    if config.n_embd % config.n_head:
-        raise ValueError(
-            f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "
-            f"try n_embd={math.ceil(config.n_embd / config.n_head) * config.n_head}"
-        )
-    if config.gelu not in ("none", "tanh"):
-        raise ValueError(f"unknown gelu={config.gelu!r}; use 'none' (exact) or 'tanh'")
-    init.linear_std(config), init.residual_std(config)  # raise on an unknown scheme
-
-
-def _check_tokens(idx: Tensor, block_size: int) -> None:
-    if idx.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()"
-        )
-    if idx.dim() != 2:
-        raise ValueError(
-            f"idx must be (B, T), got shape {tuple(idx.shape)}; add a batch with idx[None]"
-        )
-    if idx.size(1) > block_size:
-        raise ValueError(
-            f"idx has T={idx.size(1)} tokens, block_size is {block_size}; crop it with "
-            "idx[:, -block_size:] or build the model with a larger block_size"
-        )

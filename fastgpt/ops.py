@@ -8,13 +8,14 @@ autocast, matmuls and attention run in the low precision, LayerNorm and the loss
 PyTorch's own do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt import backend, reference
+from fastgpt.fused_head import LinearCrossEntropy
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -23,6 +24,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     x (..., C), weight and bias (C,) -> (..., C) in x's dtype; statistics in fp32. Equals
     F.layer_norm.
     """
+    _check_tensors(x=x, weight=weight, bias=bias)
     C = _width("x", x)
     _check_shape("weight", weight, C)
     _check_shape("bias", bias, C)
@@ -38,6 +40,7 @@ def add_layer_norm(
     rounded to the promoted dtype of its terms before it is normalised, as the two separate ops
     would.
     """
+    _check_tensors(delta=delta, residual=residual, weight=weight, bias=bias)
     C = _width("delta", delta)
     _check_shape("residual", residual, *delta.shape)
     _check_shape("weight", weight, C)
@@ -60,6 +63,7 @@ def linear_gelu(
     backward, or compute it again there (`recompute`); dGELU and the bias gradient are one pass.
     """
     _check_approximate(approximate)
+    _check_tensors(x=x, weight=weight, bias=bias)
     _check_shape("weight", weight, weight.shape[0], _width("x", x))
     _check_shape("bias", bias, weight.shape[0])
     x, weight, bias = _autocast(x, weight, bias)
@@ -85,6 +89,9 @@ def mlp(
     x and the pre-activation, with `recompute` x alone; the activation itself is never stored.
     """
     _check_approximate(approximate)
+    _check_tensors(
+        x=x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias
+    )
     _check_shape("fc_weight", fc_weight, fc_weight.shape[0], _width("x", x))
     _check_shape("fc_bias", fc_bias, fc_weight.shape[0])
     _check_shape("proj_weight", proj_weight, proj_weight.shape[0], fc_weight.shape[0])
@@ -107,6 +114,7 @@ def causal_attention(
     F.scaled_dot_product_attention(is_causal=True).
     """
     _check_dropout(dropout_p)
+    _check_tensors(q=q, k=k, v=v)
     if q.dim() != 4:
         raise ValueError(f"q is {tuple(q.shape)}, it must be (B, H, T, D)")
     q, k, v = _autocast(q, k, v)
@@ -121,6 +129,7 @@ def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) ->
     gradient is one (B, T, 3C) tensor, written in place by the backward kernels.
     """
     _check_dropout(dropout_p)
+    _check_tensors(qkv=qkv)
     if n_head < 1 or qkv.dim() != 3 or qkv.shape[-1] % (3 * n_head):
         raise ValueError(
             f"qkv is {tuple(qkv.shape)}, it must be (B, T, 3C) with C a multiple of n_head={n_head}"
@@ -139,31 +148,57 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     is NaN and the gradient 0. A target outside [0, V) raises IndexError on a CPU; on CUDA it is
     never read out of bounds.
     """
+    _check_tensors(logits=logits, targets=targets)
     if logits.dim() != 2:
         raise ValueError(f"logits are {tuple(logits.shape)}, they must be (N, V)")
-    _check_shape("targets", targets, logits.shape[0])
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
+    _check_targets(targets, logits.shape[0])
     picked = _pick("cross_entropy", logits, targets)
     try:
         return picked.cross_entropy(logits, targets, ignore_index)
-    except IndexError as error:  # PyTorch says which target, but not what would be right
-        V = logits.shape[-1]
-        raise IndexError(
-            f"{error} Targets must lie in [0, {V}), the vocabulary, or be "
-            f"ignore_index={ignore_index}"
-        ) from None
+    except IndexError as error:
+        raise _explained(error, logits.shape[-1], ignore_index) from None
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
 ) -> Tensor:
-    """cross_entropy(x @ weight.T, targets): x (N, C), weight (V, C), targets (N,) -> fp32."""
+    """cross_entropy(x @ weight.T, targets), with the logits never kept.
+
+    x (N, C), weight (V, C), targets (N,) int64 -> fp32 scalar. The logits exist once, in x's dtype,
+    or in chunks where they would take more than 2 GiB, and become their own gradient in one pass;
+    softmax, loss and the accumulated weight gradient are fp32. All other is as in cross_entropy.
+    """
+    _check_tensors(x=x, weight=weight, targets=targets)
     if x.dim() != 2:
         raise ValueError(f"x is {tuple(x.shape)}, it must be (N, C)")
     _check_shape("weight", weight, weight.shape[0], x.shape[1])
-    x, weight = _autocast(x, weight)
-    return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
+    _check_targets(targets, x.shape[0])
+    op = "linear_cross_entropy"
+    implementation = backend.choose(op, why_not, (x, weight, targets), {})
+    if implementation == "torch":
+        return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
+    (x,) = _autocast(x)
+    in_place = _load(op, implementation).cross_entropy_
+    return in_place_loss(in_place, x, weight, weight.detach().to(x.dtype), targets, ignore_index)
+
+
+def in_place_loss(
+    cross_entropy_: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """linear_cross_entropy of checked inputs, by one of the in-place implementations.
+
+    `low` is weight in x's dtype, as the matmuls read it.
+    """
+    apply = LinearCrossEntropy.apply
+    try:
+        return apply(cross_entropy_, x, weight, low, targets, ignore_index)
+    except IndexError as error:
+        raise _explained(error, weight.shape[0], ignore_index) from None
 
 
 def _pick(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
@@ -181,6 +216,8 @@ def _load(op: str, implementation: str) -> Any:
         module = getattr(sdpa, implementation)
     elif implementation == "flash-attn":
         from fastgpt import flash_attn as module
+    elif implementation == "aten":
+        from fastgpt import aten as module
     elif implementation == "cublas":
         from fastgpt.kernels import gelu_mlp as module
     elif implementation == "triton":
@@ -188,7 +225,9 @@ def _load(op: str, implementation: str) -> Any:
             from fastgpt.kernels import layer_norm as module
         elif "attention" in op:
             from fastgpt.kernels import attention as module
-        elif op == "cross_entropy":
+        elif op == "adamw":
+            from fastgpt.kernels import adamw as module
+        elif "cross_entropy" in op:
             from fastgpt.kernels import cross_entropy as module
         else:
             from fastgpt.kernels import gemm_gelu as module
@@ -225,10 +264,41 @@ def _width(name: str, t: Tensor) -> int:
     return t.shape[-1]
 
 
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """What PyTorch would refuse obscurely, or not at all: its linear on a CPU takes a weight on the
+    meta device and returns noise.
+    """
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, home = next(iter(given.items()))
+    for name, t in given.items():
+        if t.is_nested and t.layout == torch.strided:
+            raise TypeError(f"{name} is a nested tensor; convert with .to_padded_tensor(0.0)")
+        if name != "targets" and not t.is_floating_point():
+            raise TypeError(
+                f"{name} is {t.dtype}, it must be floating point; convert with .float()"
+            )
+        if t.device != home.device:
+            raise RuntimeError(
+                f"{name} is on {t.device}, {first} is on {home.device}; move them with .to()"
+            )
+
+
 def _check_shape(name: str, t: Tensor | None, *expected: int) -> None:
     """A kernel trusts its shapes: a wrong one would be read out of bounds."""
     if t is not None and t.shape != expected:
         raise ValueError(f"{name} is {tuple(t.shape)}, it must be {expected} to fit the others")
+
+
+def _check_targets(targets: Tensor, N: int) -> None:
+    _check_shape("targets", targets, N)
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
+
+
+def _explained(error: IndexError, V: int, ignore_index: int) -> IndexError:
+    """PyTorch says which target is wrong, but not what would be right."""
+    allowed = f"Targets must lie in [0, {V}), the vocabulary, or be ignore_index={ignore_index}"
+    return IndexError(f"{error} {allowed}")
 
 
 def _check_approximate(approximate: str) -> None:

@@ -1,12 +1,18 @@
-"""Causal attention by PyTorch's SDPA, held to one of its own backends on CUDA.
+"""Causal attention by PyTorch's SDPA, held to one of its own backends.
 
-Left to itself SDPA picks one ("torch"). These are for a device where a measurement says which wins.
+Left to itself SDPA picks one ("torch"). These are for a device where a measurement says which wins,
+and for the fused path (fused.py), which calls a backend's forward and backward itself: it then
+reads q, k and v by strides from one (B, T, 3C) tensor, with nothing of autograd in between.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import reference
+
+aten = torch.ops.aten
+State = tuple[Tensor | None, ...]  # what a backward needs besides its inputs: lse, RNG state
 
 
 class _Sdpa:
@@ -41,6 +47,72 @@ class _Sdpa:
         with sdpa_kernel(self.backend):
             return reference.packed_causal_attention(qkv, n_head, dropout_p)
 
+    def packed_forward(self, qkv: Tensor, n_head: int, dropout_p: float) -> tuple[Tensor, State]:
+        """qkv (B, T, 3C) -> y (B, T, C), state."""
+        B, T, C3 = qkv.shape
+        o, state = self._forward(*reference.split_heads(qkv, n_head), dropout_p)
+        return o.transpose(1, 2).reshape(B, T, C3 // 3), state
+
+    def packed_backward(
+        self, dy: Tensor, qkv: Tensor, y: Tensor, state: State, n_head: int, dropout_p: float
+    ) -> Tensor:
+        """-> dqkv (B, T, 3C). SDPA allocates dq, dk and dv itself: they are copied into it."""
+        q, k, v = reference.split_heads(qkv, n_head)
+        do, o = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (dy, y))
+        dqkv = torch.empty_like(qkv)
+        grads = self._backward(do, q, k, v, o, state, dropout_p)
+        for part, grad in zip(reference.split_heads(dqkv, n_head), grads, strict=True):
+            part.copy_(grad)
+        return dqkv
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> tuple[Tensor, State]:
+        if self.backend is SDPBackend.CUDNN_ATTENTION:
+            o, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, p, True, False
+            )
+        else:
+            o, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+                q, k, v, p, True, False
+            )
+        return o, (lse, seed, offset)
+
+    def _backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, state: State, p: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lse, seed, offset = state
+        T = q.shape[2]
+        if self.backend is SDPBackend.CUDNN_ATTENTION:
+            return aten._scaled_dot_product_cudnn_attention_backward(
+                do, q, k, v, o, lse, seed, offset, None, None, None, T, T, p, True
+            )
+        return aten._scaled_dot_product_flash_attention_backward(
+            do, q, k, v, o, lse, None, None, T, T, p, True, seed, offset
+        )
+
+
+class _Cpu(_Sdpa):
+    """SDPA's flash attention for CPUs; it has no dropout."""
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> tuple[Tensor, State]:
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, p, True)
+        return o, (lse,)
+
+    def _backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, state: State, p: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(do, q, k, v, o, state[0], p, True)
+
 
 cudnn = _Sdpa(SDPBackend.CUDNN_ATTENTION)
 flash = _Sdpa(SDPBackend.FLASH_ATTENTION)
+cpu = _Cpu(SDPBackend.FLASH_ATTENTION)
+
+
+def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
+    """The backend that SDPA itself would run, or None where its backward cannot be called alone."""
+    if not qkv.is_cuda:
+        return cpu if dropout_p == 0 else None
+    q, k, v = reference.split_heads(qkv, n_head)
+    would_run = SDPBackend(torch._fused_sdp_choice(q, k, v, None, dropout_p, True))
+    return {cudnn.backend: cudnn, flash.backend: flash}.get(would_run)

@@ -14,7 +14,12 @@ CONSERVATIVE: dict[str, str] = {
     "causal_attention": "torch",
     "packed_causal_attention": "torch",
     "cross_entropy": "triton",
+    "linear_cross_entropy": "triton",
+    "block": "triton",
+    "adamw": "triton",
 }
+
+ATEN_ON_CPU = ("linear_cross_entropy", "block")  # where it beats PyTorch's autograd on a CPU
 
 MEASURED: dict[str, dict[str, str]] = {}  # torch.cuda.get_device_name() -> op -> implementation
 

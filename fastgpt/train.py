@@ -10,7 +10,7 @@ import math
 import signal
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastgpt import convert, data
 from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
+from fastgpt.engine import Batch, TrainStep
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.progress import Progress
 
@@ -56,6 +57,8 @@ class TrainConfig:
     device: str | None = _setting(None, "cuda, cuda:1, cpu, ...; default: a GPU if there is one")
     seed: int = _setting(1337, "of weights, batches and dropout")
     compile: bool = _setting(False, "torch.compile the model")
+    capture: bool = _setting(False, "replay a CUDA graph, for small batches")
+    checkpoint_blocks: bool = _setting(False, "save memory: compute blocks again in the backward")
     resume: bool = _setting(False, "go on from the checkpoint in --out, with its model")
 
     def __post_init__(self) -> None:
@@ -109,12 +112,16 @@ class Trainer:
         self.data_rng = torch.Generator().manual_seed(config.seed)
         self.model_args = self._model_args(saved)
         # nobody looks at the logits here, and the head needs less memory if it need not return them
-        self.model = GPT(GPTConfig(**self.model_args | {"return_logits": False})).to(self.device)
-        self.forward = torch.compile(self.model) if config.compile else self.model
-        self.optimizer = self.model.configure_optimizers(
-            config.weight_decay, config.lr, (0.9, 0.95), self.device.type
+        memory = {"return_logits": False, "checkpoint_blocks": config.checkpoint_blocks}
+        self.model = GPT(GPTConfig(**self.model_args | memory)).to(self.device)
+        betas, max_norm = (0.9, 0.95), config.grad_clip
+        step = TrainStep(
+            self.model, config.weight_decay, config.lr, betas, max_norm, self.dtype, config.capture
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        if config.compile:
+            step.forward = torch.compile(self.model)
+        self.optimizer, self.scaler = step.optimizer, step.scaler
+        self.engine: Callable[[Sequence[Batch]], Tensor] = step
         self.step = 0
         self.best_val_loss = math.inf
         self.started = time.perf_counter()
@@ -154,21 +161,14 @@ class Trainer:
         cfg, lr, T = self.config, self.learning_rate(), self.model.config.block_size
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=self.device)
-        for _ in range(cfg.grad_accum):
-            x, y = data.random_batch(self.train_ids, cfg.batch_size, T, self.data_rng, self.device)
-            with autocast(self.device, self.dtype):
-                loss = self.forward(x, y)[1] / cfg.grad_accum
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        if cfg.grad_clip > 0:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.engine(
+            [
+                data.random_batch(self.train_ids, cfg.batch_size, T, self.data_rng, self.device)
+                for _ in range(cfg.grad_accum)
+            ]
+        )
         self.step += 1
-        return total
+        return loss
 
     def validate(self) -> float:
         cfg = self.config
@@ -200,6 +200,7 @@ class Trainer:
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.copy_weights()
         self.step, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         if (ours := saved.get("fastgpt")) is None:
             return  # nanoGPT's own: batches and dropout start from our seed

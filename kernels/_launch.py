@@ -107,20 +107,6 @@ def _probe(device: torch.device) -> str | None:
         return f"a test kernel failed: {type(error).__name__}: {error}"
 
 
-def differentiable_once() -> None:
-    """For the first line of a backward: kernels have no derivative of their own, so refuse
-    create_graph.
-
-    PyTorch's once_differentiable notices only incoming gradients that need a gradient themselves;
-    with the constant one of loss.backward(create_graph=True) it would let a wrong constant through.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            "fastgpt's kernels can be differentiated only once, create_graph=True asks for more; "
-            'use fastgpt.use_backend("torch") for higher derivatives'
-        )
-
-
 _library = torch.library.Library("fastgpt", "DEF")
 
 

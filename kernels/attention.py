@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastgpt.kernels import attention_backward, attention_forward
 from fastgpt.kernels._attention import head_and_block, kept_scores
-from fastgpt.kernels._launch import device_problem, differentiable_once, launch, register
+from fastgpt.kernels._autograd import differentiable_once
+from fastgpt.kernels._launch import device_problem, launch, register
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
@@ -194,6 +195,20 @@ def causal_attention(
 
 def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
     return _PackedAttention.apply(qkv, n_head, _seed(dropout_p, qkv), dropout_p)
+
+
+def seeded_forward(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[Tensor, tuple]:
+    """packed_forward with a seed of its own -> y, what seeded_backward needs besides."""
+    seed = _seed(dropout_p, qkv)
+    y, lse = packed_forward(qkv, n_head, seed, dropout_p)
+    return y, (lse, seed)
+
+
+def seeded_backward(
+    dy: Tensor, qkv: Tensor, y: Tensor, state: tuple, n_head: int, dropout_p: float
+) -> Tensor:
+    lse, seed = state
+    return packed_backward(dy, qkv, y, lse, seed, n_head, dropout_p)
 
 
 def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:

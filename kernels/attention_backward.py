@@ -173,13 +173,16 @@ def _config(D: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]
     """Tiles for dk/dv, where BLOCK_N is a multiple of BLOCK_M, and for dq, the other way around.
 
     Chosen so that sm_90 code does not spill (`fastgpt inspect`); above a head dim of 128 only tiles
-    too small for wgmma achieve that. Not measured on any GPU yet.
+    too small for wgmma achieve that. Heads that do not start at multiples of 16 elements are read
+    one element at a time, whose addresses take registers too. Not measured on any GPU yet.
     """
     block_d = max(16, triton.next_power_of_2(D))
     if dtype == torch.float32:
         wide, narrow, warps, stages = 32 if block_d <= 128 else 16, 16, 4, 1
+    elif block_d <= 64:
+        wide, narrow, warps, stages = 128, 64, 8, 2
     elif block_d <= 128:
-        wide, narrow, warps, stages = 128, 64 if block_d <= 64 else 32, 8, 2
+        wide, narrow, warps, stages = (64, 16, 8, 2) if D % 16 else (128, 32, 8, 2)
     else:
         wide, narrow, warps, stages = 32, 32, 8, 1
     shared = dict(BLOCK_D=block_d, num_warps=warps, num_stages=stages)

@@ -4,8 +4,10 @@
     dx  = (exp(x - lse) - onehot(target)) * dloss / count,  and 0 in ignored rows
 
 Both passes read the logits once, in blocks of V, with the softmax in fp32: the forward keeps a
-running maximum and sum, the backward needs only the lse it left. A target that is neither in [0, V)
-nor the ignored index is never used as an address; its row's loss is NaN, so that the mistake shows.
+running maximum and sum, the backward needs only the lse it left. `cross_entropy_` is both at once,
+for logits that nobody reads afterwards: they become their own gradient. A target that is neither in
+[0, V) nor the ignored index is never used as an address; its row's loss is NaN, so that the mistake
+shows.
 """
 
 import torch
@@ -13,7 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import device_problem, differentiable_once, launch, register
+from fastgpt.kernels._autograd import differentiable_once
+from fastgpt.kernels._launch import device_problem, launch, register
+
+
+@triton.jit
+def _logsumexp(x_rows, rows, stride_xv, M, V, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(BLOCK_M,) fp32 of the rows at x_rows, read once."""
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for start in range(0, V, BLOCK_V):
+        cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
+        mask = (rows < M)[:, None] & (cols < V)[None, :]
+        x = tl.load(x_rows[:, None] + cols[None, :] * stride_xv, mask=mask, other=float("-inf"))
+        x = x.to(tl.float32)
+        new_top = tl.maximum(top, tl.max(x, axis=1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+        top = new_top
+    return tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
 
 
 @triton.jit
@@ -26,25 +46,43 @@ def _forward_kernel(
 ):  # fmt: skip
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     x_rows = x_ptr + rows * stride_xm
-    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        mask = (rows < M)[:, None] & (cols < V)[None, :]
-        x = tl.load(x_rows[:, None] + cols[None, :] * stride_xv, mask=mask, other=float("-inf"))
-        x = x.to(tl.float32)
-        new_top = tl.maximum(top, tl.max(x, axis=1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
-        top = new_top
-    lse = tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
-
+    lse = _logsumexp(x_rows, rows, stride_xv, M, V, BLOCK_M, BLOCK_V)
     target = tl.load(target_ptr + rows * stride_t, mask=rows < M, other=ignore_index)
     inside = (target >= 0) & (target < V)
     picked = tl.load(x_rows + target * stride_xv, mask=inside & (rows < M), other=float("nan"))
     loss = tl.where(target == ignore_index, 0.0, lse - picked.to(tl.float32))
     tl.store(loss_ptr + rows, loss, mask=rows < M)
     tl.store(lse_ptr + rows, lse, mask=rows < M)
+
+
+@triton.jit
+def _in_place_kernel(
+    x_ptr, target_ptr,  # in and out: (M, V); in: (M,) int64
+    loss_ptr,           # out: (M,) fp32
+    stride_xm, stride_xv, stride_t,
+    M, V, ignore_index, factor,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    x_rows = x_ptr + rows * stride_xm
+    target = tl.load(target_ptr + rows * stride_t, mask=rows < M, other=ignore_index)
+    inside = (target >= 0) & (target < V)
+    # before the sums, whose barriers keep every warp from overwriting it too early
+    picked = tl.load(x_rows + target * stride_xv, mask=inside & (rows < M), other=float("nan"))
+    lse = _logsumexp(x_rows, rows, stride_xv, M, V, BLOCK_M, BLOCK_V)
+    counted = target != ignore_index
+    loss = tl.where(counted, lse - picked.to(tl.float32), 0.0)
+    tl.store(loss_ptr + rows, loss, mask=rows < M)
+    tl.debug_barrier()
+    for start in range(0, V, BLOCK_V):  # a row read a moment ago: it comes from L2
+        cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
+        mask = (rows < M)[:, None] & (cols < V)[None, :]
+        x_ptrs = x_rows[:, None] + cols[None, :] * stride_xv
+        x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+        p = tl.exp(x - lse[:, None])
+        dx = (p - tl.where(cols[None, :] == target[:, None], 1.0, 0.0)) * factor
+        dx = tl.where(counted[:, None], dx, 0.0)
+        tl.store(x_ptrs, dx.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -107,6 +145,18 @@ def backward(x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_inde
     launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, lse, scale, dx,
            *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
     return dx
+
+
+def cross_entropy_(x: Tensor, targets: Tensor, ignore_index: int, factor: float) -> Tensor:
+    """x (M, V) becomes factor * dlosses/dx, in one pass over memory -> losses (M,) fp32."""
+    M, V = x.shape
+    if targets.device.type == "cpu":
+        _check_targets(targets, V, ignore_index)
+    losses = torch.empty(M, device=x.device, dtype=torch.float32)
+    config = _config(V)
+    launch(_in_place_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, losses,
+           *x.stride(), *targets.stride(), M, V, ignore_index, factor, **config)  # fmt: skip
+    return losses
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:

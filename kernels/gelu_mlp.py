@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import (
     device_problem,
-    differentiable_once,
     launch,
     multiprocessors,
     register,

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import (
     device_problem,
-    differentiable_once,
     launch,
     multiprocessors,
     register,
@@ -109,7 +109,7 @@ def _config(N: int) -> dict[str, int]:
     """About 4096 elements per program, a warp per 512. A guess: not measured on any GPU yet."""
     block = max(triton.next_power_of_2(N), 16)
     rows = max(1, 4096 // block)
-    return dict(BLOCK_M=rows, BLOCK_N=block, num_warps=max(4, min(16, rows * block // 512)))
+    return dict(BLOCK_M=rows, BLOCK_N=block, num_warps=max(4, min(32, rows * block // 512)))
 
 
 def _outputs(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype):

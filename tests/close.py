@@ -12,7 +12,10 @@ fp16, and statistics kept in half precision would hide behind it. A gradient tha
 case's largest result.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,42 +74,72 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.is_floating_point())
 
 
-def assert_as_accurate(
+class Comparison(NamedTuple):
+    """One output or gradient; errors are absolute, against float64, maxima over elements."""
+
+    what: str  # "output", "gradient of weight"
+    dtype: torch.dtype
+    error: float
+    eager_error: float
+    allowed: float
+    scale: float  # the largest true element, or a thousandth of the case's, if that is more
+
+
+def _names(op: Callable, inputs: Sequence[Tensor | None], outputs: int) -> list[str]:
+    """What `evaluate` returns, by the names of op's arguments."""
+    named = list(inspect.signature(op).parameters)
+    named[len(named) - 1 :] += [f"{named[-1]} {i}" for i in range(len(inputs))]  # for *weights
+    arguments = zip(named, inputs, strict=False)
+    differentiable = [name for name, t in arguments if t is not None and t.is_floating_point()]
+    outs = ["output"] if outputs == 1 else [f"output {i + 1}" for i in range(outputs)]
+    return outs + [f"gradient of {name}" for name in differentiable]
+
+
+def compare(
     op: Callable,
     ref: Callable,
     *inputs: Tensor | None,
     grads: Sequence[Tensor],
     eager: bool = True,
     budget: float = 1.0,
-) -> None:
-    """Outputs and gradients of op(*inputs), forced onto kernels, against `ref` in float64.
+) -> list[Comparison]:
+    """Outputs and gradients of op(*inputs), forced onto kernels, and of `ref`, against float64.
 
-    `budget` multiplies EPS_BUDGET. Also: shapes and dtypes are eager's, nothing given is written
-    to, and memory that a kernel leaves unwritten shows as NaN (deterministic mode fills torch.empty
-    with it).
+    `budget` multiplies EPS_BUDGET. Asserts that shapes and dtypes are eager's and that nothing
+    given is written to. Memory that a kernel leaves unwritten shows as NaN (deterministic mode
+    fills torch.empty with it). Empty results are left out.
     """
     given = [t for t in (*inputs, *grads) if t is not None]
     before = [t.clone() for t in given]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # the other spelling imports torch's compiler
     try:
         with use_backend("triton"):
-            ours = evaluate(op, inputs, grads, None)
+            outputs, gradients = evaluate(op, inputs, grads, None)
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
     with use_backend("torch"):
-        same = evaluate(ref, inputs, grads, None)
-        truth = evaluate(ref, inputs, grads, torch.float64)
+        same = list(chain(*evaluate(ref, inputs, grads, None)))
+        truth = list(chain(*evaluate(ref, inputs, grads, torch.float64)))
     for t, was in zip(given, before, strict=True):
         assert torch.equal(t, was), "an input or incoming gradient was written to"
-    largest = max((t.abs().max() for t in (*truth[0], *truth[1]) if t.numel()), default=0.0)
-    for kind, a, b, t in zip(("output", "gradient"), ours, same, truth, strict=True):
-        for i, (mine, theirs, exact) in enumerate(zip(a, b, t, strict=True)):
-            assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, f"{kind} {i}"
-            if exact.numel():
-                eps = torch.finfo(mine.dtype).eps
-                allowed = budget * EPS_BUDGET[mine.dtype] * eps * exact.abs().max()
-                allowed += 1e-3 * eps * largest
-                allowed += 2 * (theirs.double() - exact).abs().max() if eager else 0
-                error = (mine.double() - exact).abs().max()
-                # written so that NaN fails too
-                assert error <= allowed, f"{kind} {i}: error {error:.2e} > {allowed:.2e}"
+
+    names = _names(ref, inputs, len(outputs))
+    largest = max((t.abs().max().item() for t in truth if t.numel()), default=0.0)
+    found = []
+    for what, a, b, t in zip(names, outputs + gradients, same, truth, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, what
+        if t.numel():
+            eps, top = torch.finfo(a.dtype).eps, t.abs().max().item()
+            error, eager_error = ((x.double() - t).abs().max().item() for x in (a, b))
+            allowed = budget * EPS_BUDGET[a.dtype] * eps * top + 1e-3 * eps * largest
+            allowed += 2 * eager_error if eager else 0.0
+            scale = max(top, 1e-3 * largest)
+            found.append(Comparison(what, a.dtype, error, eager_error, allowed, scale))
+    return found
+
+
+def assert_as_accurate(op: Callable, ref: Callable, *inputs: Tensor | None, **how: Any) -> None:
+    """That `compare` finds every error within what is allowed."""
+    for found in compare(op, ref, *inputs, **how):
+        message = f"{found.what}: error {found.error:.2e} > {found.allowed:.2e}"
+        assert found.error <= found.allowed, message  # written so that NaN fails too

@@ -203,7 +203,8 @@ def test_torch_never_launches_a_kernel(op):
             forward = len(launches)
             out.sum().backward()
         started[mode] = (forward, len(launches) - forward)
-    assert started["torch"] == (0, 0) and all(started["triton"])
+    assert started["torch"] == (0, 0)
+    assert all(started["triton"][: 1 if op == "linear_cross_entropy" else 2])  # all at the forward
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="auto launches kernels on a GPU")

@@ -1,0 +1,103 @@
+"""The kernels' launchers in PyTorch's own ops: the fused path on a CPU.
+
+Functions on tensors without autograd, with the arguments and results of the launchers of kernels/,
+so that the units of the fused path do not know which of the two they call.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy.T @ x: dy (M, N), x (M, K) -> (N, K) in `dtype`, from the accumulator if it can."""
+    if dy.is_cuda and dtype != dy.dtype and "dtype" in aten.mm.overloads():  # PyTorch 2.8
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return (dy.t() @ x).to(dtype)
+
+
+def norm(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype):
+    """x (M, N) -> y (M, N) in `dtype`; mean, rstd (M, 1)."""
+    y, mean, rstd = torch.native_layer_norm(x, w.shape, w, b, eps)
+    return y.to(dtype), mean, rstd
+
+
+def add_norm(
+    delta: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype
+):
+    """-> y (M, N) in `dtype`, s = residual + delta; mean, rstd (M, 1)."""
+    s = residual + delta
+    y, mean, rstd = norm(s, w, b, eps, dtype)
+    return y, s, mean, rstd
+
+
+def norm_backward(
+    dy: Tensor, ds_out: Tensor | None, s: Tensor, w: Tensor, mean: Tensor, rstd: Tensor,
+    has_bias: bool, delta_dtype: torch.dtype,
+):  # fmt: skip
+    """-> ds (M, N); the same in delta_dtype, (0, N) where that is ds's own; dw (N,); db or None."""
+    ds, dw, db = aten.native_layer_norm_backward(
+        dy.to(s.dtype), s, w.shape, mean, rstd, w, w if has_bias else None, [True, True, has_bias]
+    )
+    if ds_out is not None:
+        ds += ds_out
+    ddelta = ds.to(delta_dtype) if delta_dtype != s.dtype else ds.new_empty(0, s.shape[1])
+    return ds, ddelta, dw, db
+
+
+def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
+    """-> h = x @ w.T + b and gelu(h), both (M, N)."""
+    h = F.linear(x, w, b)
+    return h, F.gelu(h, approximate="tanh" if tanh else "none")
+
+
+def gelu_backward(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+    """-> dh (M, N); gelu(h) and db (N,), each None unless asked for."""
+    approximate = "tanh" if tanh else "none"
+    dh = aten.gelu_backward(dy, h, approximate=approximate)
+    y = F.gelu(h, approximate=approximate) if with_output else None
+    return dh, y, dh.sum(0) if with_bias else None
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, factor: float) -> Tensor:
+    """logits (M, V) become factor * dlosses/dlogits, 0 in ignored rows -> losses (M,) fp32.
+
+    In strips of rows that stay in the cache. The loss is (max - picked) - log p(max), which is as
+    exact as logsumexp and needs no second pass.
+    """
+    losses = torch.empty(logits.shape[0], device=logits.device)
+    for start in range(0, logits.shape[0], 32):
+        strip, ids = logits[start : start + 32], targets[start : start + 32, None]
+        counted = ids != ignore_index
+        ids = ids.where(counted, 0)
+        p = strip.float()
+        top, at = p.max(-1, keepdim=True)
+        picked = _picked(p, ids)
+        torch.softmax(p, -1, out=p)
+        loss = top - picked - p.gather(1, at).log()
+        losses[start : start + 32] = loss.where(counted, 0).squeeze(1)
+        p.scatter_add_(1, ids, torch.full_like(picked, -1.0))
+        p *= counted * factor
+        if p is not strip:
+            strip.copy_(p)
+    return losses
+
+
+def _picked(p: Tensor, ids: Tensor) -> Tensor:
+    try:
+        return p.gather(1, ids)
+    except RuntimeError:
+        bad = ids[(ids < 0) | (ids >= p.shape[1])]
+        raise IndexError(f"Target {bad[0].item()} is out of bounds.") from None
+
+
+def unsupported(tensors: tuple[Tensor, ...]) -> str | None:
+    """Why these functions are no gain on such tensors, or None."""
+    return "made of PyTorch's ops it is for CPUs" if tensors[0].is_cuda else None
+
+
+def add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """table[ids[i]] += rows[i], one after the other: the same bits each time on a CPU."""
+    table.index_add_(0, ids, rows.to(table.dtype))

@@ -1,0 +1,127 @@
+"""AdamW as fastgpt's own training step takes it: unscaled, clipped, updated and copied in one go.
+
+    norm = |grads| / loss_scale         coef = min(1, max_norm / (norm + 1e-6))
+    torch.optim.AdamW's update by coef * grads / loss_scale, unless norm is not finite
+
+Groups and state are torch.optim.AdamW's, and load from and into it. Where kernels run, one launch
+reads the gradients for their norm and another does all the rest (kernels/adamw.py); elsewhere it is
+PyTorch's fused AdamW, which takes the scale along. A step whose gradients are not all finite
+changes nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import backend, ops
+
+CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class AdamW(torch.optim.AdamW):
+    """`max_norm` 0 clips nothing. `copies` maps parameters to tensors of another dtype that every
+    step leaves equal to them: what the next forward's matmuls read.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        max_norm: float = 0.0,
+        copies: Mapping[Any, Tensor] | None = None,  # its keys are parameters
+    ):
+        super().__init__(groups, lr=lr, betas=betas, fused=True)
+        self.max_norm, self.copies = max_norm, dict(copies or {})
+        self.grad_scale: Tensor | None = None  # a GradScaler sets it around its step
+        self.found_inf: Tensor | None = None
+        self._table: list[int] = []  # as last sent to the device
+        self._on_device: tuple[Tensor, ...] = ()
+        self.copy_weights()
+
+    @torch.no_grad()
+    def copy_weights(self) -> None:
+        """Bring the copies up to date, after something else has changed the parameters."""
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("this AdamW takes no closure; torch.optim.AdamW does")
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            p.grad = p.grad.contiguous()
+        choice = backend.choose("adamw", ops.why_not, tuple(params), {})
+        if choice == "triton":
+            self._step_in_kernels(params)
+        else:
+            self._step_in_pytorch(params)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also of a torch.optim.AdamW that is not fused."""
+        groups = [dict(group, fused=True, foreach=None) for group in state_dict["param_groups"]]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
+    def _divisor(self, norm: Tensor) -> Tensor:
+        """What to divide the gradients of this (scaled) norm by: the loss scale, and more to clip.
+        NaN where the norm is not finite.
+        """
+        scale = norm.new_ones(()) if self.grad_scale is None else self.grad_scale.to(norm.device)
+        if self.max_norm > 0:
+            scale = scale * ((norm / scale + CLIP_EPS) / self.max_norm).clamp(min=1)
+        return scale.where(norm.isfinite(), float("nan"))
+
+    def _step_in_pytorch(self, params: list[Tensor]) -> None:
+        grads: list[Any] = [p.grad for p in params]
+        divisor = self._divisor(torch.nn.utils.get_total_norm(grads))
+        before = self.grad_scale, self.found_inf
+        self.grad_scale, self.found_inf = divisor.nan_to_num(1.0), divisor.isnan().float()
+        try:
+            super().step()
+        finally:
+            self.grad_scale, self.found_inf = before
+        self.copy_weights()
+
+    def _step_in_kernels(self, params: list[Tensor]) -> None:
+        from fastgpt.kernels import adamw
+
+        table, chunks, decay = self._tables(params)
+        divisor = self._divisor(adamw.sum_of_squares(table, chunks).sqrt())
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, (~divisor.isnan()).float())
+        group = self.param_groups[0]
+        taken = torch.stack(steps).double()[:, None]
+        corrections = 1 - torch.tensor(group["betas"], device=taken.device).double() ** taken
+        dtype = next((c.dtype for c in self.copies.values()), torch.float32)
+        adamw.update(table, chunks, 1 / divisor, corrections.float(), decay,
+                     group["lr"], group["betas"], group["eps"], dtype)  # fmt: skip
+
+    def _tables(self, params: list[Tensor]) -> tuple[Tensor, ...]:
+        """The kernels' view of the parameters and their state, sent again only when one moved."""
+        from fastgpt.kernels import adamw
+
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device)
+                self.state[p] |= {m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")}
+        moments = [(self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]) for p in params]
+        copies = [self.copies.get(p) for p in params]
+        rows: list[Any] = [
+            (p, *mv, copy, p.grad) for p, mv, copy in zip(params, moments, copies, strict=True)
+        ]
+        table = adamw.table(rows)
+        if table != self._table:
+            device = params[0].device
+            decays = {p: g["weight_decay"] for g in self.param_groups for p in g["params"]}
+            self._on_device = (
+                torch.tensor(table).view(len(params), -1).to(device, non_blocking=True),
+                adamw.chunks(params),
+                torch.tensor([float(decays[p]) for p in params], device=device),
+            )
+            self._table = table
+        return self._on_device
