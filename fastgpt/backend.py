@@ -134,8 +134,7 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
     name = "cpu"
     if tensor.is_cuda:  # not get_device_name: torch.compile cannot trace that
         name = torch.cuda.get_device_properties(tensor.device).name
-    choice = tables.implementation(op, name)
-    source = f"measured on {name}" if name in tables.MEASURED else "the conservative choice"
+    choice, source = tables.implementation(op, name)
     if _mode == "triton" and choice == "torch":
         return "triton", "the backend is set to triton"
     return choice, source

@@ -21,6 +21,7 @@ MODULES = {
     "run": ("fastgpt.run", "run an unmodified nanoGPT script on fastgpt's model"),
     "info": ("fastgpt.report", "say what each op would run on this machine, and why"),
     "init-report": ("fastgpt.init_report", "compare the initial weights with their specification"),
+    "tune": ("fastgpt.tune", "measure this GPU, so that dispatch and launches follow it"),
     "inspect": ("fastgpt.inspect", "compile every kernel for a GPU and read what came out"),
 }
 

@@ -1,10 +1,11 @@
 """Which implementation runs where, by measurement.
 
 CONSERVATIVE is for devices nobody has measured: GEMMs from cuBLAS, attention from PyTorch's SDPA
-(cuDNN or flash), and the simple memory-bound kernels. MEASURED overrides it per device name; an
-entry is added only together with the record under bench/results/ it was read from, and carries that
-record's date.
+(cuDNN or flash), and the simple memory-bound kernels. A device's measurements go before it
+(kernels/_tuned.py).
 """
+
+from fastgpt.kernels import _tuned
 
 CONSERVATIVE: dict[str, str] = {
     "layer_norm": "triton",
@@ -21,8 +22,11 @@ CONSERVATIVE: dict[str, str] = {
 
 ATEN_ON_CPU = ("linear_cross_entropy", "block")  # where it beats PyTorch's autograd on a CPU
 
-MEASURED: dict[str, dict[str, str]] = {}  # torch.cuda.get_device_name() -> op -> implementation
 
-
-def implementation(op: str, device_name: str) -> str:
-    return MEASURED.get(device_name, CONSERVATIVE).get(op, CONSERVATIVE[op])
+def implementation(op: str, device_name: str) -> tuple[str, str]:
+    """The implementation to run, and why."""
+    entry = _tuned.entry(device_name)
+    measured = entry.get("implementations", {})
+    if op in measured:
+        return measured[op], f"measured on {device_name}, {entry['date']}"
+    return CONSERVATIVE[op], "the conservative choice"

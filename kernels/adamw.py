@@ -26,7 +26,7 @@ def _square_kernel(
     out_ptr,     # out: (chunks,) fp32
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(0).to(tl.int64)
     row = table_ptr + 6 * tl.load(chunks_ptr + 2 * chunk)
     at = tl.load(chunks_ptr + 2 * chunk + 1) + tl.arange(0, CHUNK)
     g_ptrs = tl.load(row + 4).to(tl.pointer_type(tl.float32)) + at
@@ -44,7 +44,7 @@ def _adamw_kernel(
 ):  # fmt: skip
     scale = tl.load(scale_ptr)
     if scale == scale:
-        chunk = tl.program_id(0)
+        chunk = tl.program_id(0).to(tl.int64)
         tensor = tl.load(chunks_ptr + 2 * chunk)
         row = table_ptr + 6 * tensor
         at = tl.load(chunks_ptr + 2 * chunk + 1) + tl.arange(0, CHUNK)

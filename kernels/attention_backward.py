@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt.kernels._attention import LOG2E, head_and_block, kept_scores, load_rows, store_rows
 from fastgpt.kernels._launch import dot_precision, launch
+from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.attention_forward import keep_scale
 
 
@@ -197,7 +198,7 @@ def backward(
 ) -> None:  # fmt: skip
     """All (B, H, T, D) of any strides but lse, (B, H, T) fp32 contiguous: writes dq, dk and dv."""
     B, H, T, D = q.shape
-    for_dkdv, for_dq = _config(D, q.dtype)
+    for_dkdv, for_dq = configured(q, "attention_backward", _config, D, q.dtype)
     delta = torch.empty_like(lse)
     launch(_delta_kernel, B * H * triton.cdiv(T, 64), o, do, delta, *o.stride(), *do.stride(),
            H, T, D=D, BLOCK_M=64, BLOCK_D=for_dq["BLOCK_D"])  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgpt.kernels._attention import LOG2E, head_and_block, kept_scores, load_rows, store_rows
 from fastgpt.kernels._launch import dot_precision, launch
+from fastgpt.kernels._tuned import configured
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def forward(
 ) -> None:  # fmt: skip
     """q, k, v, o (B, H, T, D) any strides, lse (B, H, T) fp32 contiguous: writes o and lse."""
     B, H, T, D = q.shape
-    config = _config(D, q.dtype)
+    config = configured(q, "attention_forward", _config, D, q.dtype)
     launch(_forward_kernel, B * H * triton.cdiv(T, config["BLOCK_M"]), q, k, v, seed, o, lse,
            *q.stride(), *k.stride(), *v.stride(), *o.stride(),
            H, T, scale, dropout_p, keep_scale(dropout_p),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import device_problem, launch, register
+from fastgpt.kernels._tuned import configured
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def forward(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tens
     if targets.device.type == "cpu":
         _check_targets(targets, V, ignore_index)
     loss, lse = _outputs(x, targets, ignore_index)
-    config = _config(V)
+    config = configured(x, "cross_entropy", _config, V)
     launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, loss, lse,
            *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
     return loss, lse
@@ -141,7 +142,7 @@ def backward(x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_inde
     """scale () fp32 is dloss / count -> dx (M, V)."""
     M, V = x.shape
     dx = _gradient(x, targets, lse, scale, ignore_index)
-    config = _config(V)
+    config = configured(x, "cross_entropy", _config, V)
     launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, lse, scale, dx,
            *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
     return dx
@@ -153,7 +154,7 @@ def cross_entropy_(x: Tensor, targets: Tensor, ignore_index: int, factor: float)
     if targets.device.type == "cpu":
         _check_targets(targets, V, ignore_index)
     losses = torch.empty(M, device=x.device, dtype=torch.float32)
-    config = _config(V)
+    config = configured(x, "cross_entropy", _config, V)
     launch(_in_place_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, losses,
            *x.stride(), *targets.stride(), M, V, ignore_index, factor, **config)  # fmt: skip
     return losses

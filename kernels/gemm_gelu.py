@@ -17,6 +17,7 @@ from torch import Tensor
 from fastgpt.kernels import gelu_mlp
 from fastgpt.kernels._launch import dot_precision, launch, register
 from fastgpt.kernels._math import gelu
+from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.gelu_mlp import unsupported as unsupported
 
 
@@ -81,7 +82,7 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor,
     """x (M, K), w (N, K) any strides, b (N,) -> h, gelu(h), both (M, N)."""
     (M, K), N = x.shape, w.shape[0]
     h, y = _outputs(x, w, b, tanh)
-    config = _config(x.dtype)
+    config = configured(x, "gemm_gelu", _config, x.dtype)
     grid = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     launch(_gemm_gelu_kernel, grid, x, w, None if b is None else b.contiguous(), h, y,
            *x.stride(), *w.stride(), M, N, K, TANH=tanh, EVEN_K=K % config["BLOCK_K"] == 0,

@@ -21,6 +21,7 @@ from fastgpt.kernels._launch import (
     multiprocessors,
     register,
 )
+from fastgpt.kernels._tuned import configured
 
 MAX_WIDTH = 16384  # one row must fit in a program's registers
 
@@ -123,7 +124,7 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dty
     """x (M, N) -> y (M, N) in `dtype`; mean, rstd (M,) fp32."""
     M, N = x.shape
     y, mean, rstd = _outputs(x, w, b, eps, dtype)
-    config = _config(N)
+    config = configured(x, "layer_norm_forward", _config, N)
     launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, None, w, b, y, None, mean, rstd,
            *x.stride(), 0, 0, M, N, eps, **config)  # fmt: skip
     return y, mean, rstd
@@ -143,7 +144,7 @@ def add_forward(
     """delta, residual (M, N) -> y (M, N) in `dtype`, their sum s (M, N); mean, rstd (M,) fp32."""
     M, N = delta.shape
     y, s, mean, rstd = _add_outputs(delta, residual, w, b, eps, dtype)
-    config = _config(N)
+    config = configured(delta, "layer_norm_forward", _config, N)
     launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), delta, residual, w, b, y, s, mean,
            rstd, *delta.stride(), *residual.stride(), M, N, eps, **config)  # fmt: skip
     return y, s, mean, rstd
@@ -168,7 +169,7 @@ def backward(
     """
     M, N = s.shape
     ds, ddelta, dw, db = _gradients(dy, ds_out, s, w, mean, rstd, has_bias, delta_dtype)
-    config = _config(N)
+    config = configured(s, "layer_norm_backward", _config, N)
     programs = min(triton.cdiv(M, config["BLOCK_M"]), 2 * multiprocessors(s))
     dw_partial = torch.empty(programs, N, device=s.device, dtype=torch.float32)
     db_partial = torch.empty_like(dw_partial) if has_bias else None

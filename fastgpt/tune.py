@@ -1,0 +1,261 @@
+"""`fastgpt tune`: measure this device once, so that dispatch and launches follow the measurement.
+
+Two searches, each against what would run without it: which implementation of every op, forward and
+backward together, and which launch configuration of every kernel. A candidate that computes
+something else, or cannot run, is no candidate. What wins is written to the user's cache folder
+(kernels/_tuned.py), where every process of the machine reads it.
+"""
+
+import argparse
+import datetime
+import functools
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt import backend, ops, reference, use_backend
+from fastgpt.kernels import _tuned
+from fastgpt.timing import in_turns
+
+Config = dict[str, int]
+MARGIN = 1.02  # what a winner must be faster by: less is noise
+
+
+class Sizes(NamedTuple):
+    """Of the model to tune for: M tokens of width C, heads of D, vocabulary V."""
+
+    M: int = 16384
+    C: int = 768
+    D: int = 64
+    V: int = 50304
+    dtype: torch.dtype = torch.bfloat16
+
+
+class Search(NamedTuple):
+    key: str  # as _tuned.configured is asked for it
+    call: Callable[[], Any]  # launches the kernel
+    candidates: list[Any]
+
+
+def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
+    """Most valuable first: attention backward is the largest gap to its floor."""
+    from fastgpt.kernels import attention, cross_entropy, gemm_gelu, layer_norm
+
+    M, C, D, V, dtype = sizes
+    name = str(dtype).removeprefix("torch.")
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    T = min(M, 1024)
+    qkv = rand(M // T, T, 3 * C)
+    y, lse = attention.packed_forward(qkv, C // D, None, 0.0)
+    call = functools.partial(attention.packed_backward, y, qkv, y, lse, None, C // D, 0.0)
+    yield Search(f"attention_backward {D} {name}", call, _backward_tiles(D))
+    block = dict(BLOCK_D=(max(16, 1 << (D - 1).bit_length()),))
+    tiles = _grid(
+        BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **block, num_warps=(4, 8), num_stages=(2, 3, 4)
+    )
+    call = functools.partial(attention.packed_forward, qkv, C // D, None, 0.0)
+    tiles = [t for t in tiles if t["BLOCK_M"] >= t["BLOCK_N"]]
+    yield Search(f"attention_forward {D} {name}", call, tiles)
+    call = functools.partial(gemm_gelu.forward, rand(M, C), rand(4 * C, C), rand(4 * C), False)
+    tiles = _grid(
+        BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(64,), GROUP_M=(8,), num_warps=(4, 8),
+        num_stages=(3, 4),
+    )  # fmt: skip
+    yield Search(f"gemm_gelu {name}", call, tiles)
+    x, w, block = rand(M, C), rand(C), dict(BLOCK_N=(max(16, 1 << (C - 1).bit_length()),))
+    tiles = _grid(BLOCK_M=(1, 2, 4, 8), **block, num_warps=(1, 2, 4, 8))
+    _, s, mean, rstd = layer_norm.add_forward(x, x, w, w, 1e-5, dtype)
+    call = functools.partial(layer_norm.add_forward, x, x, w, w, 1e-5, dtype)
+    yield Search(f"layer_norm_forward {C}", call, tiles)
+    call = functools.partial(layer_norm.backward, x, x, s, w, mean, rstd, True, dtype)
+    yield Search(f"layer_norm_backward {C}", call, tiles)
+    logits, ids = rand(M, V), torch.randint(V, (M,), device=device)
+    tiles = _grid(BLOCK_M=(1,), BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
+    call = functools.partial(cross_entropy.forward, logits, ids, -1)
+    yield Search(f"cross_entropy {V}", call, tiles)
+
+
+def _grid(**choices: tuple[int, ...]) -> list[Config]:
+    return [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]
+
+
+def _backward_tiles(D: int) -> list[tuple[Config, Config]]:
+    """Pairs for dk/dv and for dq: the tile of one is the other's, transposed."""
+    pairs = []
+    block = max(16, 1 << (D - 1).bit_length())
+    for tile in _grid(wide=(64, 128), narrow=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)):
+        wide, narrow = tile.pop("wide"), tile.pop("narrow")
+        if wide >= narrow:
+            tile["BLOCK_D"] = block
+            pairs.append((
+                dict(BLOCK_M=narrow, BLOCK_N=wide, **tile),
+                dict(BLOCK_M=wide, BLOCK_N=narrow, **tile),
+            ))  # fmt: skip
+    return pairs
+
+
+def search(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
+    """A row per candidate, fastest first within a kernel; over_default 1 is what runs today."""
+    found = list(searches(device, sizes))
+    rows = []
+    for one in found:
+        expected = one.call()
+        share = seconds / len(found) / len(one.candidates)
+        tried = [_try(one, config, expected, device, share) for config in one.candidates]
+        rows += sorted(tried, key=lambda row: -row.get("over_default", 0.0))
+    return rows
+
+
+def _try(
+    one: Search, config: Any, expected: Any, device: torch.device, seconds: float
+) -> dict[str, Any]:
+    row = {"kernel": one.key, "variant": str(config), "config": config}
+    try:
+        error = _distance(_with(one, config), expected)
+        if not error < 0.01:
+            raise ArithmeticError(f"{error:.2g} away from the result of today's configuration")
+        calls = {"today": one.call, "candidate": functools.partial(_with, one, config)}
+        times = in_turns(calls, device, seconds)
+    except Exception as problem:  # out of shared memory, a compiler's refusal, a wrong result
+        first_line = (str(problem).splitlines() or [""])[0]
+        return row | {"problem": f"{type(problem).__name__}: {first_line[:100]}"}
+    today, candidate = (statistics.median(times[name]) for name in calls)
+    return row | {"microseconds": 1e6 * candidate, "over_default": today / candidate}
+
+
+def _with(one: Search, config: Any) -> Any:
+    with _tuned.trying(one.key, config):
+        return one.call()
+
+
+def _distance(ours: Any, theirs: Any) -> float:
+    """The largest |a - b| / |b| over the tensors of two results; NaN if any is."""
+    pairs = zip(*([t] if isinstance(t, Tensor) else t for t in (ours, theirs)), strict=True)
+    gaps = [(a.float() - b.float()).norm() / b.float().norm() for a, b in pairs if a.numel()]
+    return torch.stack(gaps).max().item() if gaps else 0.0
+
+
+def implementations(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
+    """A row per op and implementation that runs here: seconds of forward and backward."""
+    M, C, D, V, dtype = sizes
+    T = min(M, 1024)
+
+    def rand(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    wide = rand(4 * C, C, scale=C**-0.5)
+    heads = [rand(M // T, C // D, T, D) for _ in range(3)]
+    ids, weight = torch.randint(V, (M,), device=device), rand(V, C, scale=C**-0.5)
+    narrow, head = rand(C, 4 * C, scale=0.5 * C**-0.5), dict(head_dim=D, dropout_p=0.0)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {  # op -> arguments, facts
+        "packed_causal_attention": ((rand(M // T, T, 3 * C), C // D), head),
+        "causal_attention": ((*heads,), head),
+        "mlp": ((rand(M, C), wide, rand(4 * C), narrow, rand(C)), {}),
+        "linear_gelu": ((rand(M, C), wide, rand(4 * C)), {}),
+        "linear_cross_entropy": ((rand(M, C), weight, ids), {}),
+        "cross_entropy": ((rand(M, V), ids), {}),
+        "add_layer_norm": ((rand(M, C), rand(M, C), rand(C)), dict(width=C)),
+        "layer_norm": ((rand(M, C), rand(C)), dict(width=C)),
+    }
+    share = seconds / len(calls)
+    return [row for op, call in calls.items() for row in _race(op, *call, device, share)]
+
+
+def _race(
+    op: str,
+    inputs: tuple[Any, ...],
+    facts: dict[str, Any],
+    device: torch.device,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    leaves = [t.requires_grad_() for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+
+    def run(function: Callable[..., Any], implementation: str) -> list[Tensor]:
+        with use_backend("auto", **{op: implementation}):
+            out = function(*inputs)
+            outs = list(out) if isinstance(out, tuple) else [out]
+            grads = [torch.ones_like(t) for t in outs]
+            return [*outs, *torch.autograd.grad(outs, leaves, grads)]
+
+    expected = run(getattr(reference, op), "torch")
+    variants, rows = {}, []
+    for name in ("torch", *backend.KERNELS[op]):
+        variant = functools.partial(run, getattr(ops, op), name)
+        try:
+            why_not = name != "torch" and ops.why_not(op, name, tuple(leaves), facts)
+            if why_not:
+                raise RuntimeError(why_not)
+            if not (error := _distance(variant(), expected)) < 0.03:
+                raise ArithmeticError(f"{error:.2g} away from PyTorch's result")
+            variants[name] = variant
+        except Exception as problem:
+            rows.append({"op": op, "variant": name, "problem": str(problem)[:100]})
+    for name, samples in in_turns(variants, device, seconds).items():
+        rows.append({"op": op, "variant": name, "microseconds": 1e6 * statistics.median(samples)})
+    return rows
+
+
+def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[str, Any]:
+    """What won by more than noise, as _tuned.entry reads it."""
+    times: dict[str, dict[str, float]] = {}
+    for row in races:
+        if "microseconds" in row:
+            times.setdefault(row["op"], {})[row["variant"]] = row["microseconds"]
+    configs: dict[str, Any] = {}
+    for row in searched:  # the fastest of a kernel comes first
+        if row.get("over_default", 0.0) > MARGIN:
+            configs.setdefault(row["kernel"], row["config"])
+    return {
+        "date": datetime.date.today().isoformat(),
+        "implementations": {op: min(found, key=found.__getitem__) for op, found in times.items()},
+        "configs": configs,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=300, help="of measuring (%(default)g)")
+    parser.add_argument("--n-embd", type=int, default=768, help="model width (%(default)s)")
+    parser.add_argument("--n-head", type=int, default=12, help="attention heads (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=50304, help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, default=16384, help="in a batch (%(default)s)")
+
+
+def main(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise RuntimeError("fastgpt tune measures kernels on a CUDA GPU, and PyTorch sees none")
+    if args.n_embd % args.n_head:
+        raise ValueError(f"--n-embd {args.n_embd} is not divisible by --n-head {args.n_head}")
+    device = torch.device("cuda")
+    name = torch.cuda.get_device_name(device)
+    sizes = Sizes(args.tokens, args.n_embd, args.n_embd // args.n_head, args.vocab_size)
+    # configurations first: the race is between kernels as they will be launched
+    searched = search(device, sizes, 0.7 * args.seconds)
+    path = _tuned.path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, choose([], searched))
+    races = implementations(device, sizes, 0.3 * args.seconds)
+    _write(path, choose(races, searched))
+    for row in (*races, *searched):
+        result = row.get("problem") or f"{row['microseconds']:.1f} us"
+        print(f"{row.get('op') or row['kernel']:28} {row['variant']:12} {result}")
+    print(
+        f"\n{json.dumps(choose(races, searched), indent=1)}\nwritten to {path}; read at every start"
+    )
+    return 0
+
+
+def _write(path: Path, entry: dict[str, Any]) -> None:
+    """In one step, so that no process reads half of it; and let this one read it anew."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(entry, indent=1) + "\n")
+    part.replace(path)
+    _tuned.entry.cache_clear()

@@ -1,0 +1,63 @@
+"""What was measured on a device goes before what the kernel files and tables.py guess.
+
+A device's entry holds "implementations", op -> name, and "configs", kernel and shape -> launch
+configuration. SHIPPED entries come from records under bench/results/; `fastgpt tune` writes a file
+for the user's own device, which all processes of a machine read alike.
+"""
+
+import functools
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHIPPED: dict[str, dict[str, Any]] = {}  # torch.cuda.get_device_name() -> entry, with its "date"
+_trial: dict[str, Any] = {}
+
+
+def path(device_name: str) -> Path:
+    """The file of `fastgpt tune`; it may not exist."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return cache / "fastgpt" / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()) + ".json")
+
+
+@functools.cache
+def entry(device_name: str) -> dict[str, Any]:
+    """{} for a device that nobody has measured."""
+    file = path(device_name)
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return SHIPPED.get(device_name, {})
+    except (OSError, ValueError) as error:
+        warnings.warn(f"fastgpt: {file} is ignored ({error}); run fastgpt tune again", stacklevel=2)
+        return SHIPPED.get(device_name, {})
+
+
+def configured(t: Tensor, kernel: str, guess: Callable[..., Any], *shape: Any) -> Any:
+    """The launch configuration of `kernel` where `t` lives: measured, or guess(*shape)."""
+    key = " ".join([kernel, *(str(part).removeprefix("torch.") for part in shape)])
+    if key in _trial:
+        return _trial[key]
+    if t.is_cuda:
+        configs = entry(torch.cuda.get_device_properties(t.device).name).get("configs", {})
+        if key in configs:
+            return configs[key]
+    return guess(*shape)
+
+
+@contextmanager
+def trying(key: str, config: Any) -> Iterator[None]:
+    """Launch with `config` wherever `key` is asked for: how a search measures candidates."""
+    _trial[key] = config
+    try:
+        yield
+    finally:
+        del _trial[key]
