@@ -5,7 +5,7 @@ VENV = .venv/made
 endif
 
 help:            ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)    ## train a small GPT for two minutes and show what it learned; DATA=file for your text
 	$(PYTHON) -m fastgpt.demo $(if $(DATA),--data $(DATA))
@@ -16,17 +16,38 @@ test: $(VENV)    ## all tests; CPU: Triton's interpreter, GPU: the compiled kern
 test-deep: $(VENV) ## the tests with 20 times the drawn cases and 200 training steps
 	FASTGPT_DEEP=1 $(PYTHON) -m pytest
 
+test-gpu: $(VENV) ## on a CUDA device, 8 minutes at most: kernels compiled, and what a CPU can't show
+	$(PYTHON) -m tests.gpu
+
+# a mutant that survives does not end it: that belongs in the report, which then fails
+equivalence: $(VENV) ## docs/equivalence.md: errors against float64, and kernels broken on purpose
+	-$(PYTHON) -m tests.mutants --out out/mutants.json
+	$(PYTHON) -m tests.equivalence --mutants out/mutants.json
+
 lint: $(VENV)    ## ruff and mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: $(VENV)   ## time training on this machine
+bench: $(VENV)   ## training and decoding on this machine, against what else users would run
 	$(PYTHON) -m bench.train
+	$(PYTHON) -m bench.decode
+
+bench-ops: $(VENV)     ## time every op against its peers (pytest-benchmark); ARGS="-k layer_norm"
+	$(PYTHON) -m pytest bench/pytest_ops.py --benchmark-only -rs $(ARGS)
+
+bench-compare: $(VENV) ## fail if fastgpt is more than 3 % slower than at the last run
+	$(PYTHON) -m bench.compare $(ARGS)
+
+bench-report: $(VENV)  ## docs/performance.md, its pictures and the README's table, from the records
+	$(PYTHON) -m bench.report $(ARGS)
+
+profile: $(VENV) ## where a training step's time goes, against the roofline; ARGS="--variant eager"
+	$(PYTHON) -m bench.profiler $(ARGS)
 
 .venv/made: setup.py constraints.txt
 	python3 -m venv .venv
 	.venv/bin/pip install -c constraints.txt -e '.[dev,data,hf]'
 	touch $@
 
-.PHONY: help demo test test-deep lint bench
+.PHONY: help demo test test-deep test-gpu equivalence lint bench bench-ops bench-compare bench-report profile

@@ -5,7 +5,8 @@ GPT-2's shapes while launches are recorded instead of started. So what is compil
 launched: the same constants, the same specialisation on strides and divisibility.
 
 Per kernel, configuration and architecture: registers per thread, spill instructions (local loads
-and stores in the SASS), shared memory, and which tensor-core instruction the PTX issues.
+and stores in the SASS), shared memory, which tensor-core instruction the PTX issues, and how many
+address computations would wrap around beyond 2**31 elements (offsets.py).
 """
 
 import argparse
@@ -22,8 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-ARCHS = ("sm_80", "sm_90", "sm_100")
-DTYPES = ("bfloat16", "float32")  # float16 code differs from bfloat16's in instruction names only
+from fastgpt.offsets import narrow_offsets
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100")
+# float16 code differs from bfloat16's in instruction names only
+DTYPES = ("bfloat16", "tf32", "float32")
 SHARED_LIMITS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes
 _TENSOR_CORE = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
 _TYPES = {
@@ -47,6 +51,10 @@ class Specimen(NamedTuple):
     options: tuple[tuple[str, int], ...]
     arch: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.module.rsplit('.', 1)[-1]}.{self.kernel.strip('_')}"
+
 
 def specimens(arch: int, dtypes: Iterable[str]) -> list[Specimen]:
     """Every distinct compilation that GPT-2's shapes lead to on this architecture."""
@@ -54,15 +62,29 @@ def specimens(arch: int, dtypes: Iterable[str]) -> list[Specimen]:
 
     if _launch.INTERPRETED:
         raise ValueError("TRITON_INTERPRET=1 replaces the compiler; unset it to inspect kernels")
-    with _launch.record() as launches:
-        for dtype in dtypes:
-            _run_launchers(getattr(torch, dtype))
+    before = torch.get_float32_matmul_precision()
+    try:
+        with _launch.record() as launches:
+            for dtype in dtypes:
+                torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+                _run_launchers(torch.float32 if dtype == "tf32" else getattr(torch, dtype))
+    finally:
+        torch.set_float32_matmul_precision(before)
     return list(dict.fromkeys(_specimen(launch, arch) for launch in launches))
 
 
 def _run_launchers(dtype: torch.dtype) -> None:
     """Call every launcher once per shape that changes what is compiled."""
-    from fastgpt.kernels import _launch, attention, cross_entropy, gelu_mlp, gemm_gelu, layer_norm
+    from fastgpt.kernels import (
+        _launch,
+        adamw,
+        attention,
+        cross_entropy,
+        embedding,
+        gelu_mlp,
+        gemm_gelu,
+        layer_norm,
+    )
 
     def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)
@@ -80,9 +102,14 @@ def _run_launchers(dtype: torch.dtype) -> None:
         h, _ = gemm_gelu.forward(x, meta(4 * C, C), meta(4 * C), tanh)
         gelu_mlp.gelu_forward(h, tanh)
         gelu_mlp.gelu_backward(h, h, tanh, True, True)
-    heads = [(64, 0.0), (128, 0.0), (256, 0.0)]
-    if dtype != torch.float32:  # what these two change compiles slowly, and alike in every dtype
-        heads += [(64, 0.1), (80, 0.0)]
+    heads = [(64, 0.0)]
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "high":
+        heads += [(128, 0.0), (256, 0.0)]  # minutes of compilation in plain fp32, for no news
+    if dtype != torch.float32:  # what these change compiles slowly, and alike in every dtype
+        heads += [(64, 0.1), (80, 0.0), (100, 0.0)]
+        wide, gain = meta(M, layer_norm.MAX_WIDTH), meta(layer_norm.MAX_WIDTH)
+        layer_norm.forward(wide, gain, gain, 1e-5, dtype)
+        layer_norm.backward(wide, None, wide, gain, mean, rstd, True, dtype)
     for D, dropout_p in heads:
         qkv, replay = meta(4, 1024, 3 * H * D), seed if dropout_p else None
         y, lse = attention.packed_forward(qkv, H, replay, dropout_p)
@@ -92,6 +119,12 @@ def _run_launchers(dtype: torch.dtype) -> None:
         logits, targets, scale = meta(M, V), meta(M, dtype=torch.int64), meta(dtype=torch.float32)
         _, lse = cross_entropy.forward(logits, targets, -1)
         cross_entropy.backward(logits, targets, lse, scale, -1)
+        cross_entropy.cross_entropy_(logits, targets, -1, 1.0)
+    table, chunks = meta(148, 6, dtype=torch.int64), meta(M, 2, dtype=torch.int64)
+    clip, decay, corrections = (meta(*s, dtype=torch.float32) for s in ((), (148,), (148, 2)))
+    adamw.sum_of_squares(table, chunks)
+    adamw.update(table, chunks, clip, corrections, decay, 6e-4, (0.9, 0.95), 1e-8, dtype)
+    embedding.add_rows_(meta(50304, C, dtype=torch.float32), meta(M, dtype=torch.int64), x)
 
 
 def _specimen(launch: Any, arch: int) -> Specimen:
@@ -148,13 +181,14 @@ def compile_specimen(specimen: Specimen) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     core = next((name for name, text in _TENSOR_CORE.items() if re.search(text, ptx)), None)
     return {
-        "kernel": f"{specimen.module.rsplit('.', 1)[-1]}.{specimen.kernel.strip('_')}",
+        "kernel": specimen.name,
         "config": _config(specimen),
         "arch": f"sm_{specimen.arch}",
         "registers": registers,
         "spills": spills,
         "shared_bytes": compiled.metadata.shared,
         "tensor_core": core,
+        "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
     }
 
 
@@ -187,8 +221,18 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass))
 
 
-def rows(archs: Iterable[str], dtypes: Iterable[str] = DTYPES) -> list[dict[str, Any]]:
-    work = [specimen for arch in archs for specimen in specimens(_parse_arch(arch), dtypes)]
+def rows(
+    archs: Iterable[str], dtypes: Iterable[str] = DTYPES, kernels: Iterable[str] = ("",)
+) -> list[dict[str, Any]]:
+    """One per compilation of the kernels whose names contain one of `kernels`."""
+    work = [
+        specimen
+        for arch in archs
+        for specimen in specimens(_parse_arch(arch), dtypes)
+        if any(text in specimen.name for text in kernels)
+    ]
+    if not work:
+        raise ValueError(f"no kernel's name contains {' or '.join(kernels)}; try without --kernel")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_specimen, work))
 
@@ -203,20 +247,23 @@ def _parse_arch(name: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", action="append", help=f"repeatable; default {', '.join(ARCHS)}")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; default both")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; default all")
+    parser.add_argument("--kernel", action="append", help="a part of its name; repeatable")
     parser.add_argument("--json", action="store_true", help="print a list of records, not a table")
 
 
 def main(args: argparse.Namespace) -> int:
-    found = rows(args.arch or ARCHS, args.dtype or DTYPES)
+    found = rows(args.arch or ARCHS, args.dtype or DTYPES, args.kernel or ("",))
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    print(f"{'kernel':40} {'arch':7} {'regs':>5} {'spills':>6} {'shared':>7} {'core':8} config")
+    titles = f"{'regs':>5} {'spills':>6} {'shared':>7} {'core':8} {'narrow':>6}"
+    print(f"{'kernel':40} {'arch':7} {titles} config")
     for row in found:
+        core, narrow = row["tensor_core"] or "-", row["narrow_offsets"]
         config = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)
         print(
             f"{row['kernel']:40} {row['arch']:7} {row['registers']:5} {row['spills']:6} "
-            f"{row['shared_bytes']:7} {row['tensor_core'] or '-':8} {config}"
+            f"{row['shared_bytes']:7} {core:8} {narrow:6} {config}"
         )
     return 0

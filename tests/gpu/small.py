@@ -1,0 +1,23 @@
+"""Every op once, forward and backward, on small shapes: what compute-sanitizer watches.
+
+compute-sanitizer --tool memcheck python -m tests.gpu.small
+"""
+
+import torch
+
+from fastgpt import use_backend
+from tests.gpu.cases import CASES, DROPOUT, SMALL
+from tests.gpu.here import HALF
+
+
+def main() -> None:
+    with use_backend("triton"):
+        for name, make in (CASES | DROPOUT).items():
+            for dtype in (torch.float32, HALF):
+                for t in make(SMALL, dtype).run():
+                    assert t.isfinite().all(), name
+    print(f"{len(CASES | DROPOUT)} ops ran")
+
+
+if __name__ == "__main__":
+    main()
