@@ -1,145 +1,254 @@
-"""The ops of a GPT, both ways, against eager PyTorch, compiled PyTorch and SDPA's backends.
+"""The ops of a GPT, both ways, against everything else that computes them.
 
-A case names an op and its inputs; `measure` checks each variant's results against eager in float32,
-refuses a wrong one, and times the rest in turns. `python -m bench.gpu` runs all cases.
+For each case (op_cases.py) `measure` checks what each peer (op_peers.py) computes, refuses a wrong
+one a time, and times the rest in turns:
+
+    forward     as in training: with a graph, keeping what the backward needs
+    backward    of that graph, to every floating input
+    both        for the losses, where some peers compute the gradients in the forward
+
+`of_ceiling` is the time that the device's measured ceilings allow over the time taken.
+`python -m bench.ops` writes a record; `make bench-ops` does so under pytest-benchmark.
 """
 
+import argparse
 import functools
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import quiet, record, roofline
+from bench.op_cases import Case, cases
+from bench.op_peers import Peer, peers
+from bench.roofline import Ceilings, Work
 from bench.timing import Variants, in_turns
-from fastgpt import ops, reference, use_backend
+from fastgpt import devices, reference
 
-SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    shape: str
-    inputs: Callable[[], list[Tensor]]  # floating ones need a gradient
-    options: dict[str, Any]
-    bytes: tuple[float, float] = (0, 0)  # forward, backward: traffic that nothing avoids
-    flops: tuple[float, float] = (0, 0)
+Row = dict[str, Any]
+SAMPLES = 50  # kept of each variant
 
 
-def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> Iterator[Case]:
-    """GPT-2's ops on M tokens of width C, heads of 64, T = min(M, 1024)."""
-    size, K = dtype.itemsize, 4 * C
-    T, D = min(M, 1024), 64
-    B, H = M // T, C // D
-
-    def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    def norm_inputs(n: int) -> list[Tensor]:
-        return [rand(M, C) for _ in range(n)] + [rand(C), rand(C)]
-
-    rows = M * C * size
-    yield Case("layer_norm", f"{M}x{C}", lambda: norm_inputs(1), {}, (2 * rows, 3 * rows))
-    yield Case("add_layer_norm", f"{M}x{C}", lambda: norm_inputs(2), {}, (4 * rows, 4 * rows))
-    fc = [lambda: rand(K, C, scale=C**-0.5), lambda: rand(K)]
-    proj = [lambda: rand(C, K, scale=K**-0.5), lambda: rand(C)]
-    gemm = 2.0 * M * C * K
-    yield Case("linear_gelu", f"{M}x{C}x{K}", lambda: [rand(M, C), *(f() for f in fc)], {},
-               flops=(gemm, 2 * gemm))  # fmt: skip
-    yield Case("mlp", f"{M}x{C}x{K}", lambda: [rand(M, C), *(f() for f in fc + proj)], {},
-               flops=(2 * gemm, 4 * gemm))  # fmt: skip
-    attention = 2.0 * B * H * T * T * D  # causal: half of two products
-    yield Case("packed_causal_attention", f"{B}x{T}x3x{H}x{D}", lambda: [rand(B, T, 3 * C)],
-               {"n_head": H}, flops=(attention, 2.5 * attention))  # fmt: skip
-    logits = M * V * size
-    yield Case("cross_entropy", f"{M}x{V}",
-               lambda: [rand(M, V), torch.randint(V, (M,), device=device)], {},
-               (logits, 2 * logits))  # fmt: skip
-
-
-def variants(op: str, device: torch.device) -> dict[str, tuple[Callable, Any]]:
-    """name -> (function, context to run its forward in)."""
-    ref, ours = getattr(reference, op), getattr(ops, op)
-    found: dict[str, tuple[Callable, Any]] = {
-        "eager": (ref, nullcontext),
-        "fastgpt": (ours, functools.partial(use_backend, "triton")),
-    }
-    if op in ("linear_gelu", "mlp"):
-        found["fastgpt, own GEMM"] = (
-            ours,
-            functools.partial(use_backend, "triton", **{op: "triton"}),
-        )
-    if device.type == "cuda":
-        found["compile"] = (torch.compile(ref, dynamic=False), nullcontext)
-        if "attention" in op:
-            found |= {name: (ref, functools.partial(sdpa_kernel, b)) for name, b in SDPA.items()}
-    return found
-
-
-def measure(case: Case, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+def measure(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    ceilings: Ceilings | None = None,
+    variants: Sequence[str] | None = None,
+) -> list[Row]:
     """A row per variant and direction; one that fails or computes something else says so."""
     torch.manual_seed(0)
-    leaves = [t.requires_grad_(t.is_floating_point()) for t in case.inputs()]
-    wanted = [t for t in leaves if t.requires_grad]
-    wide = [_wide(t) for t in leaves]
-    exact = _run(getattr(reference, case.op), nullcontext, wide, case.options)
-    grads = [torch.randn_like(t) for t in exact]
-    truth = [*exact, *torch.autograd.grad(exact, [t for t in wide if t.requires_grad], grads)]
-    rows: list[dict[str, Any]] = []
-    forward: Variants = {}
-    backward: Variants = {}
-    for name, (function, context) in variants(case.op, device).items():
-        try:
-            outs = _run(function, context, leaves, case.options)
-            given = [g.to(out.dtype) for g, out in zip(grads, outs, strict=True)]
-            found = [*outs, *torch.autograd.grad(outs, wanted, given, retain_graph=True)]
-            error = max(_distance(a, b) for a, b in zip(found, truth, strict=True))
-            if not error < 0.03:
-                raise ArithmeticError(f"relative error {error:.2g} against eager in float32")
-        except Exception as problem:
-            text = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:100]}"
-            rows.append({"op": case.op, "shape": case.shape, "variant": name, "problem": text})
+    inputs = [_leaf(t, t.dtype) for t in case.inputs()]
+    truth, grads = _truth(case, inputs)
+    of_case = {"op": case.op, "shape": case.shape}
+    rows: list[Row] = []
+    calls: dict[str, Variants] = {direction: {} for direction in case.work}
+    eager_errors: list[tuple[float, float]] = []
+    for name, peer in peers(case.op).items():
+        if name != "eager" and variants is not None and name not in variants:
             continue
-        forward[name] = functools.partial(_forward_only, function, context, leaves, case.options)
-        backward[name] = functools.partial(
-            torch.autograd.grad, outs, wanted, given, retain_graph=True
-        )
-    for i, (direction, calls) in enumerate((("forward", forward), ("backward", backward))):
-        times = in_turns(calls, device, seconds / 2)
-        eager = statistics.median(times["eager"])
-        for name, samples in times.items():
-            median = statistics.median(samples)
-            rows.append({
-                "op": case.op, "shape": case.shape, "direction": direction, "variant": name,
-                "microseconds": 1e6 * median, "over_eager": eager / median,
-                "gigabytes_per_second": case.bytes[i] / median / 1e9,
-                "teraflops_per_second": case.flops[i] / median / 1e12,
-                "samples": len(samples),
-            })  # fmt: skip
+        try:
+            if name != "eager" and not eager_errors:
+                raise RuntimeError("eager, the yardstick, failed")
+            found, timed = _prepare(case, peer, inputs, grads)
+            errors = [_errors(a, b) for a, b in zip(found, truth, strict=True)]
+            del found
+            eager_errors = eager_errors or errors
+            _refuse_wrong(errors, eager_errors, truth, inputs[0].dtype)
+        except Exception as problem:  # not installed, out of memory, a wrong result
+            text = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
+            rows.append({**of_case, "variant": name, "problem": text})
+            continue
+        for direction in timed.keys() & case.work.keys():
+            calls[direction][name] = timed[direction]
+    del truth
+    for direction, checked in calls.items() if eager_errors else ():
+        times = in_turns(checked, device, seconds / len(calls))
+        rows += [
+            {**of_case, "direction": direction, "variant": name}
+            | _figures(samples, times["eager"], case.work[direction], ceilings)
+            for name, samples in times.items()
+        ]
     return rows
 
 
-def _wide(t: Tensor) -> Tensor:
-    """A float32 leaf with t's values; float64 would take minutes at these sizes."""
-    return t.detach().float().requires_grad_() if t.is_floating_point() else t
+def _leaf(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy that wants a gradient, if it can have one."""
+    return t.detach().clone().to(dtype).requires_grad_() if t.is_floating_point() else t
 
 
-def _run(function: Callable, context: Any, inputs: list[Tensor], options: dict) -> list[Tensor]:
-    with context():
-        out = function(*inputs, **options)
+def _truth(case: Case, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and input gradients of eager in a wider dtype; the gradients of the outputs."""
+    # float64 would take minutes and the whole memory for 16-bit inputs at real sizes
+    wide = torch.float64 if inputs[0].dtype == torch.float32 else torch.float32
+    leaves = [_leaf(t, wide) for t in inputs]
+    outs = _outputs(getattr(reference, case.op), leaves, case.options)
+    # a loss is differentiated as a loss: Liger and PyTorch's chunked one take a shortcut for 1
+    grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outs]
+    wanted = [t for t in leaves if t.requires_grad]
+    gradients = torch.autograd.grad(outs, wanted, grads)
+    return [t.detach() for t in (*outs, *gradients)], grads
+
+
+def _prepare(
+    case: Case, peer: Peer, shared: list[Tensor], grads: list[Tensor]
+) -> tuple[list[Tensor], Variants]:
+    """What the peer computes, outputs and gradients, and a call for each direction."""
+    # Liger's cross entropy leaves gradients where its input was
+    inputs = [_leaf(t, t.dtype) for t in shared] if peer.whole else shared
+    wanted = [t for t in inputs if t.requires_grad]
+    outs = _outputs(peer.call, inputs, case.options)
+    given = [g.to(out.dtype) for g, out in zip(grads, outs, strict=True)]
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(_outputs(peer.call, inputs, case.options), wanted, given)
+
+    if peer.whole:
+        return [*outs, *torch.autograd.grad(outs, wanted, given)], {"both": both}
+    forward = functools.partial(_outputs, peer.call, inputs, case.options)
+    backward = functools.partial(torch.autograd.grad, outs, wanted, given, retain_graph=True)
+    return [*outs, *backward()], {"forward": forward, "backward": backward, "both": both}
+
+
+def _outputs(function: Callable, inputs: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    out = function(*inputs, **options)
     return list(out) if isinstance(out, tuple) else [out]
 
 
-def _forward_only(function: Callable, context: Any, inputs: list[Tensor], options: dict) -> None:
-    with torch.no_grad():
-        _run(function, context, inputs, options)
+def _errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(largest, norm of all) |found - truth|; NaN stays NaN."""
+    gap = found.detach().to(truth.dtype) - truth
+    return gap.abs().max().item(), gap.norm().item()
 
 
-def _distance(ours: Tensor, truth: Tensor) -> float:
-    """|ours - truth| / |truth|; NaN stays NaN."""
-    return ((ours.float() - truth).norm() / truth.norm()).item()
+def _refuse_wrong(
+    errors: list[tuple[float, float]],
+    eager: list[tuple[float, float]],
+    truth: list[Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """ArithmeticError if a tensor is further from the truth than rounding in `dtype` explains.
+
+    Allowed are 4 times eager's own largest error and 4 eps of the largest value, and for all
+    elements together half of that: the one catches a wrong element, the other a wrong tile. For
+    fp32 eps is 2^-15: PyTorch's own chunked linear_cross_entropy is 1e-5 away, by summation order.
+    """
+    eps = max(torch.finfo(dtype).eps, 2**-15)
+    for i, ((worst, norm), (eager_worst, eager_norm), t) in enumerate(
+        zip(errors, eager, truth, strict=True)
+    ):
+        if not worst <= 4 * eager_worst + 4 * eps * t.abs().max().item():
+            raise ArithmeticError(f"tensor {i} is wrong: an element is off by {worst:.2g}, "
+                                  f"eager's by {eager_worst:.2g}")  # fmt: skip
+        if not norm <= 2 * eager_norm + 2 * eps * t.norm().item():
+            raise ArithmeticError(f"tensor {i} is wrong: it is off by {norm:.2g} in all, "
+                                  f"eager's by {eager_norm:.2g}")  # fmt: skip
+
+
+def _figures(samples: list[float], eager: list[float], work: Work, limits: Ceilings | None) -> Row:
+    median = statistics.median(samples)
+    found: Row = {
+        "microseconds": 1e6 * median,
+        "over_eager": statistics.median(e / s for e, s in zip(eager, samples, strict=True)),
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "teraflops_per_second": work.flops / median / 1e12,
+        "gigabytes_per_second": work.bytes / median / 1e9,
+    }
+    if limits is not None:
+        found["of_ceiling"] = work.seconds(limits) / median
+    # every so many rounds, the same ones of every variant: the samples stay paired
+    kept = range(0, len(samples), -(-len(samples) // SAMPLES))
+    return found | {"rounds": len(samples), "seconds": [samples[i] for i in kept]}
+
+
+class Run:
+    """All cases on one device, each measured when it is asked for, into one record."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.device = devices.pick_device(args.device)
+        on_gpu = self.device.type == "cuda"
+        self.dtype = devices.pick_dtype(self.device, args.dtype)
+        M = (16384 if on_gpu else 256) if args.tokens is None else args.tokens
+        C, V = args.width, args.vocabulary
+        _check(M, C, V, args.seconds)
+        self.results, self.seconds = args.results, args.seconds
+        self.settings = {"M": M, "C": C, "V": V, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.cases = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
+        self.machine = quiet.check()
+        self.ceilings = roofline.measure(self.device, self.dtype, min(2.0, args.seconds))
+        self._rows: dict[str, list[Row]] = {}
+
+    def rows(self, op: str) -> list[Row]:
+        if op not in self._rows:
+            case = self.cases[op]
+            try:
+                self._rows[op] = measure(case, self.device, self.seconds, self.ceilings)
+            except torch.OutOfMemoryError as error:
+                problem = f"{case.shape} does not fit: {str(error)[:200]}"
+                self._rows[op] = [{"op": op, "variant": "eager", "problem": problem}]
+        return self._rows[op]
+
+    def save(self) -> str:
+        rows = [row for of_op in self._rows.values() for row in of_op]
+        # a part is no run to compare all ops with
+        part = {} if len(self._rows) == len(self.cases) else {"only": sorted(self._rows)}
+        more = {"machine": self.machine, "ceilings": self.ceilings._asdict()}
+        return str(record.save(record.new("ops", self.settings | part, rows, **more), self.results))
+
+
+def _check(M: int, C: int, V: int, seconds: float) -> None:
+    if M < 1 or (M > 1024 and M % 1024):
+        raise ValueError(f"--tokens {M} must be 1 to 1024, or a multiple of 1024")
+    if C < 64 or C % 64:
+        raise ValueError(f"--width {C} must be a multiple of 64, the size of a head")
+    if V < 2:
+        raise ValueError(f"--vocabulary {V} must be at least 2")
+    if not seconds > 0:
+        raise ValueError(f"--seconds {seconds} must be above 0")
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """The same for argparse (parser.add_argument) and pytest (parser.addoption)."""
+    add("--device", default=None, help="cuda or cpu; the GPU if there is one")
+    add("--dtype", default=None, choices=devices.DTYPES, help="bfloat16 on a GPU, else float32")
+    add("--tokens", type=int, default=None, help="rows of every op; 16384 on a GPU, else 256")
+    add("--width", type=int, default=768, help="C, a multiple of 64")
+    add("--vocabulary", type=int, default=50304, help="V")
+    add("--seconds", type=float, default=5.0, help="for the samples of one op")
+    add("--results", type=Path, default=record.RESULTS, help="folder of the records")
+
+
+def line(row: Row) -> str:
+    name = f"{row['op']:<24}{row.get('direction', ''):<9}{row['variant']:<31}"
+    if "problem" in row:
+        return f"{name}{row['problem']}"
+    rate = (
+        f"{row['teraflops_per_second']:8.3f} TFLOP/s"
+        if row["flops"]
+        else f"{row['gigabytes_per_second']:8.1f} GB/s   "
+    )
+    share = f"{row['of_ceiling']:7.1%} of the ceiling" if "of_ceiling" in row else ""
+    return f"{name}{row['microseconds']:11.1f} us{row['over_eager']:7.2f}x eager {rate}{share}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
+    add_options(parser.add_argument)
+    try:
+        run = Run(parser.parse_args())
+    except ValueError as error:
+        parser.error(str(error))
+    print(quiet.warning(run.machine) or "the machine is quiet")
+    for op in run.cases:
+        print(*(line(row) for row in run.rows(op)), sep="\n", flush=True)
+    print(f"record: {run.save()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

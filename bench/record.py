@@ -1,7 +1,7 @@
 """A benchmark run as a JSON record: what ran, where, when, from which commit, with every sample.
 
     schema       the version of this layout: SCHEMA
-    bench        "train", "ops", "decode" or "gpu"
+    bench        "train", "decode", "memory", "ops" or "gpu"
     date         ISO 8601, UTC
     environment  device, driver, versions (fastgpt.report.versions)
     commit       of the checkout; "-dirty" where files differed from it
@@ -68,8 +68,14 @@ def load(path: Path) -> Record:
 
 
 def load_all(results: Path = RESULTS) -> list[Record]:
-    """Every record, oldest first."""
-    return sorted((load(p) for p in results.glob("*/*.json")), key=lambda r: r["date"])
+    """Every record, oldest first; those of one second by their names."""
+    return sorted(map(load, sorted(results.glob("*/*.json"))), key=lambda r: r["date"])
+
+
+def kind(record: Record) -> str:
+    """What may be compared: two records alike in device, bench and settings."""
+    device = record["environment"]["device"]
+    return json.dumps([device, record["bench"], record["settings"]], sort_keys=True)
 
 
 def slug(device: str) -> str:

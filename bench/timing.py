@@ -1,48 +1,37 @@
-"""Time variants of one computation fairly: in turns, from a cold cache, device time only."""
+"""The two ceilings that times are held against: what a large matrix product and a large copy reach
+on this device, measured as the times are.
+"""
 
-import time
+import functools
+import statistics
 from collections.abc import Callable
 
 import torch
 
-Variants = dict[str, Callable[[], object]]
+from fastgpt.timing import Variants as Variants
+from fastgpt.timing import host_sample
+from fastgpt.timing import in_turns as in_turns
 
 
-def in_turns(variants: Variants, device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each variant, one sample a round, for about `seconds` in all.
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """FLOP/s of a large product of random matrices; zeros would run faster than data does."""
 
-    On CUDA the samples are device time between two events. Before them the L2 cache is overwritten,
-    and a sleep on the device lets the host queue the whole call, so that no launch is waited for.
-    """
-    for call in variants.values():  # compile, allocate, load
-        for _ in range(3):
-            call()
-    sample = _cuda_sample(device) if device.type == "cuda" else _host_sample
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not all(len(s) >= 3 for s in samples.values()):
-        for name, call in variants.items():
-            samples[name].append(sample(call))
-    return samples
+    def product(n: int) -> Callable[[], object]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        return functools.partial(torch.mm, a, b)
+
+    n = 8192
+    if device.type != "cuda":  # where a dtype may be a thousand times slower than another
+        n = 256
+        while n < 2048 and host_sample(product(n)) < 0.02:
+            n *= 2
+    samples = in_turns({"matmul": product(n)}, device, seconds)["matmul"]
+    return 2 * n**3 / statistics.median(samples)
 
 
-def _host_sample(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _cuda_sample(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    cache = torch.empty(2**28, device=device, dtype=torch.int8)  # several times any L2
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample(call: Callable[[], object]) -> float:
-        cache.zero_()
-        torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(stop) / 1e3
-
-    return sample
+def copy_ceiling(device: torch.device, seconds: float = 1.0) -> float:
+    """Bytes/s, read plus written, of a copy many times the size of any cache."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**28, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    samples = in_turns({"copy": functools.partial(target.copy_, source)}, device, seconds)["copy"]
+    return 2 * source.numel() / statistics.median(samples)

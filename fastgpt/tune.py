@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt import backend, ops, reference, use_backend
 from fastgpt.kernels import _tuned
-from fastgpt.timing import in_turns
+from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
 MARGIN = 1.02  # what a winner must be faster by: less is noise
@@ -56,6 +56,7 @@ def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     T = min(M, 1024)
     qkv = rand(M // T, T, 3 * C)
     y, lse = attention.packed_forward(qkv, C // D, None, 0.0)
+    call: Callable[[], Any]
     call = functools.partial(attention.packed_backward, y, qkv, y, lse, None, C // D, 0.0)
     yield Search(f"attention_backward {D} {name}", call, _backward_tiles(D))
     block = dict(BLOCK_D=(max(16, 1 << (D - 1).bit_length()),))
@@ -123,7 +124,7 @@ def _try(
         error = _distance(_with(one, config), expected)
         if not error < 0.01:
             raise ArithmeticError(f"{error:.2g} away from the result of today's configuration")
-        calls = {"today": one.call, "candidate": functools.partial(_with, one, config)}
+        calls: Variants = {"today": one.call, "candidate": functools.partial(_with, one, config)}
         times = in_turns(calls, device, seconds)
     except Exception as problem:  # out of shared memory, a compiler's refusal, a wrong result
         first_line = (str(problem).splitlines() or [""])[0]
@@ -187,7 +188,8 @@ def _race(
             return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 
     expected = run(getattr(reference, op), "torch")
-    variants, rows = {}, []
+    variants: dict[str, Callable[[], Any]] = {}
+    rows: list[dict[str, Any]] = []
     for name in ("torch", *backend.KERNELS[op]):
         variant = functools.partial(run, getattr(ops, op), name)
         try:
