@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt import reference
+from fastgpt.kernels._autograd import differentiable_once
+
 aten = torch.ops.aten
 
 
@@ -83,6 +86,32 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, factor: f
         if p is not strip:
             strip.copy_(p)
     return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradient is made with the loss, while the logits are in the cache, in a copy of them."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index):
+        count = (targets != ignore_index).sum()
+        dlogits = logits.clone(memory_format=torch.contiguous_format)
+        losses = cross_entropy_(dlogits, targets, ignore_index, 1.0 / max(count.item(), 1))
+        ctx.save_for_backward(dlogits)
+        return losses.sum() / count
+
+    @staticmethod
+    def backward(ctx, dloss):
+        differentiable_once()
+        (dlogits,) = ctx.saved_tensors
+        # as after loss.backward(); nobody writes to an incoming gradient
+        scaled = dlogits if dloss == 1 else (dlogits.float() * dloss).to(dlogits.dtype)
+        return scaled, None, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    if not logits.requires_grad or not torch.is_grad_enabled():
+        return reference.cross_entropy(logits, targets, ignore_index)
+    return _CrossEntropy.apply(logits, targets, ignore_index)
 
 
 def _picked(p: Tensor, ids: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ KERNELS: Mapping[str, tuple[str, ...]] = {
     "mlp": ("triton", "cublas"),
     "causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
     "packed_causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
-    "cross_entropy": ("triton",),
+    "cross_entropy": ("triton", "aten"),
     "linear_cross_entropy": ("triton", "aten"),
     "block": ("triton", "aten"),
     "adamw": ("triton",),

@@ -20,8 +20,9 @@ from torch import Tensor
 from fastgpt.aten import wgrad
 from fastgpt.kernels._autograd import differentiable_once
 
-MAX_LOGITS = 2**31  # bytes in memory at once; beyond it the rows are taken in chunks
-MIN_ROWS = 4096  # a smaller chunk's matmuls would no longer fill a GPU
+# Bytes of logits at once, beyond which the rows are taken in chunks; and rows per chunk at least:
+# fewer would not fill a GPU, while a CPU is soon filled and its memory less.
+CHUNKS = {"cuda": (2**31, 4096), "cpu": (2**28, 1024)}
 
 
 def embed(
@@ -72,7 +73,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.dtype = w.dtype
         count = (targets != ignore_index).sum()
         needs_x, needs_w = ctx.needs_input_grad[1:3]
-        rows = max(MIN_ROWS, MAX_LOGITS // (w.shape[0] * x.element_size()))
+        max_bytes, min_rows = CHUNKS.get(x.device.type, CHUNKS["cuda"])
+        rows = max(min_rows, max_bytes // (w.shape[0] * x.element_size()))
         ctx.chunked = len(x) > rows
         if not ctx.chunked:
             logits = x @ low_w.t()
@@ -87,7 +89,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             losses.append(cross_entropy_(logits, targets[part], ignore_index, ctx.factor))
             if dx is not None:
                 torch.mm(logits, low_w, out=dx[part])
-            if dw is not None:
+            if dw is not None and dw.dtype == x.dtype:
+                dw.addmm_(logits.t(), x[part])
+            elif dw is not None:
                 dw += wgrad(logits, x[part], w.dtype)
             del logits  # before the next chunk's are allocated
         ctx.save_for_backward(dx, dw, count)

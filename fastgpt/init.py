@@ -1,6 +1,6 @@
 """Initial weights: GPT-2's scheme as nanoGPT draws it, and the variants one config field away.
 
-    embeddings, and the head tied to them     N(0, 0.02)
+    embeddings, and the head tied to them     N(0, EMBEDDING_STD)
     linear layers (c_attn, c_fc)              N(0, LINEAR_INIT[linear_init]),        biases 0
     output projections (c_proj)               N(0, RESIDUAL_INIT[residual_init]),    biases 0
     LayerNorm                                 weight 1, bias 0
@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+
+EMBEDDING_STD = 0.02  # the only number of the specification that no scheme names
 
 LINEAR_INIT: Mapping[str, Callable[[int], float]] = {  # of n_embd
     "0.02": lambda n_embd: 0.02,
@@ -54,7 +56,7 @@ def init_module(module: nn.Module, std: float) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        nn.init.normal_(module.weight, mean=0.0, std=EMBEDDING_STD)
 
 
 def init_residual_projections(model: nn.Module, std: float) -> None:

@@ -1,41 +1,31 @@
 """`fastgpt init-report`: is every parameter drawn as specified, and what does each scheme do?
 
-A parameter of n independent draws from N(0, s) has a mean from N(0, s/sqrt(n)) and, to first order,
-a deviation from N(s, s/sqrt(2n)): both become z-scores. Its shape is judged by the Kolmogorov-
-Smirnov distance D to N(0, s), which exceeds e with probability 2 exp(-2 n e^2) at most, for any n
-(Dvoretzky, Kiefer, Wolfowitz; Massart). The limits share the risk of a false alarm between all
-tests on a model (Bonferroni), so that CONFIDENCE is that of the whole verdict.
-
-What a scheme does is measured on small models: the scale of the residual stream and of the
-gradients against depth, and the loss of a short training without warm-up.
+init_audit.py answers the first. What a scheme does is measured on small models: the scale of the
+residual stream and of the gradients against depth, and the loss of short trainings without warm-up,
+beside one that starts from PyTorch's own initialisation.
 """
 
 import argparse
 import contextlib
 import datetime
 import io
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgpt import data, init, report
+from fastgpt import data, init, init_audit, report
 from fastgpt.model import GPT, GPTConfig
 
-CONFIDENCE = 0.999  # that a model drawn as specified passes every test
-EMBEDDING_STD = 0.02  # the specification's only number that no scheme names
 SCAN = GPTConfig(block_size=32, vocab_size=256, n_head=4, n_embd=128)
-RUN = GPTConfig(block_size=64, n_layer=24, n_head=2, n_embd=64)  # deep and narrow
+RUN = GPTConfig(block_size=32, n_layer=24, n_head=2, n_embd=64)  # deep and narrow
 LEARNING_RATE = 1e-3  # of the short runs, from the first step on
+SMOOTH = 20  # losses to average: single batches differ by more than schemes do
 SCHEMES = [(linear, residual) for linear in init.LINEAR_INIT for residual in init.RESIDUAL_INIT]
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-_BINS = 1000  # of the empirical distribution, equally likely; fewer points only make D smaller
 _LINEAR = list(init.LINEAR_INIT)  # a row or column of panels each
 _COLOURS = {name: f"C{i}" for i, name in enumerate(init.RESIDUAL_INIT)}  # in every picture
 _CURVES = {  # a field of Scan: what it is, and the block at the far end of the signal's way
@@ -46,17 +36,8 @@ _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 Scheme = tuple[str, str]  # linear_init, residual_init
-
-
-class Row(NamedTuple):
-    """What one parameter should be, what it is, and how far apart the two are."""
-
-    name: str
-    shape: tuple[int, ...]
-    specified: tuple[float, float]  # mean and deviation
-    measured: tuple[float, float]
-    deviations: tuple[float, float, float]  # see `deviations`
-    ok: bool
+CONTROL: Scheme = ("PyTorch's own", "PyTorch's own")
+Runs = dict[Scheme, list[list[float]]]  # the losses of each seed
 
 
 class Scan(NamedTuple):
@@ -64,54 +45,6 @@ class Scan(NamedTuple):
 
     stream: list[float]  # the residual stream after the block
     gradient: list[float]  # the loss's gradient with respect to the block's parameters
-
-
-def specified(model: GPT) -> dict[str, tuple[float, float]]:
-    """Mean and deviation of every parameter as init.py specifies them. Deviation 0: a constant."""
-    linear, residual = init.linear_std(model.config), init.residual_std(model.config)
-    drawn = {"wte": EMBEDDING_STD, "wpe": EMBEDDING_STD}
-    drawn |= {"c_attn": linear, "c_fc": linear, "c_proj": residual}
-    found = {}
-    for name, _ in model.named_parameters():
-        layer, kind = name.split(".")[-2:]
-        mean = 1.0 if layer.startswith("ln_") and kind == "weight" else 0.0
-        found[name] = mean, drawn.get(layer, 0.0) if kind == "weight" else 0.0
-    return found
-
-
-def deviations(x: Tensor, std: float) -> tuple[float, float, float]:
-    """How far x is from draws of N(0, std): z of its mean, z of its deviation, sqrt(n) * D."""
-    x, n = x.detach().flatten().double(), x.numel()
-    z_mean = x.mean().item() / std * math.sqrt(n)
-    z_std = (x.std().item() / std - 1) * math.sqrt(2 * n)
-    at = torch.linspace(1 / _BINS, 1, _BINS, dtype=torch.float64)
-    below = torch.histc(torch.special.ndtr(x / std), bins=_BINS, min=0, max=1).cumsum(0) / n
-    distance = (below - at).abs().max().item()
-    return z_mean, z_std, math.sqrt(n) * distance
-
-
-def limits(parameters: int) -> tuple[float, float, float]:
-    """The largest |deviations| that `parameters` drawn tensors may show at CONFIDENCE."""
-    alpha = (1 - CONFIDENCE) / (3 * parameters)
-    z = NormalDist().inv_cdf(1 - alpha / 2)
-    return z, z, math.sqrt(math.log(2 / alpha) / 2)
-
-
-def audit(model: GPT) -> list[Row]:
-    """Every parameter against its specification, constants exactly."""
-    expected, rows = specified(model), []
-    bounds = limits(sum(std > 0 for _, std in expected.values()))
-    for name, p in model.named_parameters():
-        mean, std = expected[name]
-        if std:
-            far = deviations(p, std)
-            ok = all(abs(d) <= bound for d, bound in zip(far, bounds, strict=True))
-        else:
-            far, ok = (0.0, 0.0, 0.0), bool((p == mean).all())
-        x = p.detach().double()
-        measured = x.mean().item(), x.std(correction=0).item()
-        rows.append(Row(name, tuple(p.shape), (mean, std), measured, far, ok))
-    return rows
 
 
 def depth_scan(config: GPTConfig, seed: int) -> Scan:
@@ -126,15 +59,14 @@ def depth_scan(config: GPTConfig, seed: int) -> Scan:
     return Scan(stream, [_rms(torch.cat(each)) for each in gradients])
 
 
-def short_run(config: GPTConfig, ids: Tensor, steps: int, seed: int) -> list[float]:
+def short_run(model: GPT, ids: Tensor, steps: int, seed: int) -> list[float]:
     """The loss of every step of a training at the full learning rate from the first step on."""
-    model = _model(config, seed)
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(0.1, LEARNING_RATE, (0.9, 0.95), "cpu")
     generator = torch.Generator().manual_seed(seed)  # the same batches for every scheme
     losses = []
     for _ in range(steps):
-        x, y = data.random_batch(ids, 8, config.block_size, generator, ids.device)
+        x, y = data.random_batch(ids, 8, model.config.block_size, generator, ids.device)
         loss = model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # as nanoGPT clips
@@ -144,16 +76,27 @@ def short_run(config: GPTConfig, ids: Tensor, steps: int, seed: int) -> list[flo
     return losses
 
 
-def worst_spike(losses: Sequence[float]) -> float:
-    """The most that a step's loss lies above the lowest one before it."""
-    lowest = itertools.accumulate(losses, min)
-    return max(loss - low for loss, low in zip(losses, lowest, strict=True))
+def entropy(ids: Tensor) -> float:
+    """Of the letters' frequencies, in nats: the least loss without looking at the context."""
+    p = torch.bincount(ids.long()).double() / len(ids)
+    return torch.special.entr(p).sum().item()
 
 
 def _model(config: GPTConfig, seed: int) -> GPT:
     torch.manual_seed(seed)
     with contextlib.redirect_stdout(io.StringIO()):  # the model introduces itself
         return GPT(config)
+
+
+def _undrawn(config: GPTConfig, seed: int) -> GPT:
+    """The model as PyTorch's constructors leave it: linear layers and the head, which is the token
+    embedding, uniform within 1/sqrt(inputs), positions N(0, 1).
+    """
+    model = _model(config, seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.reset_parameters()
+    return model
 
 
 def _rms(x: Tensor) -> float:
@@ -175,9 +118,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def parameter_section(config: GPTConfig, seed: int) -> tuple[str, bool]:
     """The audit of one model as text, and whether all of it passed."""
-    rows = audit(_model(config, seed))
+    rows = init_audit.audit(_model(config, seed))
     drawn = sum(row.specified[1] > 0 for row in rows)
-    z, _, ks = limits(drawn)
+    z, _, ks = init_audit.limits(drawn)
     passed = sum(row.ok for row in rows)
     header = ["parameter", "shape", "specified mean, std", "measured mean, std"]
     header += ["z mean", "z std", "√n·D", ""]
@@ -189,7 +132,8 @@ def parameter_section(config: GPTConfig, seed: int) -> tuple[str, bool]:
         lines.append([*line, "ok" if row.ok else "FAIL"])
     verdict = (
         f"{passed} of {len(rows)} parameters are as specified: {drawn} drawn, the others constant. "
-        f"At {CONFIDENCE:.1%} confidence for all together, |z| may reach {z:.2f} and √n·D {ks:.2f}."
+        f"At {init_audit.CONFIDENCE:.1%} confidence for all together, |z| may reach {z:.2f} and "
+        f"√n·D {ks:.2f}."
     )
     return f"{_table(header, lines)}\n\n{verdict}", passed == len(rows)
 
@@ -208,14 +152,20 @@ def scan_section(scans: dict[Scheme, dict[int, Scan]]) -> str:
     return "\n\n".join(parts)
 
 
-def run_section(runs: dict[Scheme, list[float]]) -> str:
-    """Per scheme: where a short run starts, where it ends, and how smoothly it gets there."""
-    header = ("linear_init", "residual_init", "first loss", "last 10, mean", "worst spike")
+def run_section(runs: Runs) -> str:
+    """Per scheme and seed: where a short run starts and where it ends."""
+    seeds = range(1, 1 + len(runs[CONTROL]))
+    header = ["linear_init", "residual_init"]
+    header += [f"{when}, run {n}" for n in seeds for when in ("first", f"last {SMOOTH}")]
     rows = []
-    for scheme, losses in runs.items():
-        last = sum(losses[-10:]) / len(losses[-10:])
-        rows.append((*scheme, f"{losses[0]:.3f}", f"{last:.3f}", f"{worst_spike(losses):.2f}"))
+    for scheme, curves in runs.items():
+        ends = [[losses[0], _mean(losses[-SMOOTH:])] for losses in curves]
+        rows.append([*scheme, *(f"{loss:.3f}" for pair in ends for loss in pair)])
     return _table(header, rows)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def draw_scans(scans: dict[Scheme, dict[int, Scan]], out: Path) -> None:
@@ -237,15 +187,19 @@ def draw_scans(scans: dict[Scheme, dict[int, Scan]], out: Path) -> None:
         _save(figure, out / ("residual.png" if field == "stream" else "gradient.png"))
 
 
-def draw_runs(runs: dict[Scheme, list[float]], out: Path) -> None:
-    """loss.png: the losses of the short runs, smoothed."""
+def draw_runs(runs: Runs, letters: float, out: Path) -> None:
+    """loss.png: the losses of the short runs, smoothed, the mean over the seeds."""
     figure, axes = _figure(1, (9, 5))
-    for (linear, residual), losses in runs.items():
-        panel = axes[0][_LINEAR.index(linear)]
-        smooth = torch.tensor(losses).unfold(0, min(5, len(losses)), 1).mean(-1).tolist()
-        panel.plot(smooth, color=_COLOURS[residual], label=residual)
-        panel.set(xlabel="optimizer step", title=f"linear_init {linear}")
-    axes[0][0].set_ylabel("training loss, nats per character, mean of 5 steps")
+    for (linear, residual), curves in runs.items():
+        mean = torch.tensor(curves).mean(0)
+        smooth = mean.unfold(0, min(SMOOTH, len(mean)), 1).mean(-1).tolist()
+        for panel, name in zip(axes[0], _LINEAR, strict=True):
+            if linear in (name, CONTROL[0]):
+                panel.plot(smooth, color=_COLOURS.get(residual, "black"), label=residual)
+    for panel, name in zip(axes[0], _LINEAR, strict=True):
+        panel.axhline(letters, color="grey", linestyle=":", label="letters' frequencies")
+        panel.set(xlabel="optimizer step", title=f"linear_init {name}")
+    axes[0][0].set_ylabel(f"training loss, nats per character, mean of {SMOOTH} steps")
     _save(figure, out / "loss.png")
 
 
@@ -296,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1337, help="of all that is drawn (%(default)s)")
     depths = [2, 4, 8, 12, 24, 48]
     parser.add_argument("--depths", type=int, nargs="+", default=depths, help="to scan (2 ... 48)")
-    parser.add_argument("--steps", type=int, default=100, help="of each short run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=240, help="of each short run (%(default)s)")
     out = Path("out/init-report")
     parser.add_argument("--out", type=Path, default=out, help="of the pictures (%(default)s)")
     parser.add_argument("--no-plots", action="store_true", help="text only")
@@ -327,11 +281,12 @@ def main(args: argparse.Namespace) -> int:
         draw_scans(scans, args.out)
 
     if args.steps > 0:
-        runs = _short_runs(args.steps, args.seed)
+        runs, letters = _short_runs(args.steps, args.seed)
         shape = f"{RUN.n_layer} layers, {RUN.n_embd} wide, learning rate {LEARNING_RATE:g}"
         show(f"### {args.steps} steps without warm-up ({shape})\n\n{run_section(runs)}")
+        show(f"The letters' frequencies alone give {letters:.3f}.")
         if not args.no_plots:
-            draw_runs(runs, args.out)
+            draw_runs(runs, letters, args.out)
     if args.docs is not None:
         _insert("\n\n".join(parts), args.docs)
     return 0 if passed else 1
@@ -342,9 +297,15 @@ def _scan_depths(scheme: Scheme, depths: Sequence[int], seed: int) -> dict[int, 
     return {config.n_layer: depth_scan(config, seed) for config in configs}
 
 
-def _short_runs(steps: int, seed: int) -> dict[Scheme, list[float]]:
+def _short_runs(steps: int, seed: int) -> tuple[Runs, float]:
     text = data.read_text(None)
     characters = data.Characters(sorted(set(text)))
     ids = torch.tensor(characters.encode(text), dtype=torch.int16)
     sizes = replace(RUN, vocab_size=characters.vocab_size)
-    return {scheme: short_run(_with_scheme(sizes, scheme), ids, steps, seed) for scheme in SCHEMES}
+    runs: Runs = {scheme: [] for scheme in (*SCHEMES, CONTROL)}
+    for n in (seed, seed + 1):
+        for scheme in SCHEMES:
+            model = _model(_with_scheme(sizes, scheme), n)
+            runs[scheme].append(short_run(model, ids, steps, n))
+        runs[CONTROL].append(short_run(_undrawn(sizes, n), ids, steps, n))
+    return runs, entropy(ids)

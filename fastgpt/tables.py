@@ -20,7 +20,11 @@ CONSERVATIVE: dict[str, str] = {
     "adamw": "triton",
 }
 
-ATEN_ON_CPU = ("linear_cross_entropy", "block")  # where it beats PyTorch's autograd on a CPU
+ATEN_ON_CPU = (
+    "cross_entropy",
+    "linear_cross_entropy",
+    "block",
+)  # where it beats PyTorch's autograd on a CPU
 
 
 def implementation(op: str, device_name: str) -> tuple[str, str]:

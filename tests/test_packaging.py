@@ -24,7 +24,7 @@ ALLOWED = {
     "fastgpt/tables.py": ["fastgpt.kernels._tuned"],
     "fastgpt/backend.py": ["torch", "fastgpt.tables"],
     "fastgpt/ops.py": ["torch", "fastgpt.backend", "fastgpt.reference", "fastgpt.fused_head"],
-    "fastgpt/aten.py": ["torch"],
+    "fastgpt/aten.py": ["torch", "fastgpt.reference", "fastgpt.kernels._autograd"],
     "fastgpt/sdpa.py": ["torch", "fastgpt.reference"],
     "fastgpt/fused_block.py": ["torch", "fastgpt.aten", "fastgpt.kernels._autograd"],
     "fastgpt/fused_head.py": ["torch", "fastgpt.aten", "fastgpt.kernels._autograd"],
