@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from bench import configs, ops, train
+from bench import ops, roofline, train
 from bench.timing import Variants, in_turns
+from fastgpt import tune
 from fastgpt.report import versions
 
 ROOT = Path(__file__).parent.parent
@@ -72,21 +73,15 @@ class Session:
 
 
 def test(session: Session, seconds: float) -> Record:
-    """The kernel tests, stopped when their time is up. A failure is the first thing to know."""
-    files = ["layer_norm", "gelu_mlp", "cross_entropy", "attention", "compile"]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--show-capture=no"]
-    command += [f"tests/test_{name}.py" for name in files]
+    """The GPU suite, stopped when its time is up. A failure is the first thing to know."""
+    logs = session.path.with_name("tests")
+    command = [sys.executable, "-m", "tests.gpu", "--budget", str(seconds), "--out", str(logs)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    log = session.path.with_name("pytest.txt")
-    with log.open("w") as file:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=seconds
-            )
-            code = str(done.returncode)
-        except subprocess.TimeoutExpired:
-            code = "stopped: out of time"
-    return {"exit": code, "last": log.read_text().strip().splitlines()[-5:]}
+    if not session.on_gpu:
+        environment["FASTGPT_REHEARSAL"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    return {"exit": str(done.returncode), "last": said[-5:]}
 
 
 def gemm(session: Session, seconds: float) -> list[Record]:
@@ -121,8 +116,11 @@ def gemm(session: Session, seconds: float) -> list[Record]:
 
 def per_op(session: Session, seconds: float) -> list[Record]:
     found = list(ops.cases(session.device, session.dtype, session.M, session.C, session.V))
+    ceilings = roofline.measure(session.device, session.dtype, 0.05 * seconds)
     return [
-        row for case in found for row in ops.measure(case, session.device, seconds / len(found))
+        row
+        for case in found
+        for row in ops.measure(case, session.device, seconds / len(found), ceilings)
     ]
 
 
@@ -137,7 +135,9 @@ def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
             size if session.on_gpu else "char",
         ]
         command += ["--batch-size", str(batch_size if session.on_gpu else 2), "--rounds", "5"]
-        command += ["--out", str(session.path.parent / "train"), "--steps", "10"]
+        command += ["--out", str(session.path.parent / "train"), "--steps", "10", "--variants"]
+        # a cold torch.compile takes most of a minute: the two that matter, not all three
+        command += ["eager", "compile", "nanogpt-compile", "fastgpt", "fastgpt-step"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
         if done.returncode:
             return {"problem": done.stderr[-2000:]}
@@ -148,7 +148,13 @@ def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
 
 
 def search(session: Session, seconds: float) -> list[Record]:
-    return configs.search(session.device, session.dtype, session.M, session.C, session.V, seconds)
+    """What `fastgpt tune` does; tuned.json is the entry that kernels/_tuned.py would read."""
+    sizes = tune.Sizes(session.M, session.C, min(64, session.C // 2), session.V, session.dtype)
+    searched = tune.search(session.device, sizes, 0.8 * seconds)
+    races = tune.implementations(session.device, sizes, 0.2 * seconds)
+    entry = tune.choose(races, searched)
+    session.path.with_name("tuned.json").write_text(json.dumps(entry, indent=1) + "\n")
+    return races + searched
 
 
 STAGES = (  # share of the budget, at most
@@ -182,7 +188,7 @@ def _short(row: Record) -> str:
         return f"{row.get('op', '')} {row['variant']}: {row['problem'][:90]}"
     wanted = (
         "op", "layer", "kernel", "direction", "variant", "microseconds", "teraflops_per_second",
-        "tokens_per_second", "over_eager", "over_default",
+        "tokens_per_second", "over_eager", "over_default", "of_ceiling",
     )  # fmt: skip
     shown = (
         f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in wanted if k in row

@@ -1,162 +1,269 @@
-"""Training tokens/s on this device: eager PyTorch, compiled PyTorch, fastgpt, side by side.
+"""Training tokens/s on this device: PyTorch, its compiler, nanoGPT, its peers and fastgpt.
 
-Every variant has its own copy of the same initial model, sees the same batches and takes the same
-number of steps. Short rounds of the variants alternate, so that a machine that slows down slows all
-of them; the medians over rounds are compared, and only after the losses agreed. `python -m
-bench.train --help`.
+Every variant starts from the same weights, sees the same batches and takes the same number of
+steps. Short rounds of the variants alternate, so that a machine that slows down slows all of them;
+only after the losses agreed are the medians over rounds compared. Where the variants' weights and
+optimizer states do not fit in memory together, each is built, timed and let go in turn, then once
+more in the opposite order (A B C, C B A). One record per size, batch size and dtype.
 """
 
 import argparse
-import datetime
-import json
-import math
+import dataclasses
+import itertools
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt import GPT, GPTConfig, use_backend
-from fastgpt.report import backend_report, versions
+from bench import fit, peers, quiet, record
+from bench.peers import SIZES
+from bench.steps import DTYPES, VARIANTS, Run, batches, matmul_dtype, set_precision
+from bench.timing import matmul_ceiling
+from bench.trainee import Trainee, empty_caches
+from fastgpt import GPT, GPTConfig, devices
+from fastgpt.report import backend_report
 
-SIZES = {  # n_layer, n_head, n_embd, vocab_size, block_size, batch size
-    "char": (4, 4, 128, 65, 128, 16),
-    "124M": (12, 12, 768, 50304, 1024, 16),
-    "350M": (24, 16, 1024, 50304, 1024, 16),
-}
-VARIANTS = ("eager", "compile", "fastgpt")
-
-
-class Trainee:
-    """One variant in training."""
-
-    def __init__(self, variant: str, config: GPTConfig, device: str, dtype: torch.dtype):
-        torch.manual_seed(1337)
-        self.variant = variant
-        self.backend = "auto" if variant == "fastgpt" else "torch"
-        raw = GPT(config).to(device)
-        self.optimizer = raw.configure_optimizers(0.1, 6e-4, (0.9, 0.95), torch.device(device).type)
-        self.model: Callable[..., Any] = torch.compile(raw) if variant == "compile" else raw
-        self.params = list(raw.parameters())
-        low = dtype != torch.float32
-        self.context = lambda: (
-            torch.autocast(torch.device(device).type, dtype) if low else nullcontext()
-        )
-        self.losses: list[float] = []
-        self.seconds: list[float] = []  # per step, one entry a round
-        self.first_step = math.nan
-        self.problem = ""
-
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with use_backend(self.backend):
-            with self.context():
-                _, loss = self.model(x, y)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def round(self, batches: list[torch.Tensor]) -> None:
-        """Train on all batches; the very first step is timed apart, as the wait before training."""
-        for x in batches[:1] if not self.losses else []:
-            start = time.perf_counter()
-            self.losses.append(self.step(x[:, :-1], x[:, 1:]).item())
-            self.first_step = time.perf_counter() - start
-        start = time.perf_counter()
-        losses = [self.step(x[:, :-1], x[:, 1:]) for x in batches]
-        self.losses += [loss.item() for loss in losses]  # waits for the device
-        self.seconds.append((time.perf_counter() - start) / len(batches))
+# Of what the loss fell by, or of 1 where that is more: two summation orders drift apart slowly, a
+# wrong gradient shows within a few steps.
+MAX_LOSS_GAP = {"float32": 0.002, "tf32": 0.01, "bfloat16": 0.01, "float16": 0.01}
+IN_TURNS, ALONE = "in turns", "one at a time, in two passes of opposite order"
+Row = dict[str, Any]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    n_layer, n_head, n_embd, vocab_size, block_size, batch_size = SIZES[args.size]
-    B, T = args.batch_size or batch_size, block_size
-    config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False)
-    dtype = getattr(torch, args.dtype)
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        torch.randint(vocab_size, (B, T + 1), generator=generator) for _ in range(args.steps)
-    ]
-    batches = [x.to(args.device) for x in batches]
-    trainees = [Trainee(variant, config, args.device, dtype) for variant in args.variants]
-    for i in range(args.rounds + 1):
-        print(f"\rround {i}/{args.rounds} ", end="", file=sys.stderr, flush=True)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What one record is about; its fields are the record's `settings`."""
+
+    size: str
+    B: int
+    T: int
+    dtype: str
+    rounds: int
+    steps: int  # a round
+
+
+def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
+    machine = quiet.check()
+    _say(quiet.warning(machine))
+    set_precision(settings.dtype)
+    ceiling = matmul_ceiling(device, matmul_dtype(settings.dtype))
+    config = peers.config_of(settings.size, settings.T)
+    order = IN_TURNS
+    needed = fit.step_bytes(config, settings.B, settings.dtype)
+    if problem := fit.missing(needed, device):
+        rows = [{"variant": variant, "problem": problem} for variant in variants]
+    else:
+        order, trainees = _train(config, settings, device, variants)
+        flops = _flops(config, settings.B)
+        peak = devices.peak_flops(device)
+        rows = [_row(t, trainees, settings, flops, peak, ceiling) for t in trainees]
+    return record.new(
+        "train",
+        {**dataclasses.asdict(settings), "order": order},
+        rows,
+        machine=machine,
+        peers=peers.versions(),
+        backend={op: choice.implementation for op, choice in backend_report().items()},
+        matmul_ceiling=ceiling,
+    )
+
+
+def _train(
+    config: GPTConfig, settings: Settings, device: torch.device, variants: list[str]
+) -> tuple[str, list[Trainee]]:
+    """The order of the rounds, and the variants after them."""
+    run = Run(config, peers.initial_weights(config, device), device, settings.dtype)
+    data = batches(config, settings.B, settings.steps, device)
+    with empty_caches() as caches:
+
+        def trainees() -> list[Trainee]:
+            return [Trainee(variant, run, data, caches) for variant in variants]
+
+        if fit.all_at_once(config, settings.B, settings.dtype, device, len(variants)):
+            done = in_turns(trainees(), settings.rounds)
+            if not any(trainee.out_of_memory for trainee in done):
+                return IN_TURNS, done
+        return ALONE, one_at_a_time(trainees(), settings.rounds)
+
+
+def in_turns(trainees: list[Trainee], rounds: int) -> list[Trainee]:
+    for trainee in trainees:
+        _say(f"first steps of {trainee.variant}")
+        trainee.attempt(Trainee.build)
+    crowded = any(trainee.out_of_memory for trainee in trainees)
+    for i in range(0 if crowded else rounds):
+        _say(f"round {i + 1} of {rounds}")
         for trainee in trainees:
-            try:
-                if not trainee.problem:
-                    trainee.round(batches)
-            except Exception as error:  # a variant that cannot run here is a row that says so
-                trainee.problem = (
-                    f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-                )
-    print(file=sys.stderr)
-    return {
-        "schema": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": versions(),
-        "settings": {"size": args.size, "B": B, "T": T, "dtype": args.dtype, "steps": args.steps},
-        "backend": {op: choice.implementation for op, choice in backend_report().items()},
-        "rows": [_row(trainee, trainees[0], B * T) for trainee in trainees],
-    }
+            trainee.attempt(Trainee.round)
+    for trainee in trainees:
+        trainee.attempt(Trainee.look)
+    for trainee in trainees:
+        trainee.release()
+    return trainees
 
 
-def _row(trainee: Trainee, eager: Trainee, tokens: int) -> dict[str, Any]:
-    if problem := trainee.problem or (eager.problem and "eager, its yardstick, failed"):
+def one_at_a_time(trainees: list[Trainee], rounds: int) -> list[Trainee]:
+    """A machine that slows down steadily costs each the same: the passes' middles coincide."""
+    for trainee in [*trainees, *reversed(trainees)]:
+        _say(f"{trainee.variant}, alone")
+        trainee.attempt(Trainee.build)
+        for _ in range(-(-rounds // 2)):
+            trainee.attempt(Trainee.round)
+        trainee.attempt(Trainee.look)
+        trainee.release()
+    return trainees
+
+
+def _flops(config: GPTConfig, batch_size: int) -> float:
+    """Of one step, as estimate_mfu counts them."""
+    with peers.quietly(), torch.device("meta"):
+        return GPT(config).estimate_mfu(batch_size, dt=1.0, peak_flops=1.0)
+
+
+def _row(
+    trainee: Trainee, all_of_them: list[Trainee], settings: Settings, flops: float, peak: float,
+    ceiling: float,
+) -> Row:  # fmt: skip
+    gap, problem = _compare_losses(trainee, all_of_them, settings.dtype)
+    if problem:
         return {"variant": trainee.variant, "problem": problem}
-    # two summation orders drift apart slowly; a wrong gradient shows within a few steps
-    gap = max(abs(a - b) for a, b in zip(trainee.losses, eager.losses, strict=True))
-    if not gap < 0.02:
-        problem = f"losses are up to {gap:.3g} from eager's: not timed"
-        return {"variant": trainee.variant, "problem": problem}
-    timed = trainee.seconds[1:]  # the first round warms up
+    seconds = statistics.median(trainee.seconds)
+    is_16_bit = settings.dtype in ("bfloat16", "float16")  # what the datasheet's peak is for
     return {
         "variant": trainee.variant,
-        "tokens_per_second": tokens / statistics.median(timed),
-        "over_eager": statistics.median(
-            e / t for e, t in zip(eager.seconds[1:], timed, strict=True)
-        ),
+        "seconds": trainee.seconds,
+        "tokens_per_second": settings.B * settings.T / seconds,
+        "ms": {name: 1e3 * _quantile(trainee.seconds, q) for name, q in _QUANTILES.items()},
+        "over_eager": _ratio(all_of_them[0], trainee),
+        "mfu": flops / seconds / peak if is_16_bit and peak == peak else None,
+        "of_matmul_ceiling": flops / seconds / ceiling,
+        "peak_bytes": trainee.peak_bytes,
         "first_step_seconds": trainee.first_step,
+        "attention": trainee.attention,
         "final_loss": trainee.losses[-1],
-        "samples_seconds": timed,
+        "loss_gap": gap,
     }
 
 
-def main() -> int:
+def _compare_losses(trainee: Trainee, all_of_them: list[Trainee], dtype: str) -> tuple[float, str]:
+    """The largest distance from eager's losses, and why there is no time, if so. Where eager could
+    not run, the first that could stands in."""
+    ran = [t for t in all_of_them if not t.problem]
+    if trainee.problem:
+        return 0.0, trainee.problem
+    if len(ran) < 2:
+        return 0.0, "no other variant ran to compare losses with: not timed"
+    wanted = ran[0].losses
+    gap = max(abs(a - b) for a, b in zip(trainee.losses, wanted, strict=True))
+    if gap < MAX_LOSS_GAP[dtype] * max(1.0, wanted[0] - min(wanted)):
+        return gap, ""
+    return gap, f"losses are up to {gap:.3g} from those of {ran[0].variant}: not timed"
+
+
+_QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
+
+
+def _quantile(samples: list[float], q: float) -> float:
+    """With few samples p10 and p90 are the extremes; nothing is interpolated beyond them."""
+    if q == 0.5:
+        return statistics.median(samples)
+    return sorted(samples)[round(q * (len(samples) - 1))]
+
+
+def _ratio(eager: Trainee, other: Trainee) -> float | None:
+    """How many times as fast as eager, turn by turn."""
+    if eager.problem:
+        return None
+    turns = zip(eager.seconds, other.seconds, strict=True)
+    return statistics.median(theirs / ours for theirs, ours in turns)
+
+
+def table(found: record.Record) -> str:
+    settings, rows = found["settings"], found["rows"]
+    lines = [
+        f"{found['environment']['device']}: training, "
+        f"{settings['size']} B={settings['B']} T={settings['T']} {settings['dtype']}, "
+        f"{settings['order']}; matmul ceiling {found['matmul_ceiling'] / 1e12:.3g} TFLOP/s",
+        f"{'variant':20}{'tokens/s':>10}{'x eager':>9}{'ms/step (p10 to p90)':>30}{'MFU':>6}"
+        f"{'ceiling':>9}{'peak GB':>9}{'1st step s':>12}{'loss':>9}  attention",
+    ]
+    for row in rows:
+        if "problem" in row:
+            lines.append(f"{row['variant']:20}{row['problem']}")
+            continue
+        ms = row["ms"]
+        spread = f"{ms['median']:.2f} ({ms['p10']:.2f} to {ms['p90']:.2f})"
+        lines.append(
+            f"{row['variant']:20}{row['tokens_per_second']:10,.0f}{_shown(row['over_eager'], 9)}"
+            f"{spread:>30}{_shown(row['mfu'], 6, '.0%')}{row['of_matmul_ceiling']:9.0%}"
+            f"{_shown(row['peak_bytes'] and row['peak_bytes'] / 1e9, 9, '.1f')}"
+            f"{row['first_step_seconds']:12.1f}{row['final_loss']:9.4f}  {row['attention']}"
+        )
+    return "\n".join([*lines, *filter(None, [quiet.warning(found["machine"])])])
+
+
+def _shown(value: float | None, width: int, form: str = ".2f") -> str:
+    return f"{'' if value is None else format(value, form):>{width}}"
+
+
+def _say(what: str) -> None:
+    """On the one line of progress, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What bench.memory asks for too."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="bench.train", description="training tokens/s")
-    parser.add_argument("--size", choices=SIZES, default="124M" if on_gpu else "char")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["124M" if on_gpu else "char"])
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[16], metavar="B")
+    parser.add_argument("--block-size", type=int, metavar="T", help="default: the size's own")
     low = "bfloat16" if on_gpu else "float32"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=low)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5, help="per round and variant")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the record")
-    args = parser.parse_args()
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[low])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the records")
+
+
+def checked(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> tuple[argparse.Namespace, torch.device]:
+    """What argparse alone cannot see, found before anything runs."""
+    args = parser.parse_args(argv)
+    try:
+        device = devices.pick_device(args.device)
+        for size in args.size:
+            peers.config_of(size, args.block_size)
+        if any("nanogpt" in v or "liger" in v for v in args.variants):
+            peers.check_nanogpt()
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no such device
+        parser.error(str(error))
+    if min(args.batch_size) < 1:
+        parser.error(f"--batch-size {min(args.batch_size)} must be at least 1")
+    if "tf32" in args.dtype and device.type != "cuda":
+        parser.error(f"--dtype tf32 is for CUDA; on {device} use float32 or bfloat16")
     if args.variants[0] != "eager":
         parser.error(f"--variants starts with {args.variants[0]}; ratios need eager first")
+    return args, device
 
-    record = measure(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"train-{args.size}-{record['date'].replace(':', '')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{record['environment']['device']}, {record['settings']}")
-    print(f"{'variant':10} {'tokens/s':>10} {'x eager':>8} {'first step s':>13} {'final loss':>11}")
-    for row in record["rows"]:
-        if "problem" in row:
-            print(f"{row['variant']:10} {row['problem']}")
-            continue
-        print(
-            f"{row['variant']:10} {row['tokens_per_second']:10,.0f} {row['over_eager']:8.2f} "
-            f"{row['first_step_seconds']:13.2f} {row['final_loss']:11.4f}"
-        )
-    print(f"record: {path}")
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=5, help="per round and variant (%(default)s)")
+    args, device = checked(parser, argv)
+    if min(args.rounds, args.steps) < 1:
+        parser.error(f"--rounds {args.rounds} and --steps {args.steps} must be at least 1")
+
+    for size, B, dtype in itertools.product(args.size, args.batch_size, args.dtype):
+        T = peers.config_of(size, args.block_size).block_size
+        found = measure(Settings(size, B, T, dtype, args.rounds, args.steps), device, args.variants)
+        path = record.save(found, args.out)
+        _say("")
+        print(f"\n{table(found)}\nrecord: {path}", flush=True)
     return 0
 
 

@@ -1,0 +1,283 @@
+"""Decoding tokens/s and time to the first token, batch 1, greedy, against what users would run.
+
+    eager    nanoGPT's loop on fastgpt's model in PyTorch: each token a forward of all before it
+    nanogpt  the checkout's own generate; in 16 bits under autocast, as its sample.py
+    hf       transformers' generate with its key-value cache
+    fastgpt  its generate, with its cache
+
+A variant is timed once its tokens are found to be the best ones, or as good as rounding can tell,
+by eager's float32 logits. The floor is what must be read for one token, every weight and the cached
+keys and values, at the rate of a large copy on this device.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import fit, peers, quiet, record
+from bench.steps import Run, matmul_dtype, set_precision
+from bench.timing import copy_ceiling
+from bench.trainee import describe
+from fastgpt import GPTConfig, devices, use_backend
+
+# How far below the best a greedy token's logit may lie, in standard deviations of all logits.
+# A lost context costs about 4, bf16's rounding 0.03 at 124M.
+MAX_REGRET = {"float32": 0.001, "bfloat16": 0.2, "float16": 0.05}
+Generate = Callable[[Tensor, int], Tensor]  # ids (1, T) and n -> (1, T + n)
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What one record is about; its fields are the record's `settings`."""
+
+    size: str
+    prompt: int  # tokens
+    new_tokens: int
+    dtype: str
+    rounds: int
+
+
+class Decoder:
+    """One variant, and what it gave."""
+
+    def __init__(self, variant: str, run: Run):
+        self.variant = variant
+        self.regret = 0.0
+        self.first: list[float] = []  # seconds to the first token, one entry a round
+        self.seconds: list[float] = []  # per token after the first
+        self.problem = ""
+        try:
+            self.generate = VARIANTS[variant](run)
+        except Exception as error:  # one that cannot run here becomes a row that says so
+            self.problem = describe(error)
+
+    def check(self, judge: torch.nn.Module, prompt: Tensor, n: int, limit: float) -> None:
+        """Find a problem if the tokens are not the greedy ones."""
+        try:
+            self.regret = regret(judge, self.generate(prompt, n), prompt.size(1))
+        except Exception as error:
+            self.problem = describe(error)
+        if not self.regret <= limit:
+            self.problem = (
+                f"its tokens are not the greedy ones: up to {self.regret:.3g} deviations below "
+                "the best logit; not timed"
+            )
+
+    def round(self, prompt: Tensor, n: int) -> None:
+        self.first.append(self._timed(prompt, 1))
+        self.seconds.append((self._timed(prompt, n) - self.first[-1]) / (n - 1))
+
+    def _timed(self, prompt: Tensor, n: int) -> float:
+        _wait_for(prompt.device)
+        start = time.perf_counter()
+        self.generate(prompt, n)
+        _wait_for(prompt.device)
+        return time.perf_counter() - start
+
+
+def _whole_context(run: Run) -> Generate:
+    model = peers.gpt(run.config, run.weights, run.device).eval()
+
+    def generate(idx: Tensor, n: int) -> Tensor:
+        with torch.no_grad(), use_backend("torch"), run.autocast():
+            for _ in range(n):
+                logits, _ = model(idx)
+                idx = torch.cat([idx, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        return idx
+
+    return generate
+
+
+def _nanogpt(run: Run) -> Generate:
+    model = peers.nanogpt(run.config, run.weights, run.device).eval()
+
+    def generate(idx: Tensor, n: int) -> Tensor:
+        with run.autocast():
+            return model.generate(idx, n, top_k=1)
+
+    return generate
+
+
+def _hugging_face(run: Run) -> Generate:
+    model = peers.hugging_face(run.config, run.weights, run.device).eval()
+    model.to(matmul_dtype(run.dtype))
+
+    def generate(idx: Tensor, n: int) -> Tensor:
+        mask = torch.ones_like(idx)  # else transformers guesses at padding
+        return model.generate(idx, attention_mask=mask, max_new_tokens=n, do_sample=False)
+
+    return generate
+
+
+def _fastgpt(run: Run) -> Generate:
+    model = peers.gpt(run.config, run.weights, run.device).eval().to(matmul_dtype(run.dtype))
+    return lambda idx, n: model.generate(idx, n, temperature=0)
+
+
+VARIANTS: dict[str, Callable[[Run], Generate]] = {
+    "eager": _whole_context,
+    "nanogpt": _nanogpt,
+    "hf": _hugging_face,
+    "fastgpt": _fastgpt,
+}
+
+
+def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
+    machine = quiet.check()
+    set_precision(settings.dtype)
+    bandwidth = copy_ceiling(device)
+    config = peers.config_of(settings.size)
+    floor = bytes_per_token(config, settings) / bandwidth
+    needed = 4 * fit.parameters(config) * (len(variants) + 3)  # with judge, weights and a spare
+    if problem := fit.missing(needed, device):
+        rows = [{"variant": variant, "problem": problem} for variant in variants]
+    else:
+        decoders = _decode(config, settings, device, variants)
+        rows = [_row(decoder, decoders[0], floor) for decoder in decoders]
+    return record.new(
+        "decode",
+        dataclasses.asdict(settings),
+        rows,
+        machine=machine,
+        peers=peers.versions(),
+        copy_ceiling=bandwidth,
+        floor_seconds=floor,
+    )
+
+
+def _decode(
+    config: GPTConfig, settings: Settings, device: torch.device, variants: list[str]
+) -> list[Decoder]:
+    run = Run(config, _attentive(peers.initial_weights(config, device)), device, settings.dtype)
+    decoders = [Decoder(variant, run) for variant in variants]
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(config.vocab_size, (1, settings.prompt), generator=draw).to(device)
+    judge = peers.gpt(config, run.weights, device).eval()
+    for decoder in decoders:
+        if not decoder.problem:
+            decoder.check(judge, prompt, settings.new_tokens, MAX_REGRET[settings.dtype])
+    for _ in range(settings.rounds):
+        for decoder in decoders:
+            if not decoder.problem:
+                decoder.round(prompt, settings.new_tokens)
+    return decoders
+
+
+def _attentive(weights: peers.Weights) -> peers.Weights:
+    """A new GPT repeats its last token whatever came before; with three times the weights it does
+    not, so that a wrong cache shows in the tokens."""
+    return {
+        name: 3 * w if name.startswith("transformer.h.") and w.dim() == 2 else w
+        for name, w in weights.items()
+    }
+
+
+@torch.no_grad()
+def regret(judge: torch.nn.Module, tokens: Tensor, prompt: int) -> float:
+    """The furthest that a token after the prompt lies below the best one of its place, in standard
+    deviations of the logits there."""
+    with use_backend("torch"):
+        logits, _ = judge(tokens, tokens)  # with targets: of every position
+    before, chosen = logits[:, prompt - 1 : -1], tokens[:, prompt:, None]
+    below = before.amax(-1) - before.gather(-1, chosen)[..., 0]
+    return (below / before.std(-1)).max().item()
+
+
+def bytes_per_token(config: GPTConfig, settings: Settings) -> int:
+    """Read for one new token: the weights, without the embeddings that are only looked up, and the
+    keys and values at the middle of the run."""
+    C, L = config.n_embd, config.n_layer
+    weights = L * 12 * C * C + config.vocab_size * C + (2 * L + 1) * C
+    context = settings.prompt + settings.new_tokens // 2
+    return (weights + 2 * L * C * context) * matmul_dtype(settings.dtype).itemsize
+
+
+def _row(decoder: Decoder, eager: Decoder, floor: float) -> Row:
+    row: Row = {"variant": decoder.variant}
+    if decoder.problem:
+        return row | {"problem": decoder.problem}
+    seconds = statistics.median(decoder.seconds)
+    turns = zip(eager.seconds, decoder.seconds, strict=not eager.problem)
+    return row | {
+        "seconds": decoder.seconds,
+        "tokens_per_second": 1 / seconds,
+        "over_eager": None if eager.problem else statistics.median(a / b for a, b in turns),
+        "of_floor": floor / seconds,
+        "first_token_seconds": decoder.first,
+        "regret": decoder.regret,
+    }
+
+
+def table(found: record.Record) -> str:
+    settings = found["settings"]
+    lines = [
+        f"{found['environment']['device']}: decoding, {settings['size']} {settings['dtype']}, "
+        f"{settings['new_tokens']} tokens after {settings['prompt']}; floor "
+        f"{1e3 * found['floor_seconds']:.3g} ms a token at {found['copy_ceiling'] / 1e9:.3g} GB/s",
+        f"{'variant':10}{'tokens/s':>10}{'x eager':>9}{'of floor':>10}{'first token ms':>16}",
+    ]
+    for row in found["rows"]:
+        if "problem" in row:
+            lines.append(f"{row['variant']:10}{row['problem']}")
+            continue
+        ratio = "" if row["over_eager"] is None else f"{row['over_eager']:.2f}"
+        lines.append(
+            f"{row['variant']:10}{row['tokens_per_second']:10,.1f}{ratio:>9}{row['of_floor']:10.0%}"
+            f"{1e3 * statistics.median(row['first_token_seconds']):16.1f}"
+        )
+    return "\n".join([*lines, *filter(None, [quiet.warning(found["machine"])])])
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
+    parser.add_argument("--size", nargs="+", choices=peers.SIZES, default=["124M"])
+    low = "bfloat16" if on_gpu else "float32"
+    parser.add_argument("--dtype", nargs="+", choices=MAX_REGRET, default=[low])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--prompt", type=int, default=224, metavar="TOKENS")
+    parser.add_argument("--new-tokens", type=int, default=256 if on_gpu else 16, metavar="TOKENS")
+    parser.add_argument("--rounds", type=int, default=5 if on_gpu else 3)
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the records")
+    args = parser.parse_args(argv)
+    try:
+        device = devices.pick_device(args.device)
+        peers.check_nanogpt()
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no such device
+        parser.error(str(error))
+    if args.variants[0] != "eager":
+        parser.error(f"--variants starts with {args.variants[0]}; ratios need eager first")
+    if args.prompt < 1 or args.new_tokens < 2 or args.rounds < 1:
+        parser.error("--prompt and --rounds must be at least 1, --new-tokens at least 2")
+    for size in args.size:
+        if args.prompt + args.new_tokens > (longest := peers.config_of(size).block_size):
+            parser.error(
+                f"--prompt {args.prompt} and --new-tokens {args.new_tokens} add up to more than "
+                f"{longest}, the block size of {size}"
+            )
+    for size, dtype in itertools.product(args.size, args.dtype):
+        settings = Settings(size, args.prompt, args.new_tokens, dtype, args.rounds)
+        found = measure(settings, device, args.variants)
+        path = record.save(found, args.out)
+        print(f"\n{table(found)}\nrecord: {path}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
