@@ -35,8 +35,6 @@ class AdamW(torch.optim.AdamW):
     ):
         super().__init__(groups, lr=lr, betas=betas, fused=True)
         self.max_norm, self.copies = max_norm, dict(copies or {})
-        self.grad_scale: Tensor | None = None  # a GradScaler sets it around its step
-        self.found_inf: Tensor | None = None
         self._table: list[int] = []  # as last sent to the device
         self._on_device: tuple[Tensor, ...] = ()
         self.copy_weights()
@@ -71,7 +69,8 @@ class AdamW(torch.optim.AdamW):
         """What to divide the gradients of this (scaled) norm by: the loss scale, and more to clip.
         NaN where the norm is not finite.
         """
-        scale = norm.new_ones(()) if self.grad_scale is None else self.grad_scale.to(norm.device)
+        given = getattr(self, "grad_scale", None)  # set by a GradScaler, and taken away again
+        scale = norm.new_ones(()) if given is None else given.to(norm.device)
         if self.max_norm > 0:
             scale = scale * ((norm / scale + CLIP_EPS) / self.max_norm).clamp(min=1)
         return scale.where(norm.isfinite(), float("nan"))
@@ -79,12 +78,13 @@ class AdamW(torch.optim.AdamW):
     def _step_in_pytorch(self, params: list[Tensor]) -> None:
         grads: list[Any] = [p.grad for p in params]
         divisor = self._divisor(torch.nn.utils.get_total_norm(grads))
-        before = self.grad_scale, self.found_inf
+        before = {name: vars(self).pop(name, None) for name in ("grad_scale", "found_inf")}
         self.grad_scale, self.found_inf = divisor.nan_to_num(1.0), divisor.isnan().float()
         try:
             super().step()
         finally:
-            self.grad_scale, self.found_inf = before
+            del self.grad_scale, self.found_inf
+            vars(self).update({name: t for name, t in before.items() if t is not None})
         self.copy_weights()
 
     def _step_in_kernels(self, params: list[Tensor]) -> None:
