@@ -51,6 +51,11 @@ class Session:
             "stages": {},
         }
 
+    def size(self, name: str, batch_size: int) -> list[str]:
+        """The options of such a model; a toy's where there is no GPU."""
+        chosen = (name, batch_size) if self.on_gpu else ("char", 2)
+        return ["--size", chosen[0], "--batch-size", str(chosen[1])]
+
     def left(self) -> float:
         return self.budget - (time.perf_counter() - self.start)
 
@@ -126,25 +131,38 @@ def per_op(session: Session, seconds: float) -> list[Record]:
 
 def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
     def stage(session: Session, seconds: float) -> Record:
-        """In a process of its own: memory is clean, and it can be stopped."""
-        command = [
-            sys.executable,
-            "-m",
-            "bench.train",
-            "--size",
-            size if session.on_gpu else "char",
-        ]
-        command += ["--batch-size", str(batch_size if session.on_gpu else 2), "--rounds", "5"]
-        command += ["--out", str(session.path.parent / "train"), "--steps", "10", "--variants"]
-        # a cold torch.compile takes most of a minute: the two that matter, not all three
-        command += ["eager", "compile", "nanogpt-compile", "fastgpt", "fastgpt-step"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-        if done.returncode:
-            return {"problem": done.stderr[-2000:]}
-        return json.loads(Path(done.stdout.split("record: ")[1].strip()).read_text())
+        variants = ["eager", "nanogpt-compile" if "NANOGPT_DIR" in os.environ else "compile"]
+        variants += ["fastgpt", "fastgpt-nologits", "fastgpt-step"]  # few: a compile takes a minute
+        variants += ["fastgpt-step-graph"] * session.on_gpu + ["liger"] * (batch_size == 16)
+        said = _module("bench.train", *session.size(size, batch_size), "--rounds", "5", "--steps",
+                       "10", "--out", str(session.path.parent / "train"), "--variants", *variants,
+                       seconds=seconds)  # fmt: skip
+        return json.loads(Path(said.split("record: ")[1].strip()).read_text())
 
     assert size in train.SIZES
     return stage
+
+
+def profile(session: Session, seconds: float) -> list[Record]:
+    """Where the time of a step goes: ours, and that of the hardest opponent."""
+    opponent = "nanogpt-compile" if "NANOGPT_DIR" in os.environ else "compile"
+    rows = []
+    for variant in ("fastgpt-step", opponent):
+        folder = session.path.with_name("profile")
+        said = _module("bench.profiler", *session.size("124M", 16), "--variant", variant,
+                       "--out", str(folder), seconds=seconds / 2)  # fmt: skip
+        (folder / f"{variant}.txt").write_text(said)
+        rows.append({"variant": variant, "text": said})
+    return rows
+
+
+def _module(name: str, *args: str, seconds: float) -> str:
+    """What a module prints, run in a process of its own: memory is clean, and it can be stopped."""
+    command = [sys.executable, "-m", name, *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return done.stdout
 
 
 def search(session: Session, seconds: float) -> list[Record]:
@@ -158,11 +176,12 @@ def search(session: Session, seconds: float) -> list[Record]:
 
 
 STAGES = (  # share of the budget, at most
-    ("test", test, 0.25),
-    ("gemm", gemm, 0.04),
+    ("test", test, 0.22),
+    ("gemm", gemm, 0.03),
     ("train 124M B=16", training("124M", 16), 0.25),
-    ("per op", per_op, 0.2),
-    ("train 124M B=4", training("124M", 4), 0.15),
+    ("profile", profile, 0.14),
+    ("per op", per_op, 0.15),
+    ("train 124M B=4", training("124M", 4), 0.2),
     ("search", search, 1.0),
 )
 
@@ -190,6 +209,8 @@ def _short(row: Record) -> str:
         "op", "layer", "kernel", "direction", "variant", "microseconds", "teraflops_per_second",
         "tokens_per_second", "over_eager", "over_default", "of_ceiling",
     )  # fmt: skip
+    if "text" in row:  # a profile: the line that sums it up
+        return next(line for line in row["text"].splitlines() if line.startswith("step"))
     shown = (
         f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in wanted if k in row
     )

@@ -3,9 +3,9 @@
     embed -> block -> ... -> block -> norm -> head and loss
 
 Each arrow is one autograd unit (fused_block.py, fused_head.py) that owns its forward and backward.
-A Path is made per forward; there is none ("module by module, then") under backend "torch", under
-torch.compile, whose own fusion of PyTorch's ops an opaque unit would only get in the way of, and
-where an op's kernel cannot run.
+A Path is made per forward. There is none, and the modules run one by one, under backend "torch",
+where a kernel cannot run, and under torch.compile: units that are opaque to it cost others more than
+their kernels gained, as its own fusion stops at each. Ours are for those who do not compile.
 """
 
 from collections.abc import Callable, Mapping

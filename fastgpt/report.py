@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from fastgpt import backend, ops
+from fastgpt import backend, fused, ops
 
 # a shape to ask about: GPT-2's
 _TYPICAL: dict[str, dict[str, float]] = {
@@ -17,23 +17,28 @@ _TYPICAL: dict[str, dict[str, float]] = {
     "causal_attention": dict(head_dim=64, dropout_p=0.0),
     "packed_causal_attention": dict(head_dim=64, dropout_p=0.0),
     "cross_entropy": {},
+    "linear_cross_entropy": {},
+    "adamw": {},
+    "block": dict(n_head=12, dropout_p=0.0),
 }
 
 
 def backend_report() -> dict[str, backend.Choice]:
     """For every op: (implementation, reason) for GPT-2's shapes on this machine's first device.
 
-    linear_cross_entropy has no entry of its own: it is a linear followed by cross_entropy.
+    "block" is the fused path of a whole model, "adamw" the optimizer of fastgpt's own step.
     """
     on_gpu = torch.cuda.is_available()
-    probe = torch.empty(1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1)
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    qkv = torch.empty(1, 16, 3 * 768, device=device, dtype=dtype)
     report = {}
     for op, facts in _TYPICAL.items():
         try:
-            report[op] = backend.explain(op, ops.why_not, (probe,), facts)
+            probe = qkv.float() if op == "adamw" else qkv
+            why_not = fused.why_not if op == "block" else ops.why_not
+            report[op] = backend.explain(op, why_not, (probe,), facts)
         except RuntimeError as error:  # mode "triton" where it cannot run
             report[op] = backend.Choice("none", str(error))
-    report["linear_cross_entropy"] = report["cross_entropy"]
     return report
 
 
