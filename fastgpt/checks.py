@@ -30,11 +30,13 @@ def check_config(config: Any, known: type) -> None:
     init.linear_std(config), init.residual_std(config)  # raise on an unknown scheme
 
 
-def check_tokens(idx: Tensor, block_size: int) -> None:
+def check_tokens(idx: Tensor, block_size: int, weight: Tensor) -> None:
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()"
         )
+    if idx.is_meta and not weight.is_meta:  # a CPU's embedding takes them, and returns noise
+        raise RuntimeError(f"idx is on meta, the model on {weight.device}; move one with .to()")
     if idx.dim() != 2:
         raise ValueError(
             f"idx must be (B, T), got shape {tuple(idx.shape)}; add a batch with idx[None]"

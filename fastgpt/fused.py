@@ -4,8 +4,8 @@
 
 Each arrow is one autograd unit (fused_block.py, fused_head.py) that owns its forward and backward.
 A Path is made per forward. There is none, and the modules run one by one, under backend "torch",
-where a kernel cannot run, and under torch.compile: units that are opaque to it cost others more than
-their kernels gained, as its own fusion stops at each. Ours are for those who do not compile.
+where a kernel cannot run, and under torch.compile: units that are opaque to it have cost others
+more than their kernels gained, as its fusion stops at each. These are for who does not compile.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,7 +72,7 @@ def path(
     if torch.compiler.is_compiling() or T == 0 or not _plain(x) or x.shape[-1] % n_head:
         return None
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     qkv = x.new_empty((1, T, 3 * x.shape[-1]), dtype=dtype)
     facts = dict(n_head=n_head, dropout_p=dropout_p)

@@ -156,7 +156,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         tied = module is self.lm_head  # an embedding by its other name
-        init.init_module(module, 0.02 if tied else init.linear_std(self.config))
+        init.init_module(module, init.EMBEDDING_STD if tied else init.linear_std(self.config))
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, low: fused.Low | None = None
@@ -167,7 +167,7 @@ class GPT(nn.Module):
         logits (B, T, V), or None under `return_logits=False`, and the mean cross entropy over the
         targets other than -1, an fp32 scalar. `low` is for engine.py: a weight as matmuls read it.
         """
-        checks.check_tokens(idx, self.config.block_size)
+        checks.check_tokens(idx, self.config.block_size, next(self.parameters()))
         cfg, T, p = self.config, idx.size(1), self.config.dropout if self.training else 0.0
         path = fused.path(next(self.parameters()), cfg.n_head, T, cfg.gelu == "tanh", p, low)
         x, head_weight = self._embed(idx, path)  # (B, T, C)

@@ -5,6 +5,8 @@ CONSERVATIVE is for devices nobody has measured: GEMMs from cuBLAS, attention fr
 (kernels/_tuned.py).
 """
 
+import torch
+
 from fastgpt.kernels import _tuned
 
 CONSERVATIVE: dict[str, str] = {
@@ -27,6 +29,7 @@ ATEN_ON_CPU = (
 )  # where it beats PyTorch's autograd on a CPU
 
 
+@torch.compiler.assume_constant_result  # dispatch is traced, but a file cannot be read there
 def implementation(op: str, device_name: str) -> tuple[str, str]:
     """The implementation to run, and why."""
     entry = _tuned.entry(device_name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, ops, use_backend
+from tests.close import DEVICE
 
 V, BLOCK_SIZE = 23, 8
 SIZES: dict[str, Any] = dict.fromkeys(("n_layer", "n_head"), 2)
@@ -67,9 +68,21 @@ MISTAKES = {
         lambda: model()(IDS, IDS[:, :3]), ValueError, r"\(6,\)", r"must be \(10,\)"
     ),
     "float ids": Mistake(lambda: model()(IDS.float()), TypeError, "float32", r"\.long\(\)"),
+    "complex ids": Mistake(
+        lambda: model()(IDS.to(torch.complex64)), TypeError, "complex64", r"\.long\(\)"
+    ),
     "byte ids": Mistake(lambda: model()(IDS.byte()), TypeError, "uint8", r"\.long\(\)"),
     "int32 targets": Mistake(
         lambda: model()(IDS, IDS.int()), TypeError, "int32", r"targets .*\.long\(\)"
+    ),
+    "targets that want a gradient": Mistake(  # PyTorch's own refusal
+        lambda: model()(IDS, IDS.clone().requires_grad_()),
+        RuntimeError,
+        "require gradients",
+        "floating point",
+    ),
+    "targets on another device": Mistake(
+        lambda: model()(IDS, IDS.to("meta")), RuntimeError, "targets is on meta", r"\.to\(\)"
     ),
     "ids without a batch": Mistake(
         lambda: model()(IDS[0]), ValueError, r"shape \(5,\)", r"idx\[None\]"
@@ -158,7 +171,6 @@ def test_an_unknown_backend_in_the_environment():
     assert "'nonsense' in FASTGPT_BACKEND; use one of auto, triton, torch" in run.stderr
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run
 ROWS, ONES = torch.randn(6, 16, device=DEVICE), torch.ones(16, device=DEVICE)
 TARGETS = torch.zeros(6, dtype=torch.long, device=DEVICE)
 MISMATCHED: dict[str, Callable[[], Any]] = {
@@ -189,20 +201,3 @@ def test_sizes_from_numpy_are_integers_too():
     sizes: dict[str, Any] = {name: numpy.int64(size) for name, size in SIZES.items()}
     logits, _ = GPT(GPTConfig(**sizes))(IDS)
     assert logits.shape == (2, 1, V)
-
-
-def test_shapes_on_the_meta_device():
-    with torch.device("meta"):
-        there = model()
-    idx = IDS.to("meta")
-    logits, loss = there(idx, idx)
-    assert logits.is_meta and logits.shape == (2, 5, V) and loss.shape == ()
-    loss.backward()
-    assert all(p.grad.shape == p.shape for p in there.parameters())
-
-
-@pytest.mark.parametrize("mode", ["auto", "torch", "triton"])
-def test_targets_on_another_device(mode):
-    logits, targets = torch.randn(3, V), torch.zeros(3, dtype=torch.long, device="meta")
-    with use_backend(mode), pytest.raises(RuntimeError, match=r"cpu.*meta|meta.*cpu"):
-        ops.cross_entropy(logits, targets)

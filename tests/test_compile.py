@@ -1,7 +1,19 @@
-"""The kernels as torch operators: opaque to torch.compile, true to opcheck, differentiable once."""
+"""torch.compile: the model is one graph, with or without kernels, which are operators in it.
+
+As operators the kernels are opaque to the compiler, true to opcheck, and differentiable once.
+"""
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx import GraphModule
 
 from fastgpt import GPT, GPTConfig, backend, ops, use_backend
 from fastgpt.kernels import attention, cross_entropy, gelu_mlp, gemm_gelu, layer_norm
@@ -48,21 +60,93 @@ def test_opcheck():
     assert checked == {f"fastgpt::{name}" for name in registered}
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_kernels_inside_a_compiled_model(training):
-    """fullgraph, so one graph without breaks; same numbers as the kernels give uncompiled."""
-    model = GPT(GPTConfig(24, 33, 1, 2, 32, bias=True)).to(DEVICE).train(training)
-    idx = torch.randint(33, (2, 17), device=DEVICE)
-    with use_backend("triton"):
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        results = []
-        for run in (model, compiled):
-            model.zero_grad()
-            logits, loss = run(idx, idx)
-            loss.backward()
-            results.append([logits, loss, *(p.grad.clone() for p in model.parameters())])
-    for plain, traced in zip(*results, strict=True):
-        torch.testing.assert_close(plain, traced)
+class Compiler:
+    """All of torch.compile but the generated code; lists the operators of the graphs."""
+
+    def __init__(self) -> None:
+        self.operators: set[str] = set()
+        self.compile = aot_autograd(fw_compiler=self._read, bw_compiler=self._read)
+
+    def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
+        return self.compile(graph, inputs)
+
+    def _read(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
+        self.operators |= {str(node.target) for node in graph.graph.nodes}
+        return make_boxed_func(graph.forward)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet():
+    torch.compiler.reset()
+    counters.clear()
+
+
+def small(**changes: Any) -> GPT:
+    return GPT(GPTConfig(24, 33, 1, 2, 32, **changes)).to(DEVICE)
+
+
+def step(model: Any, B: int = 2, T: int = 17) -> list[Tensor]:
+    """Logits, loss and, in training, every gradient of one batch, the same each time."""
+    torch.manual_seed(1)  # of the dropout too
+    idx, targets = torch.randint(33, (2, B, T), device=DEVICE)
+    with torch.set_grad_enabled(model.training):
+        logits, loss = model(idx, targets)
+        gradients = torch.autograd.grad(loss, list(model.parameters())) if model.training else []
+    return [logits, loss, *gradients]
+
+
+by_choice = dict.fromkeys(backend.KERNELS, "triton")
+CHOICES: dict[str, tuple[str, dict[str, str], bool]] = {  # whether kernels will run
+    "PyTorch": ("auto", {}, False),
+    "kernels": ("triton", {}, True),
+    "fused GEMM": ("triton", {"mlp": "triton"}, True),
+    "by choice": ("auto", by_choice, DEVICE == "cuda"),  # "auto" uses none on a CPU
+}
+CASES = [
+    (choice, way, dynamic)
+    for choice in ("PyTorch", "kernels")
+    for way, dynamic in (("train", False), ("train", True), ("train", None), ("eval", None))
+] + [("fused GEMM", "train", None), ("by choice", "train", None)]
+
+
+@pytest.mark.parametrize("choice, way, dynamic", CASES)
+def test_one_graph_that_computes_the_same(choice, way, dynamic):
+    """fullgraph forbids breaks; dispatch is traced, and leaves the kernels in the graph by name."""
+    mode, implementations, kernels = CHOICES[choice]
+    model, compiler = small(dropout=0.2).train(way == "train"), Compiler()
+    compiled = torch.compile(model, backend=compiler, fullgraph=True, dynamic=dynamic)
+    with use_backend(mode, **implementations):
+        torch.testing.assert_close(step(compiled), step(model))
+    assert graphs() == 1
+    operators = " ".join(name for name in compiler.operators if name.startswith("fastgpt."))
+    parts = ("layer_norm", "attention", "gelu", "cross_entropy")
+    assert {part for part in parts if part in operators} == (set(parts) if kernels else set())
+
+
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+def test_a_third_batch_or_length_compiles_nothing(mode):
+    """The second makes the graph dynamic, as it does for any model."""
+    model = small()
+    compiled = torch.compile(model, backend=Compiler(), fullgraph=True)
+    with use_backend(mode):
+        for B, T in [(2, 9), (3, 7)]:
+            step(compiled, B, T)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for B, T in [(4, 7), (6, 7), (6, 12), (6, 24)]:
+                torch.testing.assert_close(step(compiled, B, T), step(model, B, T))
+    assert graphs() == 2
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+def test_through_inductor(mode):
+    model = small()
+    with use_backend(mode):
+        torch.testing.assert_close(step(torch.compile(model, fullgraph=True)), step(model))
 
 
 def test_no_second_derivative():

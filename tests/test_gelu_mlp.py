@@ -12,13 +12,14 @@ from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
 GEMMS = {"cublas": gelu_mlp, "triton": gemm_gelu}
 M_K_N = [
+    (5, 17, 97),
     (1, 1, 1),
     (0, 16, 16),
-    (5, 17, 97),
     (37, 100, 64),
     (130, 64, 17),
     (3, 768, 100),
     (2, 48, 1600),
+    (600, 16, 40),  # more rows than a strip of the backward or a group of the GEMM has blocks
 ]
 
 
@@ -67,6 +68,16 @@ def test_layouts(layout, grad_layout, gemm):
     proj = LAYOUTS[layout](randn(33, 65, scale=0.2)), LAYOUTS["strided"](randn(33))
     grads = [LAYOUTS[grad_layout](randn(18, 33))]
     assert_as_accurate(gemm.mlp, reference.mlp, x, w, b, *proj, grads=grads)
+
+
+def test_gemm_accumulates_in_fp32():
+    """One large term, then hundreds too small to move a sum in fp16 one by one."""
+    x, w = (torch.ones(n, 512, device=DEVICE, dtype=torch.float16) for n in (8, 16))
+    w[:, 1:] = 7e-6
+    assert_as_accurate(
+        gemm_gelu.linear_gelu, reference.linear_gelu, x, w, None,
+        grads=[randn(8, 16, dtype=torch.float16)], eager=False, budget=1.5,
+    )  # fmt: skip
 
 
 def test_recomputing_the_preactivation_changes_nothing(gemm):

@@ -44,6 +44,15 @@ def test_layouts(layout, grad_layout):
     assert_as_accurate(ops.add_layer_norm, reference.add_layer_norm, x, residual, w, b, grads=grads)
 
 
+def test_every_tensor_in_its_own_layout():
+    delta, residual, *grads = (
+        LAYOUTS[layout](randn(6, 97))
+        for layout in ("contiguous", "sliced", "strided", "transposed")
+    )
+    args = delta, residual, randn(97), randn(97)
+    assert_as_accurate(ops.add_layer_norm, reference.add_layer_norm, *args, grads=grads)
+
+
 @pytest.mark.parametrize("N", [17, 100, 768])
 def test_rows_of_mean_30(N, dtype):
     """A fixed budget: eager's own fp16 statistics are several times off here."""

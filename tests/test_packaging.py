@@ -21,7 +21,7 @@ MAX_LINES = 350  # one idea per file
 # that importing fastgpt needs no triton; everything else reaches them through ops.
 ALLOWED = {
     "fastgpt/reference.py": ["torch"],
-    "fastgpt/tables.py": ["fastgpt.kernels._tuned"],
+    "fastgpt/tables.py": ["torch", "fastgpt.kernels._tuned"],
     "fastgpt/backend.py": ["torch", "fastgpt.tables"],
     "fastgpt/ops.py": ["torch", "fastgpt.backend", "fastgpt.reference", "fastgpt.fused_head"],
     "fastgpt/aten.py": ["torch", "fastgpt.reference", "fastgpt.kernels._autograd"],

@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 HUGE = "tests/gpu/test_huge.py"
 SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
-KERNELS = ["layer_norm", "gelu_mlp", "cross_entropy", "attention", "backend", "compile", "training"]
+KERNELS = ["layer_norm", "gelu_mlp", "cross_entropy", "attention", "fused", "engine", "tune"]
+KERNELS += ["backend", "compile", "training"]
 MAX_PROCESSES = 8  # each holds a CUDA context, and at times some GiB of tensors
 
 

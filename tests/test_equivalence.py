@@ -1,0 +1,102 @@
+"""The report on equivalence, and that every mutant still breaks the kernel it was written for."""
+
+import ast
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from fastgpt import reference
+from tests import calls, equivalence, mutants
+from tests.close import compare, randn
+
+KERNELS = sorted(path.stem for path in (mutants.ROOT / "tests/mutations").glob("*.diff"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return equivalence.measure("add_layer_norm", torch.float32, [0])
+
+
+def test_the_report_names_every_output_and_gradient(rows):
+    gradients = [f"gradient of {name}" for name in ("delta", "residual", "weight", "bias")]
+    assert [row.what for row in rows] == ["output 1", "output 2", *gradients]
+    text = equivalence.report(rows, 1, None)
+    for row in rows:
+        (error,), (eager,) = row.errors, row.eager_errors
+        figures = f"| {row.what} | float32 | {error:.2f} | {eager:.2f} |"
+        assert figures in text and row.worst.words in text
+    assert "Mutants: none were tried" in text
+
+
+def test_a_reported_input_is_found_again(rows, capsys):
+    row = rows[-1]
+    assert equivalence.main(["--case", row.op, row.dtype, str(row.worst.seed)]) == 0
+    printed = capsys.readouterr().out
+    assert f"| {row.what} | float32 | {row.worst.seed} | {row.worst.found.error:.1e} |" in printed
+    assert row.worst.words in printed
+
+
+def test_a_wrong_op_shows(monkeypatch, tmp_path):
+    def rounded(x, weight, bias=None):
+        return reference.layer_norm(x.half().to(x.dtype), weight, bias)
+
+    wrong = calls.OPS["layer_norm"]._replace(ours=rounded)
+    monkeypatch.setattr(equivalence, "OPS", {"layer_norm": wrong})
+    out = tmp_path / "equivalence.md"
+    assert equivalence.main(["--examples", "1", "--out", str(out)]) == 1
+    assert "layer_norm, output, float32: " in out.read_text()
+
+
+@pytest.mark.parametrize(
+    "a, b, expected", [(0, 0, 0), (1, 2, 0.5), (1, 0, math.inf), (math.nan, 1, math.inf)]
+)
+def test_ratio(a, b, expected):
+    assert equivalence.ratio(a, b) == expected
+
+
+def test_a_nan_is_the_largest_error():
+    x = randn(4, 8)
+    found = compare(lambda x: x * math.nan, lambda x: x, x, grads=[x])
+    results = [equivalence.Result(0, "", each) for each in found]
+    assert all(r.of_allowed == math.inf for r in results)
+
+
+def test_every_mutant_breaks_its_kernel_and_no_two_alike():
+    everything = list(mutants.mutants())
+    broken = []
+    for mutant in everything:
+        source = (mutants.ROOT / "kernels" / mutant.file).read_text()
+        broken.append(mutant.within(source))
+        ast.parse(broken[-1])
+        assert broken[-1] != source
+    assert len(set(broken)) == len(broken)
+    counts = Counter(mutant.test for mutant in everything)
+    assert sorted(counts) == KERNELS and min(counts.values()) >= 20
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A project of one kernel and its test."""
+    for folder in ("kernels", "tests"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "kernels/double.py").write_text("def double(x):\n    return x * 2\n")
+    test = "from kernels.double import double\n\ndef test_double():\n    assert double(2) == 4\n"
+    (tmp_path / "tests/test_double.py").write_text(test)
+    return tmp_path
+
+
+@pytest.mark.parametrize("new, caught_by", [("x * 3", "test_double"), ("x + 2", "")])
+def test_a_mutant_is_caught_or_survives(new, caught_by, tree):
+    mutant = mutants.Mutant("double.py", "double", "wrong", "x * 2", new, "double")
+    verdict = mutants.judge(mutant, tree)
+    assert verdict.caught_by == caught_by
+    assert verdict.how == ("assert 6 == 4" if caught_by else "")
+    assert (tree / "kernels/double.py").read_text().endswith("x * 2\n")
+
+
+def test_a_mutant_whose_text_is_gone_is_an_error():
+    mutant = mutants.Mutant("double.py", "double", "wrong", "x * 4", "x", "double")
+    with pytest.raises(ValueError, match=r"double of kernels/double\.py no longer contains"):
+        mutant.within("def double(x):\n    return x * 2\n")
