@@ -30,7 +30,8 @@ def check_config(config: Any, known: type) -> None:
     init.linear_std(config), init.residual_std(config)  # raise on an unknown scheme
 
 
-def check_tokens(idx: Tensor, block_size: int, weight: Tensor) -> None:
+def check_tokens(idx: Tensor, block_size: int | None, weight: Tensor) -> None:
+    """Errors for what is no batch of ids on weight's device; `block_size` None allows any length."""
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()"
@@ -41,7 +42,7 @@ def check_tokens(idx: Tensor, block_size: int, weight: Tensor) -> None:
         raise ValueError(
             f"idx must be (B, T), got shape {tuple(idx.shape)}; add a batch with idx[None]"
         )
-    if idx.size(1) > block_size:
+    if block_size is not None and idx.size(1) > block_size:
         raise ValueError(
             f"idx has T={idx.size(1)} tokens, block_size is {block_size}; crop it with "
             "idx[:, -block_size:] or build the model with a larger block_size"

@@ -18,6 +18,8 @@ from fastgpt import aten, backend, fused_block, fused_head, ops, sdpa
 from fastgpt.fused_block import Launchers, Settings, Weights
 
 Low = Callable[[Tensor], Tensor]
+Attention = tuple[Callable[..., Any], Callable[..., Any]]  # forward, backward
+Made = tuple[Launchers, Callable[..., None], Callable[..., Tensor]]  # a Path's first three
 
 
 class Path(NamedTuple):
@@ -71,71 +73,73 @@ def path(
     """
     if torch.compiler.is_compiling() or T == 0 or not _plain(x) or x.shape[-1] % n_head:
         return None
-    dtype = x.dtype
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = ops.autocast_dtype(x)
     qkv = x.new_empty((1, T, 3 * x.shape[-1]), dtype=dtype)
+    maker = Maker()
     facts = dict(n_head=n_head, dropout_p=dropout_p)
-    implementation = backend.choose("block", why_not, (qkv,), facts)
-    if implementation == "torch":
+    if backend.choose("block", maker, (qkv,), facts) == "torch":
         return None
-    make = _aten if implementation == "aten" else _kernels
     settings = Settings(n_head, tanh, dropout_p)
-    low = low or (lambda t: t.detach().to(dtype))
-    run, add_rows_, cross_entropy_ = make(qkv, n_head, dropout_p)
-    return Path(run, add_rows_, cross_entropy_, settings, dtype, low)
+    return Path(*maker.made, settings, dtype, low or (lambda t: t.detach().to(dtype)))
 
 
-def why_not(
-    op: str, implementation: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
-) -> str | None:
-    """Why no unit can be made of this implementation, or None."""
-    (qkv,), n_head, dropout_p = tensors, facts["n_head"], facts["dropout_p"]
-    if implementation == "aten":
-        attention = sdpa.choice(qkv, n_head, dropout_p)
-        return aten.unsupported(tensors) if attention else "SDPA has no fused dropout on a CPU"
-    for part, choice in _parts(qkv, n_head, dropout_p).items():
-        if choice.implementation in ("torch", "flash-attn") and (
-            part != "packed_causal_attention" or sdpa.choice(qkv, n_head, dropout_p) is None
-        ):
-            return f"{part} runs in {choice.implementation}: {choice.reason}"
-    return None
+class Maker:
+    """Answers backend.py why an implementation cannot run; what it made to find out is kept."""
+
+    made: Made
+
+    def __call__(
+        self, op: str, implementation: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
+    ) -> str | None:
+        make = _aten if implementation == "aten" else _kernels
+        made = make(tensors[0], **facts)
+        if isinstance(made, str):
+            return made
+        self.made = made
+        return None
 
 
-def _parts(qkv: Tensor, n_head: int, dropout_p: float) -> dict[str, backend.Choice]:
-    C = qkv.shape[-1] // 3
-    facts: dict[str, dict[str, Any]] = {
-        "add_layer_norm": dict(width=C),
-        "mlp": {},
-        "packed_causal_attention": dict(head_dim=C // n_head, dropout_p=dropout_p),
-    }
-    return {op: backend.explain(op, ops.why_not, (qkv,), facts[op]) for op in facts}
-
-
-def _aten(qkv: Tensor, n_head: int, dropout_p: float):
+def _aten(qkv: Tensor, n_head: int, dropout_p: float) -> Made | str:
     attention = sdpa.choice(qkv, n_head, dropout_p)
-    assert attention is not None  # why_not has asked
+    if attention is None:
+        return "SDPA has no fused dropout on a CPU"
     run = Launchers(
         aten.norm, aten.add_norm, aten.norm_backward, aten.linear_gelu, aten.gelu_backward,
         attention.packed_forward, attention.packed_backward,
     )  # fmt: skip
-    return run, aten.add_rows_, aten.cross_entropy_
+    return aten.unsupported((qkv,)) or (run, aten.add_rows_, aten.cross_entropy_)
 
 
-def _kernels(qkv: Tensor, n_head: int, dropout_p: float):
-    from fastgpt.kernels import attention, cross_entropy, embedding, gelu_mlp, gemm_gelu, layer_norm
+def _kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Made | str:
+    C = qkv.shape[-1] // 3
+    norm = backend.explain("add_layer_norm", ops.why_not, (qkv,), dict(width=C))
+    mlp = backend.explain("mlp", ops.why_not, (qkv,), {})
+    for part, choice in (("add_layer_norm", norm), ("mlp", mlp)):
+        if choice.implementation == "torch":
+            return f"{part} runs in torch: {choice.reason}"
+    attend = _attention(qkv, n_head, dropout_p)
+    if isinstance(attend, str):
+        return attend
 
-    parts = _parts(qkv, n_head, dropout_p)
-    own_gemm = parts["mlp"].implementation == "triton"
-    name = parts["packed_causal_attention"].implementation
-    if name == "triton":
-        attend = attention.seeded_forward, attention.seeded_backward
-    else:
-        held = sdpa.choice(qkv, n_head, dropout_p) if name == "torch" else getattr(sdpa, name)
-        assert held is not None  # why_not has asked
-        attend = held.packed_forward, held.packed_backward
+    from fastgpt.kernels import cross_entropy, embedding, gelu_mlp, gemm_gelu, layer_norm
+
+    own_gemm = mlp.implementation == "triton"
     run = Launchers(
         layer_norm.forward, layer_norm.add_forward, layer_norm.backward,
         gemm_gelu.forward if own_gemm else gelu_mlp.cublas_gelu, gelu_mlp.gelu_backward, *attend,
     )  # fmt: skip
     return run, embedding.add_rows_, cross_entropy.cross_entropy_
+
+
+def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> Attention | str:
+    """The forward and backward of the attention that the table chose, or why they cannot be had."""
+    op, facts = "packed_causal_attention", dict(head_dim=qkv.shape[-1] // 3 // n_head)
+    name, reason = backend.explain(op, ops.why_not, (qkv,), dict(facts, dropout_p=dropout_p))
+    if name == "triton":
+        from fastgpt.kernels import attention
+
+        return attention.seeded_forward, attention.seeded_backward
+    held = sdpa.choice(qkv, n_head, dropout_p) if name == "torch" else getattr(sdpa, name, None)
+    if held is None:
+        return f"{op} runs in {name}: {reason}"
+    return held.packed_forward, held.packed_backward

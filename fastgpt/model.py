@@ -186,9 +186,8 @@ class GPT(nn.Module):
 
         if targets is None:
             if T == 0:
-                raise IndexError(
-                    f"idx {tuple(idx.shape)} has no last position; give at least one token"
-                )
+                shape = tuple(idx.shape)
+                raise IndexError(f"idx {shape} has no last position; give at least one token")
             return self.lm_head(x[:, [-1], :]), None
         return self._loss(path, x, head_weight, targets.reshape(-1))
 
@@ -313,8 +312,8 @@ class GPT(nn.Module):
         row has. Fills a key-value cache up to block_size; past it the window moves and is computed
         anew, as in nanoGPT.
         """
-        new = self.generate_stream(idx, max_new_tokens, temperature, top_k, top_p, stop_token)
-        return torch.cat([idx, *new], dim=1)
+        how = temperature, top_k, top_p, stop_token
+        return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *how)], dim=1)
 
     def generate_stream(
         self,
@@ -326,6 +325,7 @@ class GPT(nn.Module):
         stop_token: int | None = None,
     ) -> Iterator[Tensor]:
         """`generate`, one (B, 1) column of new ids at a time."""
+        checks.check_tokens(idx, None, next(self.parameters()))
         sampling = decode.Sampling(temperature, top_k, top_p)
         cacheable = _forwards_untouched(self)
         return decode.stream(self, idx, max_new_tokens, sampling, stop_token, cacheable)

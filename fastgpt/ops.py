@@ -245,17 +245,21 @@ def why_not(
     return module.unsupported(tensors, **facts)
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which autocast hands t to a matmul; its own where autocast is off."""
+    device = t.device.type
+    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return t.dtype  # float64, which autocast leaves alone
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else t.dtype
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors as autocast hands them to a matmul: in its dtype if on, else as they are."""
+    """The tensors as autocast hands them to a matmul."""
     first = next(t for t in tensors if t is not None)
-    device = first.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensors
     if not backend.kernels_possible(first):
         return tensors  # PyTorch casts by itself, and remembers a weight's cast
-    dtype = torch.get_autocast_dtype(device)
-    castable = (torch.float32, torch.float16, torch.bfloat16)  # autocast leaves float64 alone
-    return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+    return tuple(t if t is None else t.to(autocast_dtype(t)) for t in tensors)
 
 
 def _width(name: str, t: Tensor) -> int:

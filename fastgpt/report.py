@@ -3,11 +3,14 @@
 import argparse
 import importlib.metadata
 import platform
+import re
+from pathlib import Path
 
 import torch
 
 from fastgpt import backend, fused, ops
 
+CPUINFO = Path("/proc/cpuinfo")
 # a shape to ask about: GPT-2's
 _TYPICAL: dict[str, dict[str, float]] = {
     "layer_norm": dict(width=768),
@@ -35,7 +38,7 @@ def backend_report() -> dict[str, backend.Choice]:
     for op, facts in _TYPICAL.items():
         try:
             probe = qkv.float() if op == "adamw" else qkv
-            why_not = fused.why_not if op == "block" else ops.why_not
+            why_not = fused.Maker() if op == "block" else ops.why_not
             report[op] = backend.explain(op, why_not, (probe,), facts)
         except RuntimeError as error:  # mode "triton" where it cannot run
             report[op] = backend.Choice("none", str(error))
@@ -46,7 +49,7 @@ def versions() -> dict[str, str]:
     """Device and versions, as every report and benchmark record carries them."""
     on_gpu = torch.cuda.is_available()
     found = {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({_cpu()})",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -56,6 +59,16 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _cpu() -> str:
+    """Model, instruction set and threads: what two CPUs' times can be compared by."""
+    model = platform.processor() or platform.machine()
+    if CPUINFO.exists():  # Linux
+        found = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
+        model = found[1].strip() if found else model
+    threads = torch.get_num_threads()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -93,6 +93,12 @@ MISTAKES = {
     "nothing to sample from": Mistake(
         lambda: model().generate(IDS[:, :0], 1), IndexError, r"\(2, 0\)", "at least one token"
     ),
+    "a float prompt": Mistake(
+        lambda: model().generate(IDS.float(), 1), TypeError, "float32", r"\.long\(\)"
+    ),
+    "a prompt without a batch": Mistake(
+        lambda: model().generate(IDS[0], 1), ValueError, r"shape \(5,\)", r"idx\[None\]"
+    ),
     "n_head": Mistake(lambda: model(n_head=3), ValueError, "n_head=3", "try n_embd=18"),
     "no vocabulary": Mistake(
         lambda: model(vocab_size=0), ValueError, "vocab_size=0", "positive integer"
