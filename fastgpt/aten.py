@@ -56,10 +56,10 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Ten
     return h, F.gelu(h, approximate="tanh" if tanh else "none")
 
 
-def gelu_backward(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
-    """-> dh (M, N); gelu(h) and db (N,), each None unless asked for."""
+def gelu_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+    """dy (M, K), w (K, N) -> dh (M, N); gelu(h) and db (N,), each None unless asked for."""
     approximate = "tanh" if tanh else "none"
-    dh = aten.gelu_backward(dy, h, approximate=approximate)
+    dh = aten.gelu_backward(dy @ w, h, approximate=approximate)
     y = F.gelu(h, approximate=approximate) if with_output else None
     return dh, y, dh.sum(0) if with_bias else None
 

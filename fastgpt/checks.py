@@ -31,7 +31,7 @@ def check_config(config: Any, known: type) -> None:
 
 
 def check_tokens(idx: Tensor, block_size: int | None, weight: Tensor) -> None:
-    """Errors for what is no batch of ids on weight's device; `block_size` None allows any length."""
+    """Errors for what is no batch of ids. `block_size` None allows any length."""
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()"

@@ -104,7 +104,7 @@ def _aten(qkv: Tensor, n_head: int, dropout_p: float) -> Made | str:
     if attention is None:
         return "SDPA has no fused dropout on a CPU"
     run = Launchers(
-        aten.norm, aten.add_norm, aten.norm_backward, aten.linear_gelu, aten.gelu_backward,
+        aten.norm, aten.add_norm, aten.norm_backward, aten.linear_gelu, aten.gelu_dgrad,
         attention.packed_forward, attention.packed_backward,
     )  # fmt: skip
     return aten.unsupported((qkv,)) or (run, aten.add_rows_, aten.cross_entropy_)
@@ -123,10 +123,11 @@ def _kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Made | str:
 
     from fastgpt.kernels import cross_entropy, embedding, gelu_mlp, gemm_gelu, layer_norm
 
-    own_gemm = mlp.implementation == "triton"
+    own = mlp.implementation == "triton"
+    gemms = gelu_mlp.Gemms(gemm_gelu.forward, gemm_gelu.dgrad) if own else gelu_mlp.CUBLAS
     run = Launchers(
         layer_norm.forward, layer_norm.add_forward, layer_norm.backward,
-        gemm_gelu.forward if own_gemm else gelu_mlp.cublas_gelu, gelu_mlp.gelu_backward, *attend,
+        gemms.forward, gemms.dgrad, *attend,
     )  # fmt: skip
     return run, embedding.add_rows_, cross_entropy.cross_entropy_
 

@@ -31,7 +31,7 @@ class Launchers(NamedTuple):
     add_norm: Callable[..., Any]
     norm_backward: Callable[..., Any]
     linear_gelu: Callable[..., Any]
-    gelu_backward: Callable[..., Any]
+    gelu_dgrad: Callable[..., Any]
     attention: Callable[..., Any]
     attention_backward: Callable[..., Any]
 
@@ -110,7 +110,7 @@ class _Block(torch.autograd.Function):
         (B, T, C), dtype = dm.shape, n1.dtype
 
         dm = _dropout_backward(dm.reshape(-1, C), mask2, p)
-        dh, g, db_fc = run.gelu_backward(dm @ w_mlp_proj, h, tanh, needs.fc_bias, needs.mlp_proj)
+        dh, g, db_fc = run.gelu_dgrad(dm, w_mlp_proj, h, tanh, needs.fc_bias, needs.mlp_proj)
         dw_mlp_proj = wgrad(dm, g, ln_1.dtype) if needs.mlp_proj else None
         db_mlp_proj = dm.sum(0) if needs.mlp_proj_bias else None
         del h, g, dm

@@ -64,7 +64,7 @@ def specimens(arch: int, dtypes: Iterable[str]) -> list[Specimen]:
         raise ValueError("TRITON_INTERPRET=1 replaces the compiler; unset it to inspect kernels")
     before = torch.get_float32_matmul_precision()
     try:
-        with _launch.record() as launches:
+        with _launch.record(arch) as launches:
             for dtype in dtypes:
                 torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
                 _run_launchers(torch.float32 if dtype == "tf32" else getattr(torch, dtype))
@@ -102,6 +102,8 @@ def _run_launchers(dtype: torch.dtype) -> None:
         h, _ = gemm_gelu.forward(x, meta(4 * C, C), meta(4 * C), tanh)
         gelu_mlp.gelu_forward(h, tanh)
         gelu_mlp.gelu_backward(h, h, tanh, True, True)
+        gemm_gelu.dgrad(x, meta(C, 4 * C), h, tanh, True, True)
+    gemm_gelu.forward(meta(M, C + 1), meta(4 * C, C + 1), meta(4 * C), False)  # nothing for TMA
     heads = [(64, 0.0)]
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "high":
         heads += [(128, 0.0), (256, 0.0)]  # minutes of compilation in plain fp32, for no news

@@ -45,7 +45,7 @@ class Search(NamedTuple):
 
 def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     """Most valuable first: attention backward is the largest gap to its floor."""
-    from fastgpt.kernels import attention, cross_entropy, gemm_gelu, layer_norm
+    from fastgpt.kernels import attention, cross_entropy, gemm_gelu, gemm_tma, layer_norm
 
     M, C, D, V, dtype = sizes
     name = str(dtype).removeprefix("torch.")
@@ -66,12 +66,21 @@ def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     call = functools.partial(attention.packed_forward, qkv, C // D, None, 0.0)
     tiles = [t for t in tiles if t["BLOCK_M"] >= t["BLOCK_N"]]
     yield Search(f"attention_forward {D} {name}", call, tiles)
-    call = functools.partial(gemm_gelu.forward, rand(M, C), rand(4 * C, C), rand(4 * C), False)
+    x, wide, h = rand(M, C), rand(4 * C, C), rand(M, 4 * C)
+    tma = gemm_tma.takes(x, wide)
     tiles = _grid(
         BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(64,), GROUP_M=(8,), num_warps=(4, 8),
         num_stages=(3, 4),
     )  # fmt: skip
-    yield Search(f"gemm_gelu {name}", call, tiles)
+    call = functools.partial(gemm_gelu.forward, x, wide, rand(4 * C), False)
+    halves = [dict(tile, PARTS=2, SPECIALIZED=False) for tile in tiles]
+    special = [dict(tile, PARTS=1, SPECIALIZED=True) for tile in tiles if tile["num_warps"] == 4]
+    if not tma:
+        yield Search(f"gemm_gelu {name}", call, tiles)
+    else:
+        yield Search("gemm_tma_fc", call, halves + special)
+        call = functools.partial(gemm_tma.dgrad, x, rand(C, 4 * C), h, False, True, True)
+        yield Search("gemm_tma_dgrad", call, tiles)
     x, w, block = rand(M, C), rand(C), dict(BLOCK_N=(max(16, 1 << (C - 1).bit_length()),))
     tiles = _grid(BLOCK_M=(1, 2, 4, 8), **block, num_warps=(1, 2, 4, 8))
     _, s, mean, rstd = layer_norm.add_forward(x, x, w, w, 1e-5, dtype)

@@ -26,6 +26,7 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
+_recorded_arch = 0
 _device_problems: dict[torch.device, str | None] = {}
 
 
@@ -39,10 +40,10 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
 
 
 @contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Collect launches, starting none of them."""
-    global _recorded
-    _recorded = []
+def record(arch: int = 90) -> Iterator[list[Launch]]:
+    """Collect what would be launched on this architecture, starting nothing."""
+    global _recorded, _recorded_arch
+    _recorded, _recorded_arch = [], arch
     try:
         yield _recorded
     finally:
@@ -56,6 +57,13 @@ def multiprocessors(t: Tensor) -> int:
     if not t.is_cuda:
         return 3  # small and odd: in the interpreter every program strides
     return torch.cuda.get_device_properties(t.device).multi_processor_count
+
+
+def has_tma(t: Tensor) -> bool:
+    """Whether kernels on `t` can describe tensors to the hardware; the interpreter plays it."""
+    if _recorded is not None:
+        return _recorded_arch >= 90
+    return not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] >= 9
 
 
 def dot_precision(t: Tensor) -> str:

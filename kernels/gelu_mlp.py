@@ -12,6 +12,9 @@ nothing had to store.
 The pre-activation h is kept for the backward, or computed again there from x (`recompute`).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -93,7 +96,7 @@ def gelu_forward(h: Tensor, tanh: bool) -> Tensor:
     return y
 
 
-def _gelu_gradients(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+def gelu_gradients(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
     dh = torch.empty(h.shape, device=h.device, dtype=h.dtype)
     y = torch.empty_like(dh) if with_output else dh.new_empty(0)
     return dh, y, dh.new_empty(h.shape[1] if with_bias else 0)
@@ -102,7 +105,7 @@ def _gelu_gradients(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_out
 def gelu_backward(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
     """dy (M, N) any strides, h (M, N) contiguous -> dh (M, N); gelu(h) or (0,); db (N,) or (0,)."""
     M, N = h.shape
-    dh, y, db = _gelu_gradients(dy, h, tanh, with_bias, with_output)
+    dh, y, db = gelu_gradients(dy, h, tanh, with_bias, with_output)
     strips, config = _backward_config(M, N, with_bias, multiprocessors(h))
     partial = torch.empty(strips, N, device=h.device, dtype=torch.float32) if with_bias else None
     launch(_gelu_backward_kernel, strips * triton.cdiv(N, config["BLOCK_N"]), dy, h,
@@ -116,7 +119,7 @@ def gelu_backward(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_outpu
 _gelu_forward = register("gelu_forward(Tensor h, bool tanh) -> Tensor", gelu_forward, _gelu_output)
 _gelu_backward = register(
     "gelu_backward(Tensor dy, Tensor h, bool tanh, bool with_bias, bool with_output)"
-    " -> (Tensor, Tensor, Tensor)", gelu_backward, _gelu_gradients)  # fmt: skip
+    " -> (Tensor, Tensor, Tensor)", gelu_backward, gelu_gradients)  # fmt: skip
 
 
 def cublas_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
@@ -125,14 +128,25 @@ def cublas_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Ten
     return h, _gelu_forward(h, tanh)
 
 
-class LinearGelu(torch.autograd.Function):
-    """`matmul_gelu(x, w, b, tanh) -> (h, y)` is the forward: cublas_gelu, or gemm_gelu's one
-    kernel.
-    """
+def cublas_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+    """dy (M, K), w (K, N), h (M, N) -> gelu_backward's results of dy @ w."""
+    return _gelu_backward(dy @ w, h, tanh, with_bias, with_output)
 
+
+class Gemms(NamedTuple):
+    """The matmuls with GELU after them: cuBLAS and a pass, or gemm_gelu's."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    dgrad: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+CUBLAS = Gemms(cublas_gelu, cublas_dgrad)
+
+
+class LinearGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, b, tanh, recompute, matmul_gelu):
-        h, y = matmul_gelu(x, w, b, tanh)
+    def forward(ctx, x, w, b, tanh, recompute, gemms):
+        h, y = gemms.forward(x, w, b, tanh)
         ctx.save_for_backward(x, w, b, None if recompute else h)
         ctx.tanh = tanh
         return y
@@ -151,10 +165,10 @@ class LinearGelu(torch.autograd.Function):
 
 class Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, tanh, recompute, matmul_gelu):
-        h, a = matmul_gelu(x, w1, b1, tanh)
+    def forward(ctx, x, w1, b1, w2, b2, tanh, recompute, gemms):
+        h, a = gemms.forward(x, w1, b1, tanh)
         ctx.save_for_backward(x, w1, b1, w2, None if recompute else h)
-        ctx.tanh = tanh
+        ctx.tanh, ctx.dgrad = tanh, gemms.dgrad
         return F.linear(a, w2, b2)
 
     @staticmethod
@@ -163,7 +177,7 @@ class Mlp(torch.autograd.Function):
         x, w1, b1, w2, h = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         h = F.linear(x, w1, b1) if h is None else h
-        dh, a, db1 = _gelu_backward(dy @ w2, h, ctx.tanh, needs_b1, needs_w2)
+        dh, a, db1 = ctx.dgrad(dy, w2, h, ctx.tanh, needs_b1, needs_w2)
         dx = dh @ w1 if needs_x else None
         dw1 = dh.t() @ x if needs_w1 else None
         dw2 = dy.t() @ a if needs_w2 else None
@@ -184,10 +198,10 @@ def linear_gelu(
     bias: Tensor | None = None,
     approximate: str = "none",
     recompute: bool = False,
-    matmul_gelu=cublas_gelu,
+    gemms: Gemms = CUBLAS,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    y = LinearGelu.apply(rows, weight, bias, approximate == "tanh", recompute, matmul_gelu)
+    y = LinearGelu.apply(rows, weight, bias, approximate == "tanh", recompute, gemms)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -199,9 +213,9 @@ def mlp(
     proj_bias: Tensor | None,
     approximate: str = "none",
     recompute: bool = False,
-    matmul_gelu=cublas_gelu,
+    gemms: Gemms = CUBLAS,
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     tanh = approximate == "tanh"
-    y = Mlp.apply(rows, fc_weight, fc_bias, proj_weight, proj_bias, tanh, recompute, matmul_gelu)
+    y = Mlp.apply(rows, fc_weight, fc_bias, proj_weight, proj_bias, tanh, recompute, gemms)
     return y.view(*x.shape[:-1], proj_weight.shape[0])

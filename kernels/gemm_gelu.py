@@ -2,6 +2,9 @@
 
     h = x @ w.T + b        y = gelu(h)
 
+Where there is TMA and the tensors suit it, gemm_tma.py has better ones, for the MLP's dgrad too.
+This one takes any strides and every GPU.
+
 Each program owns one (BLOCK_M, BLOCK_N) tile of the output and accumulates over K in fp32. h is
 rounded to its dtype before GELU reads it, so the backward (gelu_mlp.py) differentiates exactly what
 the forward did.
@@ -14,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import gelu_mlp
+from fastgpt.kernels import gelu_mlp, gemm_tma
 from fastgpt.kernels._launch import dot_precision, launch, register
 from fastgpt.kernels._math import gelu
 from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.gelu_mlp import unsupported as unsupported
+from fastgpt.kernels.gemm_tma import tile_at
 
 
 @triton.jit
@@ -30,14 +34,7 @@ def _gemm_gelu_kernel(
     TANH: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # programs that run together share rows of x and w in L2: walk GROUP_M row blocks per column
-    # block
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * tiles_n)
-    inside = tl.program_id(0) % (GROUP_M * tiles_n)
-    height = min(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m, tile_n = group * GROUP_M + inside % height, inside // height
-
+    tile_m, tile_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     ks = tl.arange(0, BLOCK_K)
@@ -80,6 +77,8 @@ def _outputs(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor
 
 def forward(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     """x (M, K), w (N, K) any strides, b (N,) -> h, gelu(h), both (M, N)."""
+    if gemm_tma.takes(x, w) and w.shape[0] % 8 == 0:  # rows of h and y too
+        return gemm_tma.fc(x, w, b, tanh)
     (M, K), N = x.shape, w.shape[0]
     h, y = _outputs(x, w, b, tanh)
     config = configured(x, "gemm_gelu", _config, x.dtype)
@@ -90,9 +89,24 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor,
     return h, y
 
 
+def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+    """dy (M, K), w (K, N) any strides, h (M, N) contiguous -> gelu_backward's results of dy @ w."""
+    if gemm_tma.takes(dy, w, h):
+        return gemm_tma.dgrad(dy, w, h, tanh, with_bias, with_output)
+    return gelu_mlp.gelu_backward(dy @ w, h, tanh, with_bias, with_output)
+
+
+def _dgrad_outputs(dy, w, h, tanh, with_bias, with_output):
+    return gelu_mlp.gelu_gradients(h, h, tanh, with_bias, with_output)
+
+
 _forward = register(
     "gemm_gelu_forward(Tensor x, Tensor w, Tensor? b, bool tanh) -> (Tensor, Tensor)",
     forward, _outputs)  # fmt: skip
+_dgrad = register(
+    "gemm_gelu_dgrad(Tensor dy, Tensor w, Tensor h, bool tanh, bool with_bias, bool with_output)"
+    " -> (Tensor, Tensor, Tensor)", dgrad, _dgrad_outputs)  # fmt: skip
 
-linear_gelu = functools.partial(gelu_mlp.linear_gelu, matmul_gelu=_forward)
-mlp = functools.partial(gelu_mlp.mlp, matmul_gelu=_forward)
+_own = gelu_mlp.Gemms(_forward, _dgrad)
+linear_gelu = functools.partial(gelu_mlp.linear_gelu, gemms=_own)
+mlp = functools.partial(gelu_mlp.mlp, gemms=_own)

@@ -32,6 +32,7 @@ def operator_samples():
     yield gelu_mlp._gelu_backward, (y, x, True, True, True)
     yield gelu_mlp._gelu_backward, (y, x, False, False, False)
     yield gemm_gelu._forward, (x, randn(17, 24), randn(17), False)
+    yield gemm_gelu._dgrad, (randn(6, 8), randn(8, 24), x, False, True, True)
     q, k, v = (randn(2, 2, 9, 16) for _ in range(3))
     seed = torch.tensor([5], device=DEVICE)
     o, lse = attention.forward(q, k, v, None, 0.25, 0.0)
@@ -55,7 +56,9 @@ def test_opcheck():
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         checked.add(op.name())
     registered = {
-        name for name in dir(torch.ops.fastgpt) if name.endswith(("_forward", "_backward"))
+        name
+        for name in dir(torch.ops.fastgpt)
+        if name.endswith(("_forward", "_backward", "_dgrad"))
     }
     assert checked == {f"fastgpt::{name}" for name in registered}
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops, reference, use_backend
-from fastgpt.kernels import gelu_mlp, gemm_gelu
+from fastgpt.kernels import _tuned, gelu_mlp, gemm_gelu, gemm_tma
+from fastgpt.kernels._launch import has_tma
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
 GEMMS = {"cublas": gelu_mlp, "triton": gemm_gelu}
@@ -19,6 +20,7 @@ M_K_N = [
     (130, 64, 17),
     (3, 768, 100),
     (2, 48, 1600),
+    (140, 72, 264),  # for TMA in fp16: more tiles than programs, none of them full, K in two steps
     (600, 16, 40),  # more rows than a strip of the backward or a group of the GEMM has blocks
 ]
 
@@ -48,7 +50,7 @@ def test_linear_gelu(M, K, N, bias, approximate, gemm, dtype):
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
-@pytest.mark.parametrize("M, C", [(1, 1), (0, 8), (37, 24), (5, 97), (3, 192)])
+@pytest.mark.parametrize("M, C", [(1, 1), (0, 8), (37, 24), (5, 97), (3, 192), (260, 72)])
 def test_mlp(M, C, bias, approximate, gemm, dtype):
     (w1, b1), (w2, b2) = linear(C, 4 * C, bias, dtype), linear(4 * C, C, bias, dtype)
     assert_as_accurate(
@@ -68,6 +70,27 @@ def test_layouts(layout, grad_layout, gemm):
     proj = LAYOUTS[layout](randn(33, 65, scale=0.2)), LAYOUTS["strided"](randn(33))
     grads = [LAYOUTS[grad_layout](randn(18, 33))]
     assert_as_accurate(gemm.mlp, reference.mlp, x, w, b, *proj, grads=grads)
+
+
+@pytest.mark.parametrize("specialized", [False, True])
+def test_tma_configurations(specialized):
+    """A tile of one part is what warp specialisation takes."""
+    args = randn(40, 24, dtype=torch.float16), *linear(24, 96, True, torch.float16)
+    config = gemm_tma._fc_config() | dict(PARTS=2 - specialized, SPECIALIZED=specialized)
+    with _tuned.trying("gemm_tma_fc", config):
+        grads = [randn(40, 96, dtype=torch.float16)]
+        assert_as_accurate(gemm_gelu.linear_gelu, reference.linear_gelu, *args, grads=grads)
+
+
+def test_tma_takes_what_it_can_describe():
+    x = randn(16, 64, dtype=torch.float16)
+    wide = randn(16, 72, dtype=torch.float16)
+    if not has_tma(x):
+        pytest.skip("this GPU has no TMA")
+    for t in (x, x[::2], wide[:, :60], wide[:, 8:]):
+        assert gemm_tma.takes(t), t.stride()
+    for t in (x.float(), x.t(), x[:0], randn(16, 60).half(), wide[:, 1:], x[:1].expand(4, 64)):
+        assert not gemm_tma.takes(x, t), t.stride()
 
 
 def test_gemm_accumulates_in_fp32():

@@ -30,9 +30,12 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
     "gelu_mlp.gelu_backward_kernel": False,
     "gelu_mlp.gelu_kernel": False,
     "gemm_gelu.gemm_gelu_kernel": True,
+    "gemm_tma.dgrad_kernel": True,
+    "gemm_tma.fc_kernel": True,
     "layer_norm.backward_kernel": False,
     "layer_norm.forward_kernel": False,
 }
+TMA = {name for name in KERNELS if name.startswith("gemm_tma.")}  # sm_90 on, 16-bit operands
 
 
 def inspect(*args: str, root: Path = ROOT) -> list[dict]:
@@ -67,7 +70,8 @@ def test_every_kernel_is_compiled(hopper, others):
     }
     assert sources == set(KERNELS)
     for arch in ("sm_89", "sm_90", "sm_100"):
-        assert {row["kernel"] for row in hopper + others if row["arch"] == arch} == set(KERNELS)
+        expected = set(KERNELS) - (TMA if arch == "sm_89" else set())
+        assert {row["kernel"] for row in hopper + others if row["arch"] == arch} == expected
 
 
 def test_shared_memory_fits(hopper, others):
@@ -77,7 +81,9 @@ def test_shared_memory_fits(hopper, others):
 
 
 def may_spill(row: dict) -> bool:
-    """The two exceptions."""
+    """The three exceptions."""
+    if row["kernel"] == "gemm_gelu.gemm_gelu_kernel":  # off tensor cores, K masked
+        return row["config"]["PRECISION"] == "ieee" and not row["config"]["EVEN_K"]
     if row["kernel"] == "layer_norm.backward_kernel":
         return row["config"]["BLOCK_N"] > 8192  # dw and db of such a row fill half the registers
     with_dropout = row["kernel"] == "attention_backward.dkdv_kernel" and row["config"]["D"] == 64
@@ -90,7 +96,7 @@ def test_hopper_code_does_not_spill(hopper):
 
 def test_tf32_runs_on_tensor_cores(hopper):
     rows = [row for row in hopper if row["config"].get("PRECISION") == "tf32"]
-    assert {row["kernel"] for row in rows} == {name for name, dots in KERNELS.items() if dots}
+    assert {row["kernel"] for row in rows} == {n for n, dots in KERNELS.items() if dots} - TMA
     assert all(row["tensor_core"] in ("mma", "wgmma") for row in rows)
 
 
