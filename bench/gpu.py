@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import ops, roofline, train
+from bench import launchers, ops, roofline, train
 from bench.timing import Variants, in_turns
 from fastgpt import tune
 from fastgpt.report import versions
@@ -129,6 +129,11 @@ def per_op(session: Session, seconds: float) -> list[Record]:
     ]
 
 
+def beside_gemms(session: Session, seconds: float) -> list[Record]:
+    n_params = 124_000_000 if session.on_gpu else 100_000
+    return launchers.measure(session.device, session.dtype, session.M, session.C, n_params, seconds)
+
+
 def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
     def stage(session: Session, seconds: float) -> Record:
         variants = ["eager", "nanogpt-compile" if "NANOGPT_DIR" in os.environ else "compile"]
@@ -180,7 +185,8 @@ STAGES = (  # share of the budget, at most
     ("gemm", gemm, 0.03),
     ("train 124M B=16", training("124M", 16), 0.25),
     ("profile", profile, 0.14),
-    ("per op", per_op, 0.15),
+    ("per op", per_op, 0.12),
+    ("beside GEMMs", beside_gemms, 0.03),
     ("train 124M B=4", training("124M", 4), 0.2),
     ("search", search, 1.0),
 )

@@ -130,7 +130,7 @@ def _try(
 ) -> dict[str, Any]:
     row = {"kernel": one.key, "variant": str(config), "config": config}
     try:
-        error = _distance(_with(one, config), expected)
+        error = distance(_with(one, config), expected)
         if not error < 0.01:
             raise ArithmeticError(f"{error:.2g} away from the result of today's configuration")
         calls: Variants = {"today": one.call, "candidate": functools.partial(_with, one, config)}
@@ -147,7 +147,7 @@ def _with(one: Search, config: Any) -> Any:
         return one.call()
 
 
-def _distance(ours: Any, theirs: Any) -> float:
+def distance(ours: Any, theirs: Any) -> float:
     """The largest |a - b| / |b| over the tensors of two results; NaN if any is."""
     pairs = zip(*([t] if isinstance(t, Tensor) else t for t in (ours, theirs)), strict=True)
     gaps = [(a.float() - b.float()).norm() / b.float().norm() for a, b in pairs if a.numel()]
@@ -205,7 +205,7 @@ def _race(
             why_not = name != "torch" and ops.why_not(op, name, tuple(leaves), facts)
             if why_not:
                 raise RuntimeError(why_not)
-            if not (error := _distance(variant(), expected)) < 0.03:
+            if not (error := distance(variant(), expected)) < 0.03:
                 raise ArithmeticError(f"{error:.2g} away from PyTorch's result")
             variants[name] = variant
         except Exception as problem:

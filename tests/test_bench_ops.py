@@ -10,9 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import op_cases, op_peers, ops, peers, profiler, record, roofline, steps, timeline
+from bench import (
+    launchers,
+    op_cases,
+    op_peers,
+    ops,
+    peers,
+    profiler,
+    record,
+    roofline,
+    steps,
+    timeline,
+)
 from bench.roofline import Ceilings, Shape, Work
 from fastgpt import GPT, GPTConfig, reference
+from fastgpt.optim import AdamW
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -41,6 +53,17 @@ def test_kernels_pass_the_check_and_are_timed_beside_eager(op):
             max(row["flops"] / 1e12, row["bytes"] / 1e10) / seconds
         )
         assert row["gigabytes_per_second"] == pytest.approx(row["bytes"] / seconds / 1e9)
+
+
+def test_what_only_the_fused_path_calls_is_checked_and_timed(monkeypatch):
+    rows = launchers.measure(CPU, torch.float16, 16, 64, 40_000, 0.01)
+    assert not [row["problem"] for row in rows if "problem" in row]
+    assert len(rows) == 8 and all(row["microseconds"] > 0 for row in rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "step", lambda self: None)
+        rows = launchers.measure(CPU, torch.float16, 16, 64, 40_000, 0.01)
+    (refused,) = (row for row in rows if "problem" in row)
+    assert refused["op"].startswith("AdamW") and "away from eager" in refused["problem"]
 
 
 WRONG = {

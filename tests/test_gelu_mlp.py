@@ -82,6 +82,20 @@ def test_tma_configurations(specialized):
         assert_as_accurate(gemm_gelu.linear_gelu, reference.linear_gelu, *args, grads=grads)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's shared memory has no room for fp32 tiles")
+@pytest.mark.parametrize("tanh", [False, True])
+def test_tma_kernels_in_fp32(tanh):
+    """In 16 bits the gradients of the two GELUs look alike."""
+    x, (w, b), dy = randn(140, 72), linear(72, 136, True, torch.float32), randn(140, 72)
+    h, y = gemm_tma.fc(x, w, b, tanh)
+    dh, again, db = gemm_tma.dgrad(dy, w.t().contiguous(), h, tanh, True, True)
+    exact = F.linear(x.double(), w.double(), b.double()).requires_grad_()
+    gelu = F.gelu(exact, approximate="tanh" if tanh else "none")
+    (grad,) = torch.autograd.grad(gelu, exact, dy.double() @ w.double().t())
+    for ours, truth in ((h, exact), (y, gelu), (again, gelu), (dh, grad), (db, grad.sum(0))):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-5)
+
+
 def test_tma_takes_what_it_can_describe():
     x = randn(16, 64, dtype=torch.float16)
     wide = randn(16, 72, dtype=torch.float16)

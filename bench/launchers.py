@@ -1,0 +1,135 @@
+"""What the fused path calls and no public op shows alone, beside what it replaces.
+
+    fc + GELU               h = x @ w.T + b, gelu(h)
+    proj dgrad + dGELU      dh = (dy @ w) * gelu'(h), gelu(h), and the bias gradient
+    AdamW, clip and copy    of a whole model: the norm of its gradients, the update, its bf16 copies
+
+A variant that computes something else than eager is refused a time.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.timing import Variants, in_turns
+from fastgpt import optim, use_backend
+from fastgpt.tune import distance
+
+Row = dict[str, Any]
+BETAS, LR = (0.9, 0.95), 0.1  # large: a wrong step shows
+
+
+def measure(
+    device: torch.device, dtype: torch.dtype, M: int, C: int, n_params: int, seconds: float
+) -> list[Row]:
+    """A row per variant, for M tokens of width C and an optimizer of n_params."""
+    comparisons = {
+        "fc + GELU": functools.partial(_fc, device, dtype, M, C),
+        "proj dgrad + dGELU": functools.partial(_dgrad, device, dtype, M, C),
+        "AdamW, clip and copy": functools.partial(_adamw, device, dtype, C, n_params),
+    }
+    rows = []
+    for name, variants in comparisons.items():
+        rows += _compare(name, variants(), device, seconds / len(comparisons))
+    return rows
+
+
+def _compare(name: str, variants: Variants, device: torch.device, seconds: float) -> list[Row]:
+    rows: list[Row] = []
+    expected, correct = _copied(variants["eager"]()), {"eager": variants["eager"]}
+    for variant in variants.keys() - {"eager"}:
+        try:
+            if not (error := distance(variants[variant](), expected)) < 0.02:
+                raise ArithmeticError(f"{error:.2g} away from eager's result")
+            correct[variant] = variants[variant]
+        except Exception as problem:
+            rows.append({"op": name, "variant": variant, "problem": str(problem)[:200]})
+    times = in_turns(correct, device, seconds)
+    for variant, samples in times.items():
+        pairs = zip(times["eager"], samples, strict=True)
+        rows.append({
+            "op": name, "variant": variant, "microseconds": 1e6 * statistics.median(samples),
+            "over_eager": statistics.median(e / s for e, s in pairs),
+        })  # fmt: skip
+    return rows
+
+
+def _copied(result: Any) -> Any:
+    return result.clone() if isinstance(result, Tensor) else tuple(t.clone() for t in result)
+
+
+def _fc(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    from fastgpt.kernels import gelu_mlp, gemm_gelu
+
+    x, w, b = (torch.randn(s, device=device).to(dtype) for s in ((M, C), (4 * C, C), (4 * C,)))
+    w *= C**-0.5
+
+    def eager() -> tuple[Tensor, Tensor]:
+        h = F.linear(x, w, b)
+        return h, F.gelu(h)
+
+    return {
+        "eager": eager,
+        "cuBLAS and a pass": functools.partial(gelu_mlp.cublas_gelu, x, w, b, False),
+        "own GEMM": functools.partial(gemm_gelu.forward, x, w, b, False),
+    }
+
+
+def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    from fastgpt.kernels import gelu_mlp, gemm_gelu
+
+    shapes = (M, C), (C, 4 * C), (M, 4 * C)
+    dy, w, h = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+    def eager() -> tuple[Tensor, Tensor, Tensor]:
+        dh = torch.ops.aten.gelu_backward(dy @ w, h)
+        return dh, F.gelu(h), dh.sum(0)
+
+    return {
+        "eager": eager,
+        "cuBLAS and a pass": functools.partial(gelu_mlp.cublas_dgrad, dy, w, h, False, True, True),
+        "own GEMM": functools.partial(gemm_gelu.dgrad, dy, w, h, False, True, True),
+    }
+
+
+def _adamw(device: torch.device, dtype: torch.dtype, C: int, n_params: int) -> Variants:
+    """Each variant has a model of its own, of matrices (4C, C); all get the same gradients."""
+    count = max(1, n_params // (4 * C * C))
+    grads = [torch.randn(4 * C, C, device=device) for _ in range(count)]
+
+    def model() -> tuple[list[Any], dict[Any, Tensor]]:
+        params = [torch.ones_like(g, requires_grad=True) for g in grads]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        return params, {p: torch.empty_like(p, dtype=dtype) for p in params}
+
+    def eager_step() -> Callable[[], Tensor]:
+        params, copies = model()
+        plain = torch.optim.AdamW(params, lr=LR, betas=BETAS, fused=True)
+
+        def step() -> Tensor:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            plain.step()
+            with torch.no_grad():
+                torch._foreach_copy_(list(copies.values()), params)
+            return next(iter(copies.values()))
+
+        return step
+
+    def own_step() -> Callable[[], Tensor]:
+        params, copies = model()
+        own = optim.AdamW([{"params": params, "weight_decay": 0.01}], LR, BETAS, 1.0, copies)
+
+        def step() -> Tensor:
+            with use_backend("triton"):
+                own.step()
+            return next(iter(copies.values()))
+
+        return step
+
+    return {"eager": eager_step(), "fastgpt": own_step()}
