@@ -104,6 +104,18 @@ def kernels_possible(tensor: Tensor) -> bool:
     return _mode == "triton" or (_mode == "auto" and tensor.is_cuda)
 
 
+def casts_once(tensor: Tensor) -> bool:
+    """Whether an op with weights should be left to PyTorch for autocast's sake: without gradients,
+    as in sampling, it casts a weight once and remembers it. We would cast it for every token.
+    """
+    device = tensor.device.type
+    if _mode != "auto" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    if not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device) and torch.is_autocast_cache_enabled()
+
+
 def explain(
     op: str, why_not: WhyNot, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
 ) -> Choice:

@@ -66,6 +66,8 @@ def linear_gelu(
     _check_tensors(x=x, weight=weight, bias=bias)
     _check_shape("weight", weight, weight.shape[0], _width("x", x))
     _check_shape("bias", bias, weight.shape[0])
+    if backend.casts_once(x):
+        return reference.linear_gelu(x, weight, bias, approximate)
     x, weight, bias = _autocast(x, weight, bias)
     picked = _pick("linear_gelu", x, weight, bias)
     if picked is reference:  # which leaves what to keep to autograd
@@ -96,7 +98,10 @@ def mlp(
     _check_shape("fc_bias", fc_bias, fc_weight.shape[0])
     _check_shape("proj_weight", proj_weight, proj_weight.shape[0], fc_weight.shape[0])
     _check_shape("proj_bias", proj_bias, proj_weight.shape[0])
-    args = _autocast(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    given = x, fc_weight, fc_bias, proj_weight, proj_bias
+    if backend.casts_once(x):
+        return reference.mlp(*given, approximate)
+    args = _autocast(*given)
     picked = _pick("mlp", *args)
     if picked is reference:  # which leaves what to keep to autograd
         return picked.mlp(*args, approximate)

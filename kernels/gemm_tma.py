@@ -3,7 +3,8 @@
     fc      h  = x @ w.T + b             y = gelu(h)
     dgrad   dh = (dy @ w) * gelu'(h)     y = gelu(h)     db = sum over rows of dh
 
-As many programs as the GPU has multiprocessors walk over the output's tiles. Tensors are read and
+As many programs as the GPU has multiprocessors walk over the output's tiles, in one loop with that
+over K, so that the next tile's operands arrive during an epilogue. Tensors are read and
 written through descriptors: the hardware computes the addresses, reads 0 beyond the ends and stores
 nothing there. h and the product in dgrad are rounded to their dtype before anything else reads
 them, as if each op were a pass of its own.
@@ -50,12 +51,15 @@ def _fc_kernel(
     h = tl.make_tensor_descriptor(h_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N // PARTS])
     y = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N // PARTS])
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=SPECIALIZED):
+    for index in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0),
+        flatten=not SPECIALIZED, warp_specialize=SPECIALIZED,
+    ):  # fmt: skip
         tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
-            acc = tl.dot(x.load([row, k]), w.load([col, k]).T, acc)
+            acc = tl.dot(x.load([row, k]), w.load([col, k]).T, acc, input_precision="ieee")
         if b_ptr is not None:
             cols = col + tl.arange(0, BLOCK_N)
             acc += tl.load(b_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
@@ -92,13 +96,14 @@ def _dgrad_kernel(
     if y_ptr is not None:
         y = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, HALF])
     for index in tl.range(
-        tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)
-    ):
+        tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0),
+        flatten=True,
+    ):  # fmt: skip
         tile_m, tile_n = tile_at(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
-            acc = tl.dot(dy.load([row, k]), w.load([k, col]), acc)
+            acc = tl.dot(dy.load([row, k]), w.load([k, col]), acc, input_precision="ieee")
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         _store_dgelu(h, dh, y, y_ptr, db_ptr, left, tile_m, row, col, N, TANH)
         _store_dgelu(h, dh, y, y_ptr, db_ptr, right, tile_m, row, col + HALF, N, TANH)

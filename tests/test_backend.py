@@ -303,3 +303,19 @@ def test_an_empty_batch_on_kernels():
         loss.backward()
     assert logits.shape == (0, 5, 41) and loss.isnan()
     assert all(p.grad.count_nonzero() == 0 for p in model.parameters())
+
+
+def test_sampling_under_autocast_leaves_weights_to_pytorch(monkeypatch):
+    """Which casts each of them once for all tokens; in training that is once per step anyway."""
+    x, w = torch.randn(4, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
+    casts = []
+    monkeypatch.setattr(ops, "_autocast", lambda *tensors: casts.append(tensors) or tensors)
+
+    def both() -> list[Tensor]:
+        return [ops.linear_gelu(x, w), ops.mlp(x, w, None, w.t(), None)]
+
+    with use_backend("auto"), torch.autocast(DEVICE, torch.bfloat16):
+        with torch.no_grad():
+            assert all(y.dtype == torch.bfloat16 for y in both()) and not casts
+        both()
+        assert [len(tensors) for tensors in casts] == [3, 5]
