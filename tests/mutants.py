@@ -9,8 +9,8 @@ them:
     -text that occurs in it once
     +what stands there instead
 
-In a copy of the tree, whose tests have to pass first, one mutant at a time takes the place of the
-code, and the tests run until the first failure. A line per mutant says which test caught it; the
+In a copy of the tree, whose tests have to pass first, a mutant takes the place of the code, and the
+tests run until the first failure. A line per mutant says which test caught it; the
 exit status is 1 if any survived.
 """
 
@@ -23,9 +23,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from queue import Queue
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,16 +105,29 @@ def judge(mutant: Mutant, tree: Path) -> Verdict:
 
 
 def verdicts(chosen: list[Mutant]) -> Iterator[Verdict]:
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "fastgpt"
-        skip = shutil.ignore_patterns(".*", "out", "__pycache__")
-        shutil.copytree(ROOT, tree, symlinks=True, ignore=skip)
-        for name in sorted({mutant.test for mutant in chosen}):
-            done = run_tests(tree, name)
-            if done.returncode != 0:
-                raise RuntimeError(f"without a mutant, test_{name}.py fails:\n{done.stdout}")
-        for mutant in chosen:
-            yield judge(mutant, tree)
+    """In the order of `chosen`, as many at a time as there are cores, each in a tree of its own."""
+    trees: Queue[Path] = Queue()
+
+    def in_a_tree(do: Callable[[Path], Any]) -> Any:
+        tree = trees.get()
+        try:
+            return do(tree)
+        finally:
+            trees.put(tree)
+
+    def passes(name: str) -> None:
+        done = in_a_tree(lambda tree: run_tests(tree, name))
+        if done.returncode != 0:
+            raise RuntimeError(f"without a mutant, test_{name}.py fails:\n{done.stdout}")
+
+    workers = os.cpu_count() or 1
+    skip = shutil.ignore_patterns(".*", "out", "__pycache__")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        for i in range(workers):
+            tree = Path(folder) / f"fastgpt{i}"
+            trees.put(shutil.copytree(ROOT, tree, symlinks=True, ignore=skip))
+        list(pool.map(passes, sorted({mutant.test for mutant in chosen})))
+        yield from pool.map(lambda mutant: in_a_tree(lambda tree: judge(mutant, tree)), chosen)
 
 
 def commit() -> str:
