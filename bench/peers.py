@@ -45,9 +45,9 @@ def config_of(size: str, block_size: int | None = None) -> GPTConfig:
     return GPTConfig(block_size or longest, vocab_size, n_layer, n_head, n_embd, bias=False)
 
 
-def initial_weights(config: GPTConfig, device: torch.device) -> dict[str, Tensor]:
+def initial_weights(config: GPTConfig, device: torch.device, seed: int = 1337) -> dict[str, Tensor]:
     """A new GPT's, kept on the CPU; drawn on `device`, for a large one takes a minute elsewhere."""
-    torch.manual_seed(1337)
+    torch.manual_seed(seed)
     with quietly(), device:
         model = GPT(config)
     return {name: weight.cpu() for name, weight in model.state_dict().items()}

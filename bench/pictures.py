@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import record, show
+from bench import curves, record, show
 from bench.record import Record
 
 Records = Sequence[Record]
@@ -25,10 +25,12 @@ def of_device(found: Records) -> list[Picture]:
     trained = [r for r in found if r["bench"] == "train" and _timed(r)]
     measured = [r for r in found if any(row.get("peak_bytes") for row in _timed(r))]
     ops = [r for r in found if r["bench"] == "ops" and any("of_ceiling" in x for x in _timed(r))]
+    trained_long = [r for r in found if r["bench"] == "curves" and _timed(r)]
     wanted: list[tuple[str, str, Callable[..., None], Records]] = [
         ("tokens", "Training tokens/s", _draw_tokens, trained),
         ("memory", "Peak memory of training, GiB", _draw_memory, measured),
         ("roofline", "Ops: share of what the roofline allows", _draw_roofline, ops),
+        ("curves", f"Training loss, mean of {curves.SMOOTH} steps", _draw_curves, trained_long),
     ]
     pictures = []
     for what, says, draw, runs in wanted:
@@ -84,6 +86,20 @@ def _draw_roofline(title: str, runs: Records, path: Path, records: Records) -> N
         axes.set_xlabel("time that the measured ceilings allow / time taken")
 
     _panels(title, runs, panel, path, height=7.0, columns=1)
+
+
+def _draw_curves(title: str, runs: Records, path: Path, records: Records) -> None:
+    def panel(axes: Any, run: Record) -> None:
+        for row in _timed(run):
+            losses = curves.smooth(row["losses"])
+            share = f", {row['of_a_seed']:.2g} of a seed's gap" if "of_a_seed" in row else ""
+            style = "--" if "seed" in row["variant"] else "-"
+            steps = range(len(row["losses"]) - len(losses), len(row["losses"]))
+            axes.plot(steps, losses, style, linewidth=1, label=row["variant"] + share)
+        axes.set_xlabel("step")
+        axes.legend(fontsize=8)
+
+    _panels(title, runs, panel, path, height=4.0)
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]], value: Callable[..., float], form: str) -> None:

@@ -97,6 +97,12 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "peak GiB": _field("peak_bytes", ".2f", 2**-30),
         "x eager's": _field("over_eager", ".2f"),
     },
+    "curves": {
+        "variant": lambda row: row["variant"],
+        "final loss": _field("final_loss", ".4f"),
+        "gap to the first": _field("gap", ".5f"),
+        "of a seed's gap": _field("of_a_seed", ".3f"),
+    },
     "ops": {
         "op": lambda row: row["op"],
         "direction": lambda row: row["direction"],

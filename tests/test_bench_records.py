@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, pictures, record, report
+from bench import compare, curves, pictures, record, report
+from fastgpt import data
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"size": "124M", "B": 16, "T": 1024, "dtype": "bfloat16", "rounds": 10}
@@ -219,6 +220,33 @@ def test_the_pictures_say_which_device(tmp_path):
         assert "on CPU" in picture.title
         picture.draw(tmp_path / picture.name, records)
         assert (tmp_path / picture.name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_curves_are_held_against_another_seeds(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    data.prepare("to be, or not to be: that is the question. " * 40, tmp_path)
+    command = ["--data", tmp_path, "--size", "char", "--device", "cpu", "--dtype", "float32"]
+    command += ["--batch-size", 2, "--block-size", 16, "--steps", 30]
+    command += ["--variants", "eager", "fastgpt", "hf", "--out", tmp_path / "out"]
+    assert curves.main([str(part) for part in command]) == 0
+    (path,) = (tmp_path / "out").glob("*/curves-*.json")
+    found = record.load(path)
+    eager, other, ours, _ = found["rows"]
+    assert [len(row["losses"]) for row in (eager, other, ours)] == [30] * 3
+    assert eager["losses"][-1] < eager["losses"][0] and eager["gap"] == 0
+    assert ours["of_a_seed"] < 0.01 and other["of_a_seed"] == 1
+    assert f"{ours['final_loss']:.4f}" in capsys.readouterr().out
+    assert f"| fastgpt | {ours['final_loss']:.4f} |" in report.document([found])
+    (picture,) = pictures.of_device([found])
+    picture.draw(tmp_path / picture.name, [found])
+    assert picture.name.endswith("-curves.png") and (tmp_path / picture.name).exists()
+    with pytest.raises(SystemExit):
+        curves.main(["--data", str(tmp_path), "--size", "124M", "--steps", "0"])
+    assert "--steps 0" in capsys.readouterr().err
+    (tmp_path / "train.bin").write_bytes(b"\xff\xff" * 50)
+    with pytest.raises(SystemExit):
+        curves.main(["--data", str(tmp_path)])
+    assert "has id 65535" in capsys.readouterr().err
 
 
 def test_the_command_writes_between_the_markers(tmp_path, command):
