@@ -3,7 +3,8 @@
     python -m bench.gpu --budget 540 --out DIR
 
 Works from a bare checkout. Stages run in order until the budget is spent; after each, DIR/gpu.json
-is written again, so that whatever ended is kept. The short table is printed last. Without a GPU the
+is written again, so that whatever ended is kept. DIR/records is for bench/results, DIR/tuned.json
+for kernels/_tuned.py. The short table is printed last. Without a GPU the
 same stages run on toy sizes, which proves the script and measures nothing.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import launchers, ops, roofline, train
+from bench import launchers, ops, train
 from bench.timing import Variants, in_turns
 from fastgpt import tune
 from fastgpt.report import versions
@@ -36,6 +37,7 @@ class Session:
 
     def __init__(self, budget: float, out: Path):
         self.start, self.budget, self.path = time.perf_counter(), budget, out / "gpu.json"
+        self.records = out / "records"  # to be copied into bench/results, for the report
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.on_gpu else "cpu")
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
@@ -120,13 +122,20 @@ def gemm(session: Session, seconds: float) -> list[Record]:
 
 
 def per_op(session: Session, seconds: float) -> list[Record]:
-    found = list(ops.cases(session.device, session.dtype, session.M, session.C, session.V))
-    ceilings = roofline.measure(session.device, session.dtype, 0.05 * seconds)
-    return [
-        row
-        for case in found
-        for row in ops.measure(case, session.device, seconds / len(found), ceilings)
-    ]
+    run = ops.Run(
+        argparse.Namespace(
+            device=str(session.device),
+            dtype=str(session.dtype).removeprefix("torch."),
+            tokens=session.M,
+            width=session.C,
+            vocabulary=session.V,
+            seconds=seconds / 9,  # eight ops, and the ceilings
+            results=session.records,
+        )
+    )
+    rows = [row for op in run.cases for row in run.rows(op)]
+    run.save()
+    return rows
 
 
 def beside_gemms(session: Session, seconds: float) -> list[Record]:
@@ -140,7 +149,7 @@ def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
         variants += ["fastgpt", "fastgpt-nologits", "fastgpt-step"]  # few: a compile takes a minute
         variants += ["fastgpt-step-graph"] * session.on_gpu + ["liger"] * (batch_size == 16)
         said = _module("bench.train", *session.size(size, batch_size), "--rounds", "5", "--steps",
-                       "10", "--out", str(session.path.parent / "train"), "--variants", *variants,
+                       "10", "--out", str(session.records), "--variants", *variants,
                        seconds=seconds)  # fmt: skip
         return json.loads(Path(said.split("record: ")[1].strip()).read_text())
 
