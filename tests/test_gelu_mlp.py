@@ -107,14 +107,20 @@ def test_tma_takes_what_it_can_describe():
         assert not gemm_tma.takes(x, t), t.stride()
 
 
-def test_gemm_accumulates_in_fp32():
+@pytest.mark.parametrize("layout", ["contiguous", "offset"])  # for TMA, and not
+def test_gemms_accumulate_in_fp32(layout):
     """One large term, then hundreds too small to move a sum in fp16 one by one."""
-    x, w = (torch.ones(n, 512, device=DEVICE, dtype=torch.float16) for n in (8, 16))
-    w[:, 1:] = 7e-6
+    ones, few = (torch.ones(n, 512, device=DEVICE, dtype=torch.float16) for n in (8, 16))
+    few[:, 1:] = 7e-6
+    x, grads = LAYOUTS[layout](ones), [randn(8, 16, dtype=torch.float16)]
     assert_as_accurate(
-        gemm_gelu.linear_gelu, reference.linear_gelu, x, w, None,
-        grads=[randn(8, 16, dtype=torch.float16)], eager=False, budget=1.5,
+        gemm_gelu.linear_gelu, reference.linear_gelu, x, few, None,
+        grads=grads, eager=False, budget=1.5,
     )  # fmt: skip
+    flat = torch.full((8, 16), 9.0, device=DEVICE, dtype=torch.float16)  # where GELU's slope is 1
+    dh, _, _ = gemm_gelu.dgrad(x, few.t().contiguous(), flat, False, True, True)
+    truth = few.double().sum(1).expand(8, 16)
+    torch.testing.assert_close(dh.double(), truth, rtol=0.0, atol=6e-4)
 
 
 def test_recomputing_the_preactivation_changes_nothing(gemm):
