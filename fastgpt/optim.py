@@ -9,7 +9,7 @@ PyTorch's fused AdamW, which takes the scale along. A step whose gradients are n
 changes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ class AdamW(torch.optim.AdamW):
     ):
         super().__init__(groups, lr=lr, betas=betas, fused=True)
         self.max_norm, self.copies = max_norm, dict(copies or {})
-        self._table: list[int] = []  # as last sent to the device
-        self._on_device: tuple[Tensor, ...] = ()
+        self._made: dict[str, tuple[Any, Tensor]] = {}  # name -> what it was made from, and it
         self.copy_weights()
 
     @torch.no_grad()
@@ -55,7 +54,8 @@ class AdamW(torch.optim.AdamW):
         for p in params:
             p.grad = p.grad.contiguous()
         choice = backend.choose("adamw", ops.why_not, tuple(params), {})
-        if choice == "triton":
+        alike = {(g["lr"], tuple(g["betas"]), g["eps"]) for g in self.param_groups}
+        if choice == "triton" and len(alike) == 1:  # one launch for all groups
             self._step_in_kernels(params)
         else:
             self._step_in_pytorch(params)
@@ -95,16 +95,19 @@ class AdamW(torch.optim.AdamW):
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, (~divisor.isnan()).float())
         group = self.param_groups[0]
-        taken = torch.stack(steps).double()[:, None]
-        corrections = 1 - torch.tensor(group["betas"], device=taken.device).double() ** taken
+        taken = torch.stack(steps).double()
+        corrections = torch.stack([1 - beta**taken for beta in group["betas"]], dim=1)
         dtype = next((c.dtype for c in self.copies.values()), torch.float32)
         adamw.update(table, chunks, 1 / divisor, corrections.float(), decay,
                      group["lr"], group["betas"], group["eps"], dtype)  # fmt: skip
 
     def _tables(self, params: list[Tensor]) -> tuple[Tensor, ...]:
-        """The kernels' view of the parameters and their state, sent again only when one moved."""
+        """The kernels' view of the parameters and their state. Gradients move from step to step:
+        what is sent then must be little, and must not wait for the device.
+        """
         from fastgpt.kernels import adamw
 
+        device = params[0].device
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device=p.device)
@@ -114,14 +117,22 @@ class AdamW(torch.optim.AdamW):
         rows: list[Any] = [
             (p, *mv, copy, p.grad) for p, mv, copy in zip(params, moments, copies, strict=True)
         ]
-        table = adamw.table(rows)
-        if table != self._table:
-            device = params[0].device
-            decays = {p: g["weight_decay"] for g in self.param_groups for p in g["params"]}
-            self._on_device = (
-                torch.tensor(table).view(len(params), -1).to(device, non_blocking=True),
-                adamw.chunks(params),
-                torch.tensor([float(decays[p]) for p in params], device=device),
-            )
-            self._table = table
-        return self._on_device
+        table, sizes = adamw.table(rows), [p.numel() for p in params]
+        decay = {p: g["weight_decay"] for g in self.param_groups for p in g["params"]}
+        decays = [float(decay[p]) for p in params]
+        return (
+            self._latest("table", table, lambda: _sent(table, device).view(len(params), -1)),
+            self._latest("chunks", sizes, lambda: adamw.chunks(params)),
+            self._latest("decays", decays, lambda: _sent(decays, device)),
+        )
+
+    def _latest(self, name: str, facts: Any, make: Callable[[], Tensor]) -> Tensor:
+        """make(), called again only when `facts` changed."""
+        if name not in self._made or self._made[name][0] != facts:
+            self._made[name] = facts, make()
+        return self._made[name][1]
+
+
+def _sent(numbers: list[Any], device: torch.device) -> Tensor:
+    t = torch.tensor(numbers)
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t

@@ -113,6 +113,8 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
     """The backend that SDPA itself would run, or None where its backward cannot be called alone."""
     if not qkv.is_cuda:
         return cpu if dropout_p == 0 else None
-    q, k, v = reference.split_heads(qkv, n_head)
+    if qkv.shape[-1] // (3 * n_head) % 8:  # which SDPA pads before it calls a backend
+        return None
+    q, k, v = reference.split_heads(qkv.detach().requires_grad_(), n_head)
     would_run = SDPBackend(torch._fused_sdp_choice(q, k, v, None, dropout_p, True))
     return {cudnn.backend: cudnn, flash.backend: flash}.get(would_run)

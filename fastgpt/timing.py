@@ -38,7 +38,7 @@ def _cuda_sample(device: torch.device) -> Callable[[Callable[[], object]], float
 
     def sample(call: Callable[[], object]) -> float:
         cache.zero_()
-        torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
+        torch.cuda._sleep(4_000_000)  # cycles: about two milliseconds
         start.record()
         call()
         stop.record()

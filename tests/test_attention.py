@@ -27,6 +27,8 @@ def qkv_of(B, H, T, D, dtype=torch.float32):
 
 @pytest.mark.parametrize("B, H, T, D", SHAPES + WIDE)
 def test_causal_attention(B, H, T, D, dtype):
+    if DEVICE == "cuda" and dtype == torch.float32 and D > 100:
+        pytest.skip("takes minutes to compile off the tensor cores; the interpreter runs it")
     grads = [randn(B, H, T, D, dtype=dtype)]
     args = qkv_of(B, H, T, D, dtype)
     assert_as_accurate(ops.causal_attention, reference.causal_attention, *args, grads=grads)

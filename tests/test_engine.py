@@ -113,6 +113,23 @@ def test_a_gradient_in_other_strides(mode):
     torch.testing.assert_close(params[1], theirs[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_groups_are_read_at_every_step(mode, name):
+    results = []
+    for kind, backend in ((AdamW, mode), (torch.optim.AdamW, "torch")):
+        params = parameters()
+        optimizer = kind(groups(params), lr=1e-2, betas=BETAS)
+        with use_backend(backend):
+            for step in range(3):
+                gradients(step, params)
+                optimizer.step()
+                optimizer.param_groups[0][name] *= 3  # and the second group keeps its own
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_a_closure_is_refused():
     with pytest.raises(ValueError, match=r"torch\.optim\.AdamW"):
         AdamW(groups(parameters()), 1e-2, BETAS).step(lambda: 0.0)

@@ -32,7 +32,7 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
     candidates = [good, good | dict(BLOCK_N=16), dict(BLOCK_N=32)]
     one = tune.Search("layer_norm_forward 32", call, candidates)
     monkeypatch.setattr(tune, "searches", lambda *_: [one])
-    found = tune.search(torch.device(DEVICE), SMALL, 0.1)
+    found = tune.search(torch.device(DEVICE), SMALL, 3.0)
     rows = {row["variant"]: row for row in found}
     assert rows[str(good)]["over_default"] > 0
     assert "away from" in rows[str(candidates[1])]["problem"]  # half a row is another norm

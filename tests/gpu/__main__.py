@@ -29,7 +29,7 @@ MAX_PROCESSES = 8  # each holds a CUDA context, and at times some GiB of tensors
 
 def start(tests: list[str], shard: str, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "pytest", "-p", "tests.gpu.shard", "--shard", shard]
-    command += ["-rfEs", "--tb=short", "--show-capture=no", "--durations=5", *tests]
+    command += ["-rfEs", "--tb=short", "--show-capture=no", "--durations=5", "-vv", *tests]
     with log.open("w") as file:
         return subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
