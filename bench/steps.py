@@ -45,6 +45,7 @@ VARIANTS: dict[str, Callable[[Run], Step]] = {
     "fastgpt": lambda run: _step(run, _gpt(run), own_adamw, "auto"),
     "fastgpt-nologits": lambda run: _step(run, _gpt(run, return_logits=False), own_adamw, "auto"),
     "fastgpt-compile": lambda run: _step(run, _gpt(run), own_adamw, "auto", compiled=True),
+    "fastgpt-compile-ops": lambda run: _compiled_around_kernels(run),
     "fastgpt-step": lambda run: _own_step(run),
     "fastgpt-step-graph": lambda run: _own_step(run, capture=True),
 }
@@ -74,6 +75,7 @@ def _step(
     make_optimizer: Callable[[Any, str], torch.optim.Optimizer],
     backend: str = "torch",
     compiled: bool = False,
+    **chosen: str,  # op -> implementation
 ) -> Step:
     """The step that autograd and an optimizer make of a model called as nanoGPT's."""
     with peers.quietly():
@@ -87,7 +89,7 @@ def _step(
     autocast = run.autocast()  # not `run` itself: it holds another copy of the weights
 
     def step(idx: Tensor, targets: Tensor) -> Tensor:
-        with use_backend(backend):
+        with use_backend(backend, **chosen):
             with autocast:
                 _, loss = forward(idx, targets)
             scaler.scale(loss).backward()
@@ -99,6 +101,13 @@ def _step(
         return loss.detach()
 
     return step
+
+
+def _compiled_around_kernels(run: Run) -> Step:
+    if run.device.type != "cuda":
+        raise peers.Absent("our kernels need a GPU")
+    kernels = dict.fromkeys(("layer_norm", "add_layer_norm", "cross_entropy"), "triton")
+    return _step(run, _gpt(run), own_adamw, "auto", compiled=True, **kernels)
 
 
 def _own_step(run: Run, capture: bool = False) -> Step:

@@ -139,7 +139,7 @@ def test_a_third_batch_or_length_compiles_nothing(mode):
         for B, T in [(2, 9), (3, 7)]:
             step(compiled, B, T)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for B, T in [(4, 7), (6, 7), (6, 12), (6, 24)]:
+            for B, T in [(4, 7), (4, 12)]:
                 torch.testing.assert_close(step(compiled, B, T), step(model, B, T))
     assert graphs() == 2
 
