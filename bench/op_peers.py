@@ -5,6 +5,7 @@ cannot run here, raises with the reason when it is called, which becomes its row
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import flash_attn, ops, reference, sdpa, use_backend
+from fastgpt import flash_attn, ops, reference, sdpa, tables, use_backend
 
 
 class Peer(NamedTuple):
@@ -27,10 +28,10 @@ def peers(op: str) -> dict[str, Peer]:
     found = {
         "eager": Peer(eager),
         "compile": Peer(_compiled(eager)),
-        "fastgpt": Peer(functools.partial(_in_mode_triton, ours, {})),
+        "fastgpt": Peer(functools.partial(_ours, ours, {})),
     }
     if op in ("linear_gelu", "mlp"):  # "fastgpt" is then cuBLAS with our kernels around it
-        own = functools.partial(_in_mode_triton, ours, {op: "triton"})
+        own = functools.partial(_ours, ours, {op: "triton"})
         found["fastgpt, own GEMM"] = Peer(own)
     if "attention" in op:
         for name, module in (("cuDNN", sdpa.cudnn), ("flash", sdpa.flash)):
@@ -60,11 +61,13 @@ def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _in_mode_triton(
-    function: Callable, choice: dict[str, str], *inputs: Any, **options: Any
-) -> Any:
-    """With our kernels or not at all: RuntimeError where they cannot run."""
-    with use_backend("triton", **choice):
+def _ours(function: Callable, choice: dict[str, str], *inputs: Any, **options: Any) -> Any:
+    """With our kernels, or where there is something else of ours on a CPU that; else not at all:
+    RuntimeError says why.
+    """
+    on_cpu = inputs[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+    mode = "auto" if on_cpu and function.__name__ in tables.ATEN_ON_CPU else "triton"
+    with use_backend(mode, **choice):
         return function(*inputs, **options)
 
 
