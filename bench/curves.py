@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench import fit, peers, record, trainee
 from bench.steps import DTYPES, VARIANTS, Run, set_precision
+from bench.train import say
 from fastgpt import devices
 from fastgpt.data import load_split, random_batch
 
@@ -63,8 +64,7 @@ def _train(
         draw, losses = torch.Generator().manual_seed(0), []
         for i in range(settings["steps"]):
             losses.append(step(*random_batch(tokens, settings["B"], settings["T"], draw, device)))
-            if sys.stderr.isatty():
-                print(f"\r\x1b[K{variant}: step {i + 1}", end="", file=sys.stderr, flush=True)
+            say(f"{variant}: step {i + 1}")
         return {"variant": variant, "losses": torch.stack(losses).float().tolist()}
     except Exception as error:
         return {"variant": variant, "problem": trainee.describe(error)}

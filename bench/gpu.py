@@ -4,8 +4,8 @@
 
 Works from a bare checkout. Stages run in order until the budget is spent; after each, DIR/gpu.json
 is written again, so that whatever ended is kept. DIR/records is for bench/results, DIR/tuned.json
-for kernels/_tuned.py. The short table is printed last. Without a GPU the
-same stages run on toy sizes, which proves the script and measures nothing.
+for kernels/_tuned.py. The short table is printed last. Without a GPU the same stages run on toy
+sizes, which proves the script and measures nothing. Correctness is tests/gpu's, a command before.
 """
 
 import argparse
@@ -129,9 +129,13 @@ def beside_gemms(session: Session, seconds: float) -> list[Record]:
     return launchers.measure(session.device, session.dtype, session.M, session.C, n_params, seconds)
 
 
+def _opponent() -> str:
+    return "nanogpt-compile" if "NANOGPT_DIR" in os.environ else "compile"
+
+
 def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
     def stage(session: Session, seconds: float) -> Record:
-        variants = ["eager", "nanogpt-compile" if "NANOGPT_DIR" in os.environ else "compile"]
+        variants = ["eager", _opponent()]
         variants += ["fastgpt", "fastgpt-nologits", "fastgpt-step"]  # few: a compile takes a minute
         variants += ["fastgpt-step-graph"] * session.on_gpu + ["liger"] * (batch_size == 16)
         said = _module("bench.train", *session.size(size, batch_size), "--rounds", "3", "--steps",
@@ -145,9 +149,8 @@ def training(size: str, batch_size: int) -> Callable[[Session, float], Any]:
 
 def profile(session: Session, seconds: float) -> list[Record]:
     """Where the time of a step goes: ours, and that of the hardest opponent."""
-    opponent = "nanogpt-compile" if "NANOGPT_DIR" in os.environ else "compile"
     rows = []
-    for variant, share in (("fastgpt-step", 0.3), (opponent, 0.7)):  # one of them compiles
+    for variant, share in (("fastgpt-step", 0.3), (_opponent(), 0.7)):  # one of them compiles
         folder = session.path.with_name("profile")
         try:
             said = _module("bench.profiler", *session.size("124M", 16), "--variant", variant,

@@ -46,7 +46,7 @@ class Settings:
 
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
     machine = quiet.check()
-    _say(quiet.warning(machine))
+    say(quiet.warning(machine))
     set_precision(settings.dtype)
     ceiling = matmul_ceiling(device, matmul_dtype(settings.dtype))
     config = peers.config_of(settings.size, settings.T)
@@ -90,11 +90,11 @@ def _train(
 
 def in_turns(trainees: list[Trainee], rounds: int) -> list[Trainee]:
     for trainee in trainees:
-        _say(f"first steps of {trainee.variant}")
+        say(f"first steps of {trainee.variant}")
         trainee.attempt(Trainee.build)
     crowded = any(trainee.out_of_memory for trainee in trainees)
     for i in range(0 if crowded else rounds):
-        _say(f"round {i + 1} of {rounds}")
+        say(f"round {i + 1} of {rounds}")
         for trainee in trainees:
             trainee.attempt(Trainee.round)
     for trainee in trainees:
@@ -107,7 +107,7 @@ def in_turns(trainees: list[Trainee], rounds: int) -> list[Trainee]:
 def one_at_a_time(trainees: list[Trainee], rounds: int) -> list[Trainee]:
     """A machine that slows down steadily costs each the same: the passes' middles coincide."""
     for trainee in [*trainees, *reversed(trainees)]:
-        _say(f"{trainee.variant}, alone")
+        say(f"{trainee.variant}, alone")
         trainee.attempt(Trainee.build)
         for _ in range(-(-rounds // 2)):
             trainee.attempt(Trainee.round)
@@ -208,7 +208,7 @@ def _shown(value: float | None, width: int, form: str = ".2f") -> str:
     return f"{'' if value is None else format(value, form):>{width}}"
 
 
-def _say(what: str) -> None:
+def say(what: str) -> None:
     """On the one line of progress, where somebody watches."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         T = peers.config_of(size, args.block_size).block_size
         found = measure(Settings(size, B, T, dtype, args.rounds, args.steps), device, args.variants)
         path = record.save(found, args.out)
-        _say("")
+        say("")
         print(f"\n{table(found)}\nrecord: {path}", flush=True)
     return 0
 

@@ -108,12 +108,15 @@ def casts_once(tensor: Tensor) -> bool:
     """Whether an op with weights should be left to PyTorch for autocast's sake: without gradients,
     as in sampling, it casts a weight once and remembers it. We would cast it for every token.
     """
-    device = tensor.device.type
     if _mode != "auto" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    if not torch.amp.is_autocast_available(device):
-        return False
-    return torch.is_autocast_enabled(device) and torch.is_autocast_cache_enabled()
+    return autocasts(tensor) and torch.is_autocast_cache_enabled()
+
+
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where the tensor lives; some devices have none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def explain(

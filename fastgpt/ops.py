@@ -252,11 +252,9 @@ def why_not(
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
     """The dtype in which autocast hands t to a matmul; its own where autocast is off."""
-    device = t.device.type
     if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return t.dtype  # float64, which autocast leaves alone
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else t.dtype
+    return torch.get_autocast_dtype(t.device.type) if backend.autocasts(t) else t.dtype
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

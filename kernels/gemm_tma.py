@@ -23,6 +23,7 @@ from torch import Tensor
 from fastgpt.kernels._launch import has_tma, launch, multiprocessors
 from fastgpt.kernels._math import gelu, gelu_grad
 from fastgpt.kernels._tuned import configured
+from fastgpt.kernels.gelu_mlp import gelu_gradients
 
 
 @triton.jit
@@ -174,14 +175,15 @@ def fc(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tens
 def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
     """dy (M, K), w (K, N), h (M, N) contiguous -> dh (M, N); gelu(h) or (0,); db (N,) or (0,)."""
     (M, K), N = dy.shape, w.shape[1]
-    dh = torch.empty_like(h)
-    y = torch.empty_like(h) if with_output else h.new_empty(0)
+    dh, y, db = gelu_gradients(dy, h, tanh, with_bias, with_output)
     config = configured(dy, "gemm_tma_dgrad", _dgrad_config)
     blocks = triton.cdiv(M, config["BLOCK_M"])
     partial = torch.empty(blocks, N, device=h.device, dtype=torch.float32) if with_bias else None
     _launch(_dgrad_kernel, _grid(dy, N, config), dy, w, h, dh, y if with_output else None, partial,
             dy.stride(0), w.stride(0), M, N, K, TANH=tanh, **config)  # fmt: skip
-    return dh, y, h.new_empty(0) if partial is None else partial.sum(0).to(h.dtype)
+    if partial is not None:
+        db.copy_(partial.sum(0))
+    return dh, y, db
 
 
 def _grid(x: Tensor, N: int, config: dict[str, int]) -> int:

@@ -10,8 +10,8 @@ them:
     +what stands there instead
 
 In a copy of the tree, whose tests have to pass first, a mutant takes the place of the code, and the
-tests run until the first failure. A line per mutant says which test caught it; the
-exit status is 1 if any survived.
+tests run until the first failure. A line per mutant says which test caught it; the exit status is 1
+if any survived.
 """
 
 import argparse
