@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from bench import launchers, ops, record, train
-from bench.timing import Variants, in_turns
-from fastgpt import tune
-from fastgpt.report import versions
+from bench import launchers, ops, train
+from bench.harness import record
+from bench.harness.ceilings import Variants, in_turns
+from fastgpt.commands import tune
+from fastgpt.environment import versions
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import quiet, record, roofline
-from bench.op_cases import Case, cases
-from bench.op_peers import Peer, peers
-from bench.roofline import Ceilings, Work
-from bench.timing import Variants, in_turns
+from bench.harness import machine, record, roofline
+from bench.harness.ceilings import Variants, in_turns
+from bench.harness.op_cases import Case, cases
+from bench.harness.roofline import Ceilings, Work
+from bench.peers.ops import Peer, peers
 from fastgpt import devices, reference
 
 Row = dict[str, Any]
@@ -179,7 +179,7 @@ class Run:
         self.results, self.seconds = args.results, args.seconds
         self.settings = {"M": M, "C": C, "V": V, "dtype": str(self.dtype).removeprefix("torch.")}
         self.cases = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
-        self.machine = quiet.check()
+        self.machine = machine.check()
         self.ceilings = roofline.measure(self.device, self.dtype, min(2.0, args.seconds))
         self._rows: dict[str, list[Row]] = {}
 
@@ -243,7 +243,7 @@ def main() -> int:
         run = Run(parser.parse_args())
     except ValueError as error:
         parser.error(str(error))
-    print(quiet.warning(run.machine) or "the machine is quiet")
+    print(machine.warning(run.machine) or "the machine is quiet")
     for op in run.cases:
         print(*(line(row) for row in run.rows(op)), sep="\n", flush=True)
     print(f"record: {run.save()}")

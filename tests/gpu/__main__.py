@@ -22,8 +22,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 HUGE = "tests/gpu/test_huge.py"
 SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
-KERNELS = ["layer_norm", "gelu_mlp", "cross_entropy", "attention", "fused", "engine", "tune"]
-KERNELS += ["backend", "compile", "training"]
+KERNELS = [
+    *(f"kernels/test_{name}" for name in ("layer_norm", "gelu_mlp", "cross_entropy", "attention")),
+    *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
+    "commands/test_tune",
+]
 MAX_PROCESSES = 8  # each holds a CUDA context, and at times some GiB of tensors
 
 
@@ -65,7 +68,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=480, help="seconds (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/test-gpu"), help="folder of the logs")
     args = parser.parse_args()
-    shared = SHARED + [f"tests/test_{name}.py" for name in KERNELS]
+    shared = SHARED + [f"tests/{name}.py" for name in KERNELS]
     if not torch.cuda.is_available():
         if os.environ.get("FASTGPT_REHEARSAL") != "1":
             print("No CUDA device. `make test` runs what a CPU can; FASTGPT_REHEARSAL=1 rehearses.")
