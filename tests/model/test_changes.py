@@ -36,7 +36,8 @@ UNSEEN = {
     "wrapper_of_a_block", "wrapper_of_the_embedding", "checkpoint_wrapper_of_a_block",
     "checkpointed_forward", "compiled_submodule", "subclass_that_changes_nothing",
     "linear_subclass_that_changes_nothing", "saved_on_the_cpu", "attention_held_to_math",
-    "anomaly_mode", "default_dtype_of_doubles", "deep_copy", "pickled", "heads_of_the_config", "dropout_of_the_config",
+    "anomaly_mode", "default_dtype_of_doubles", "deep_copy", "pickled", "heads_of_the_config",
+    "dropout_of_the_config",
     "vocabulary_of_the_config", "layers_of_the_config", "width_of_the_config", "no_dropout_module",
     "transposed_weights", "strided_weights", "doubles", "double_norms",
 }  # fmt: skip
