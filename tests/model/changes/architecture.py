@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.model.changes.sizes import C, V
+
 
 class Attention(nn.Module):
     """nanoGPT's attention on its weights; what subclasses do to q, k and v is the change."""
@@ -77,7 +79,7 @@ class NormOfEps(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    def __init__(self, C):
+    def __init__(self):
         super().__init__()
         self.gate, self.up = nn.Linear(C, 24, bias=False), nn.Linear(C, 24, bias=False)
         self.c_proj = nn.Linear(24, C, bias=False)
@@ -87,9 +89,9 @@ class SwiGlu(nn.Module):
 
 
 class Experts(nn.Module):
-    def __init__(self, mlp, C):
+    def __init__(self, mlp):
         super().__init__()
-        self.router, self.experts = nn.Linear(C, 2), nn.ModuleList([mlp, SwiGlu(C)])
+        self.router, self.experts = nn.Linear(C, 2), nn.ModuleList([mlp, SwiGlu()])
 
     def forward(self, x):
         weights = self.router(x).softmax(-1)
@@ -115,7 +117,7 @@ class Bigrams(nn.Module):
 class Sinusoids(nn.Module):
     def __init__(self, wpe):
         super().__init__()
-        angle = torch.arange(wpe.num_embeddings)[:, None] / 10 ** torch.linspace(0, 1, 16)
+        angle = torch.arange(wpe.num_embeddings)[:, None] / 10 ** torch.linspace(0, 1, C)
         self.register_buffer("table", angle.sin())
 
     def forward(self, pos):
@@ -162,7 +164,7 @@ def other_eps_in_ln_2(model, undo):
 
 
 def torchs_layer_norm_as_ln_f(model, undo):
-    norm = nn.LayerNorm(16, eps=0.1)
+    norm = nn.LayerNorm(C, eps=0.1)
     norm.load_state_dict(model.transformer.ln_f.state_dict())
     model.transformer.ln_f = norm
 
@@ -173,11 +175,11 @@ def no_final_norm(model, undo):
 
 def swiglu(model, undo):
     for block in model.transformer.h:
-        block.mlp = SwiGlu(16)
+        block.mlp = SwiGlu()
 
 
 def experts_in_one_layer(model, undo):
-    model.transformer.h[0].mlp = Experts(model.transformer.h[0].mlp, 16)
+    model.transformer.h[0].mlp = Experts(model.transformer.h[0].mlp)
 
 
 def relu_squared(model, undo):
@@ -200,7 +202,7 @@ def gelu_set_to_tanh(model, undo):
 
 def wider_mlp_in_one_layer(model, undo):
     mlp = model.transformer.h[0].mlp
-    mlp.c_fc, mlp.c_proj = nn.Linear(16, 40), nn.Linear(40, 16)
+    mlp.c_fc, mlp.c_proj = nn.Linear(C, 40), nn.Linear(40, C)
 
 
 def no_bias_in_one_linear(model, undo):
@@ -224,7 +226,7 @@ def sinusoidal_positions(model, undo):
 
 
 def norm_after_embeddings(model, undo):
-    model.transformer.drop = nn.Sequential(model.transformer.drop, nn.LayerNorm(16))
+    model.transformer.drop = nn.Sequential(model.transformer.drop, nn.LayerNorm(C))
 
 
 def untied_head(model, undo):
@@ -233,28 +235,28 @@ def untied_head(model, undo):
 
 
 def head_bias(model, undo):
-    model.lm_head.bias = nn.Parameter(torch.randn(29))
+    model.lm_head.bias = nn.Parameter(torch.randn(V))
 
 
 def capped_logits(model, undo):
-    head = CappedHead(16, 29, bias=False)
+    head = CappedHead(C, V, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
 
 
 def smaller_head(model, undo):
-    model.lm_head = nn.Linear(16, 27, bias=False)
+    model.lm_head = nn.Linear(C, V - 2, bias=False)
 
 
 def two_layer_head(model, undo):
-    model.lm_head = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), model.lm_head)
+    model.lm_head = nn.Sequential(nn.Linear(C, C), nn.Tanh(), model.lm_head)
 
 
 def larger_vocabulary(model, undo):
     """Rows added at the end of both, as for new special tokens; tied again."""
-    rows = torch.cat([model.lm_head.weight.detach(), torch.randn(3, 16) / 4])
-    model.transformer.wte = nn.Embedding(32, 16)
-    model.lm_head = nn.Linear(16, 32, bias=False)
+    rows = torch.cat([model.lm_head.weight.detach(), torch.randn(3, C) / 4])
+    model.transformer.wte = nn.Embedding(V + 3, C)
+    model.lm_head = nn.Linear(C, V + 3, bias=False)
     model.lm_head.weight = model.transformer.wte.weight = nn.Parameter(rows)
 
 
@@ -272,15 +274,15 @@ def no_blocks(model, undo):
 
 
 def one_row_of_positions(model, undo):
-    model.transformer.wpe = nn.Embedding(1, 16)
+    model.transformer.wpe = nn.Embedding(1, C)
 
 
 def fewer_positions_than_block_size(model, undo):
-    model.transformer.wpe = nn.Embedding(5, 16)
+    model.transformer.wpe = nn.Embedding(5, C)
 
 
 def more_positions_than_block_size(model, undo):
-    model.transformer.wpe = nn.Embedding(11, 16)
+    model.transformer.wpe = nn.Embedding(11, C)
 
 
 CHANGES = (

@@ -6,6 +6,8 @@ import pickle
 import torch
 from torch import nn
 
+from tests.model.changes.sizes import C, V
+
 
 class Subclass(torch.Tensor):
     """As quantisation libraries have them: another matmul under the same name."""
@@ -168,8 +170,8 @@ def plain_tensors_for_weights(model, undo):
 def weight_made_of_others(model, undo):
     """Not a leaf: the gradient goes on to what it was made of."""
     head = model.lm_head
-    model.factor = nn.Parameter(torch.randn(29, 4))
-    model.other = nn.Parameter(torch.randn(4, 16) / 4)
+    model.factor = nn.Parameter(torch.randn(V, 4))
+    model.other = nn.Parameter(torch.randn(4, C) / 4)
     made = model.factor @ model.other
     for module in (head, model.transformer.wte):
         del module.weight
@@ -276,7 +278,7 @@ def larger_block_size_of_the_config(model, undo):
 
 
 def width_of_one_attention(model, undo):
-    model.transformer.h[0].attn.n_embd = 8
+    model.transformer.h[0].attn.n_embd = C // 2
 
 
 def dropout_in_one_mlp(model, undo):
@@ -340,7 +342,7 @@ def sparse_positions(model, undo):
 
 
 def embedding_of_options(model, undo):
-    wte = nn.Embedding(29, 16, padding_idx=2, max_norm=1.0, norm_type=1.0)
+    wte = nn.Embedding(V, C, padding_idx=2, max_norm=1.0, norm_type=1.0)
     wte.weight = model.lm_head.weight
     model.transformer.wte = wte
 

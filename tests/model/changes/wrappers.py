@@ -7,6 +7,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+from tests.model.changes.sizes import C
+
 
 class Wrapper(nn.Module):
     """Answers for the module inside: its attributes are the wrapper's too."""
@@ -28,7 +30,7 @@ class Wrapper(nn.Module):
 class Scaled(Wrapper):
     def __init__(self, inside):
         super().__init__(inside)
-        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 16))
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, C))
 
     def forward(self, x):
         return self.scale * self.inside(x)
@@ -38,8 +40,8 @@ class TokenShift(Wrapper):
     """Half of the channels come from the position before."""
 
     def forward(self, x):
-        shifted = F.pad(x[..., :8], (0, 0, 1, 0))[:, :-1]
-        return self.inside(torch.cat([shifted, x[..., 8:]], dim=-1))
+        shifted = F.pad(x[..., : C // 2], (0, 0, 1, 0))[:, :-1]
+        return self.inside(torch.cat([shifted, x[..., C // 2 :]], dim=-1))
 
 
 class ConvAfter(Wrapper):
@@ -47,7 +49,7 @@ class ConvAfter(Wrapper):
 
     def __init__(self, inside):
         super().__init__(inside)
-        self.conv = nn.Conv1d(48, 48, 3, groups=48)
+        self.conv = nn.Conv1d(3 * C, 3 * C, 3, groups=3 * C)
 
     def forward(self, x):
         return self.conv(F.pad(self.inside(x).transpose(1, 2), (2, 0))).transpose(1, 2)
@@ -61,7 +63,7 @@ class SkippedAtRandom(Wrapper):
 class NormAfter(Wrapper):
     def __init__(self, inside):
         super().__init__(inside)
-        self.norm = nn.LayerNorm(16)
+        self.norm = nn.LayerNorm(C)
 
     def forward(self, x):
         return self.norm(self.inside(x))
@@ -105,8 +107,8 @@ class Low(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a = nn.Parameter(torch.randn(2, 16) / 4)
-        self.b = nn.Parameter(torch.randn(48, 2) / 4)
+        self.a = nn.Parameter(torch.randn(2, C) / 4)
+        self.b = nn.Parameter(torch.randn(3 * C, 2) / 4)
 
     def forward(self, weight):
         return weight + self.b @ self.a
@@ -183,12 +185,12 @@ def wrapper_of_the_embedding(model, undo):
 
 
 def block_in_a_sequential(model, undo):
-    model.transformer.h[0] = nn.Sequential(model.transformer.h[0], nn.Linear(16, 16))
+    model.transformer.h[0] = nn.Sequential(model.transformer.h[0], nn.Linear(C, C))
 
 
 def adapter_after_the_mlp(model, undo):
     block = model.transformer.h[1]
-    block.mlp = nn.Sequential(block.mlp, nn.Linear(16, 4), nn.GELU(), nn.Linear(4, 16))
+    block.mlp = nn.Sequential(block.mlp, nn.Linear(C, 4), nn.GELU(), nn.Linear(4, C))
 
 
 def checkpoint_wrapper_of_a_block(model, undo):
