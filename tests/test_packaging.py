@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,37 @@ def test_the_wheel_holds_the_kernels_under_fastgpt_only(tmp_path, link):
     sources |= {f"fastgpt/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
     assert sources <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastgpt"}
+    if link:
+        _works_when_installed(wheel, tmp_path)
+
+
+def _works_when_installed(wheel: Path, tmp_path: Path) -> None:
+    """`fastgpt info`, a training step and a sample, from a folder that is no checkout."""
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target"]
+    subprocess.run([*install, str(site), str(wheel)], check=True, capture_output=True)
+    train_and_sample = (
+        "import torch, fastgpt; assert 'site' in fastgpt.__file__, fastgpt.__file__;"
+        "from fastgpt import GPT, GPTConfig, TrainStep;"
+        "model = GPT(GPTConfig(8, 11, 1, 2, 16, return_logits=False));"
+        "idx = torch.randint(11, (2, 8));"
+        "step = TrainStep(model, weight_decay=0.1, lr=1e-3, betas=(0.9, 0.95));"
+        "assert step([(idx, idx)]).isfinite();"
+        "print(model.generate(idx[:, :3], 9).shape)"
+    )
+    for arguments, expected in (
+        (["-m", "fastgpt", "info"], "packed_causal_attention"),
+        (["-c", train_and_sample], "torch.Size([2, 12])"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=elsewhere,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
 
 
 def test_fastgpt_is_found_where_these_tests_are():
@@ -223,3 +255,19 @@ def test_fastgpt_is_found_where_these_tests_are():
     spec = find_spec("fastgpt")
     assert spec is not None and spec.origin is not None
     assert Path(spec.origin).resolve() == ROOT / "fastgpt/__init__.py"
+
+
+def test_the_map_shows_the_tree():
+    """docs/architecture.md names every folder with Python files and every file of fastgpt/."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    tree = page.split("```")[1].splitlines()[1:]
+    shown, top = set(), ""
+    for line in tree:
+        name = line.split()[0].rstrip("/")
+        top = name if not line.startswith(" ") else top
+        shown.add(name if name == top else f"{top}/{name}")
+    assert all((ROOT / folder).is_dir() for folder in shown)
+    assert {path.parent.as_posix() for path in FILES} <= shown
+    files = set(re.findall(r"^\| (.+?) \|", page, re.MULTILINE))
+    named = {name for cell in files for name in re.findall(r"`(\w+\.py)`", cell)}
+    assert named == {p.name for p in FILES if p.parent.name == "fastgpt" and p.name[:2] != "__"}
