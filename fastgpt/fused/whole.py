@@ -69,11 +69,11 @@ def _plain(t: Tensor) -> bool:
 def path(
     x: Tensor, n_head: int, T: int, tanh: bool, dropout_p: float, low: Low | None = None
 ) -> Path | None:
-    """The units for sequences of T and parameters of x's dtype, device and last dimension, C.
+    """The units for sequences of T > 0 and parameters of x's dtype, device and last dimension, C.
 
     `low` gives a parameter in the matmuls' dtype, without autograd; by default it is cast.
     """
-    if torch.compiler.is_compiling() or T == 0 or not _plain(x) or x.shape[-1] % n_head:
+    if torch.compiler.is_compiling() or not _plain(x) or x.shape[-1] % n_head:
         return None
     dtype = ops.autocast_dtype(x)
     qkv = x.new_empty((1, T, 3 * x.shape[-1]), dtype=dtype)
