@@ -202,6 +202,8 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
         return Choice("torch", why)
     if _mode == "auto" and not tensors[0].is_cuda and wanted != "aten":
         return Choice("torch", _needs_cuda(tensors[0]))
+    if any(t.numel() == 0 for t in tensors):  # there is nothing to win, and sizes to divide by
+        return Choice("torch", "an operand is empty")
     problem = _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
     if problem is None:
         return Choice(wanted, why)
@@ -241,7 +243,7 @@ def _needs_cuda(tensor: Tensor) -> str:
 
 
 def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
-    """What no kernel can take, whatever the op. No rows are fine, rows of nothing are not."""
+    """What no kernel can take, whatever the op."""
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
             return f"{type(t).__name__} is not a plain tensor"
@@ -251,8 +253,6 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
             return f"dtype {t.dtype} is not float32, float16 or bfloat16"
         if t.device != tensors[0].device:
             return f"tensors are on {tensors[0].device} and {t.device}"
-        if t.numel() == 0 and tensors[0].shape[:-1].numel() > 0:
-            return f"an operand is empty: {tuple(t.shape)}"
         if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t):
             return "torch.func transforms need PyTorch's own ops"
         if forward_ad._current_level >= 0:

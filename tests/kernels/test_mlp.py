@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops, reference, use_backend
-from fastgpt.kernels import _tuned, gemm_gelu, gemm_tma, mlp
-from fastgpt.kernels._launch import has_tma
+from fastgpt.kernels import _launch, _tuned, gemm_gelu, gemm_tma, mlp
 from fastgpt.kernels.gelu import gelu_forward
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
@@ -24,6 +23,11 @@ M_K_N = [
     (140, 72, 264),  # for TMA in fp16: more tiles than programs, none of them full, K in two steps
     (600, 16, 40),  # more rows than a strip of the backward or a group of the GEMM has blocks
 ]
+
+
+needs_descriptors = pytest.mark.skipif(
+    not _launch.DESCRIPTORS, reason="this Triton has no tensor descriptors"
+)
 
 
 @pytest.fixture(params=GEMMS)
@@ -81,6 +85,7 @@ def test_a_gemm_in_one_part_as_warp_specialisation_wants_it():
         assert_as_accurate(mlp.own.linear_gelu, reference.linear_gelu, *args, grads=grads)
 
 
+@needs_descriptors
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's shared memory has no room for fp32 tiles")
 @pytest.mark.parametrize("tanh", [False, True])
 def test_tma_kernels_in_fp32(tanh):
@@ -98,12 +103,28 @@ def test_tma_kernels_in_fp32(tanh):
 def test_tma_takes_what_it_can_describe():
     x = randn(16, 64, dtype=torch.float16)
     wide = randn(16, 72, dtype=torch.float16)
-    if not has_tma(x):
-        pytest.skip("this GPU has no TMA")
+    if not _launch.has_tma(x):
+        pytest.skip("this GPU has no TMA, or this Triton no descriptors")
     for t in (x, x[::2], wide[:, :60], wide[:, 8:]):
         assert gemm_tma.takes(t), t.stride()
     for t in (x.float(), x.t(), x[:0], randn(16, 60).half(), wide[:, 1:], x[:1].expand(4, 64)):
         assert not gemm_tma.takes(x, t), t.stride()
+
+
+def test_a_triton_without_descriptors_takes_the_other_kernels(monkeypatch):
+    """Of tensors that TMA would take: also on Hopper, as `fastgpt inspect` sees it."""
+    monkeypatch.setattr(_launch, "DESCRIPTORS", False)
+    x, (w, b) = randn(140, 72, dtype=torch.float16), linear(72, 264, True, torch.float16)
+    proj, none = randn(72, 264, dtype=torch.float16, scale=264**-0.5), None
+    with _launch.record(arch=90) as launches:
+        h, _ = gemm_gelu.forward(x, w, b, False)
+        gemm_gelu.dgrad(x, proj, h, False, True, True)
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "_gemm_gelu_kernel",
+        "_gelu_backward_kernel",
+    ]
+    grads = [randn(140, 72, dtype=torch.float16)]
+    assert_as_accurate(gemm_gelu.mlp, reference.mlp, x, w, b, proj, none, grads=grads)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "offset"])  # for TMA, and not

@@ -138,7 +138,7 @@ def on_old_gpu(monkeypatch):
     monkeypatch.setattr(backend, "_tensor_problem", lambda tensors: None)
     properties = SimpleNamespace(name="Some old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), numel=lambda: 1)
 
 
 def too_old(op: str, implementation: str, tensors: Any, facts: Any) -> str:
@@ -299,12 +299,14 @@ def test_the_model_computes_the_same_on_kernels(case):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_batch_on_kernels():
-    model, none = small_gpt(), ids(0, 5)
-    with use_backend("triton"):
+@pytest.mark.parametrize("B, T", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("mode", backend.MODES)
+def test_a_batch_of_nothing(mode, B, T):
+    model, none = small_gpt(), ids(B, T)
+    with use_backend(mode):
         logits, loss = model(none, none)
         loss.backward()
-    assert logits.shape == (0, 5, 41) and loss.isnan()
+    assert logits.shape == (B, T, 41) and loss.isnan()
     assert all(p.grad.count_nonzero() == 0 for p in model.parameters())
 
 
