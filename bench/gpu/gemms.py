@@ -38,7 +38,10 @@ def main() -> int:
         for direction, samples in in_turns(calls, device, args.seconds / len(layers)).items():
             median = statistics.median(samples)
             row = {"op": name, "variant": "cuBLAS", "direction": direction, "shape": [M, K, N]}
-            row |= {"microseconds": 1e6 * median, "teraflops_per_second": 2e-12 * M * K * N / median}
+            row |= {
+                "microseconds": 1e6 * median,
+                "teraflops_per_second": 2e-12 * M * K * N / median,
+            }
             print(json.dumps(row), flush=True)
     return 0
 

@@ -39,7 +39,12 @@ class Outcome(NamedTuple):
 
 
 def run(
-    command: list[str], log: Path, folders: list[Path], limits: Limits, cwd: Path, env: dict[str, str]
+    command: list[str],
+    log: Path,
+    folders: list[Path],
+    limits: Limits,
+    cwd: Path,
+    env: dict[str, str],
 ) -> Outcome:
     """Run `command` under a keeper. KeyboardInterrupt (or any other exception) ends it as well."""
     spec = [command, str(log), [str(f) for f in folders], limits, str(cwd)]
@@ -95,7 +100,9 @@ def descendants(pid: int) -> list[int]:
     names = os.listdir("/proc") if os.path.isdir("/proc") else []
     for name in filter(str.isdigit, names):
         with contextlib.suppress(OSError, IndexError):
-            state, parent, *_ = Path(f"/proc/{name}/stat").read_text("latin1").rpartition(")")[2].split()
+            state, parent, *_ = (
+                Path(f"/proc/{name}/stat").read_text("latin1").rpartition(")")[2].split()
+            )
             if state not in "ZX":
                 children.setdefault(int(parent), []).append(int(name))
     found, new = [], [pid]
@@ -169,7 +176,8 @@ def keep(command: list[str], log: _Log, folders: list[Path], limits: Limits, cwd
     with contextlib.suppress(OSError):  # out of memory, the system takes the stage, not the driver
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("500")
     how = _watch(process, log, folders, limits, start + limits.seconds)
-    left = _stop(process, log, limits.grace)
+    # whoever interrupts the driver may not wait long before SIGKILL
+    left = _stop(process, log, min(limits.grace, 1.0) if how == "interrupted" else limits.grace)
     code = process.returncode if process.returncode is not None else 0
     if not how:
         how, code = ("exited", code) if code >= 0 else ("signal", -code)

@@ -48,7 +48,9 @@ OWN = "fastgpt fastgpt-nologits fastgpt-step fastgpt-step-graph"
 # the record is written after every variant: what is cut off comes last
 COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt-compile fastgpt-compile-ops"
 PROFILE = "bench.profiler --out {out} --size {size} --batch-size {large} --variant"
-OPS = "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
+OPS = (
+    "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
+)
 OPS += " --seconds {sampling} --op"
 BESIDE = "bench.launchers --tokens {tokens} --width {width} --parameters {parameters}"
 BESIDE += " --seconds {sampling} --op"
