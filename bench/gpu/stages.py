@@ -41,6 +41,7 @@ TOY: dict[str, object] = {
     "tokens": 16, "width": 64, "vocabulary": 97, "parameters": 30_000, "sampling": 0.1,
 }  # fmt: skip
 
+SUITE = "tests.gpu --resume --out {out} --budget {seconds} --part"
 TRAIN = "bench.train --out {out}/records --size {size} --block-size {T}"
 B16 = f"{TRAIN} --batch-size {{large}} --rounds {{rounds}} --steps {{steps}} --variants"
 B4 = f"{TRAIN} --batch-size {{small}} --rounds {{rounds}} --steps {{steps}} --variants"
@@ -60,27 +61,26 @@ def _op(name: str, *, last: bool = False) -> Stage:
     return Stage(f"op-{name}", f"{OPS} {name}", seconds=75, least=25, last=last)
 
 
-def _others(name: str, own: str) -> Stage:
-    """The same without our kernel that has never met a GPU."""
-    return Stage(f"others-{name}", f"{OPS} {name} --without '{own}'", seconds=75, least=25)
+def _peers(name: str, op: str, own: str) -> Stage:
+    """An op without our kernel that has never met a GPU."""
+    return Stage(f"peers-{name}", f"{OPS} {op} --without '{own}'", seconds=75, least=25)
 
 
 PREFLIGHT = Stage("preflight", "bench.gpu.preflight --out {out}", seconds=20, least=0)
 STAGES = (
-    Stage("suite", "tests.gpu --part ops --out {out} --budget {seconds}", 190, 60, fine=(0, 1)),
+    Stage("suite", f"{SUITE} ops", 190, 60, fine=(0, 1)),
     Stage("gemm", "bench.gpu.gemms --tokens {tokens} --width {width} --vocabulary {vocabulary}"
           " --seconds {sampling}", 30, 12),
     Stage("train-b16", f"{B16} eager nanogpt {OWN} liger-fused liger", 120, 40),
     Stage("train-b16-compiled", f"{B16} eager {COMPILED}", 340, 140),
-    Stage("suite-huge", "tests.gpu --part huge --out {out} --budget {seconds}", 120, 40,
-          fine=(0, 1)),
+    Stage("suite-huge", f"{SUITE} huge", 120, 40, fine=(0, 1)),
     Stage("profile-step", f"{PROFILE} fastgpt-step", 60, 25),
     Stage("profile-compile", f"{PROFILE} {{compile}}", 120, 60),
     Stage("train-b4", f"{B4} eager nanogpt {OWN}", 80, 30),
     Stage("train-b4-compiled", f"{B4} eager {COMPILED}", 300, 120),
     *map(_op, ("layer_norm", "add_layer_norm", "cross_entropy", "linear_cross_entropy")),
-    _others("mlp", "fastgpt, own GEMM"),
-    _others("packed_causal_attention", "fastgpt"),
+    _peers("mlp", "mlp", "fastgpt, own GEMM"),
+    _peers("attention", "packed_causal_attention", "fastgpt"),
     Stage("adamw", f"{BESIDE} adamw", 40, 15),
     Stage("curves", "bench.curves --data {data} --size {size} --batch-size {large} --block-size {T}"
           " --steps 1000 --out {out}/records", 300, 150, needs="data"),

@@ -14,6 +14,7 @@ from bench.gpu.store import State
 
 LINES, COLUMNS = 60, 100
 MAX_FAILURES = 6
+_SHORT = {"forward": "fwd", "backward": "bwd"}
 Row = dict[str, Any]
 
 
@@ -25,7 +26,7 @@ def table(state: State, stages: tuple[Stage, ...], left_out: Callable[[Stage], s
         entry = state["stages"].get(stage.name)
         if entry is None:
             why = left_out(stage)
-            below.append((0, [f"{stage.name:24}{f'left out: {why}' if why else 'not run yet'}"]))
+            below.append((0, [f"{stage.name:26}{f'left out: {why}' if why else 'not run yet'}"]))
             continue
         below.append((0, [_stage(stage.name, entry, doubts)]))
         for row in _detail(entry, doubts):
@@ -71,7 +72,7 @@ def _stage(name: str, entry: dict[str, Any], doubts: dict[str, str]) -> str:
     if entry["tries"] > 1:
         ended += f" (try {entry['tries']})"
     parts = [ended, *([said] if said else []), *entry.get("notes", [])]
-    return f"{name:24}{_number(entry.get('seconds'), '.0f'):>4} s {': '.join(parts)}"
+    return f"{name:26}{_number(entry.get('seconds'), '.0f'):>4} s {': '.join(parts)}"
 
 
 def _summary(found: dict[str, Any], doubts: dict[str, str]) -> str:
@@ -110,7 +111,10 @@ def _ops(rows: list[Row], doubts: dict[str, str]) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if isinstance(row.get("microseconds"), int | float) and row["microseconds"] > 0:
-            groups.setdefault(str(row.get("direction", row.get("op"))), []).append(row)
+            what = str(row.get("direction", row.get("op")))
+            groups.setdefault(_SHORT.get(what, what), []).append(row)
+    if "fwd" in groups:  # of which both is the sum
+        groups.pop("both", None)
     said = []
     for what, of_one in groups.items():
         theirs = [row for row in of_one if not _ours(row)]
