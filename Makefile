@@ -8,7 +8,7 @@ help:            ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)    ## train a small GPT for two minutes and show what it learned; DATA=file for your text
-	$(PYTHON) -m fastgpt.demo $(if $(DATA),--data $(DATA))
+	$(PYTHON) -m fastgpt.commands.demo $(if $(DATA),--data $(DATA))
 
 test: $(VENV)    ## all tests; CPU: Triton's interpreter, GPU: the compiled kernels
 	$(PYTHON) -m pytest
@@ -37,10 +37,10 @@ bench-ops: $(VENV)     ## time every op against its peers (pytest-benchmark); AR
 	$(PYTHON) -m pytest bench/pytest_ops.py --benchmark-only -rs $(ARGS)
 
 bench-compare: $(VENV) ## fail if fastgpt is more than 3 % slower than at the last run
-	$(PYTHON) -m bench.compare $(ARGS)
+	$(PYTHON) -m bench.reports.compare $(ARGS)
 
 bench-report: $(VENV)  ## docs/performance.md, its pictures and the README's table, from the records
-	$(PYTHON) -m bench.report $(ARGS)
+	$(PYTHON) -m bench.reports.document $(ARGS)
 
 profile: $(VENV) ## where a training step's time goes, against the roofline; ARGS="--variant eager"
 	$(PYTHON) -m bench.profiler $(ARGS)

@@ -8,7 +8,13 @@ setup(
     version="0.1.0",
     description="nanoGPT's GPT with fused Triton kernels underneath",
     python_requires=">=3.10",
-    packages=["fastgpt", "fastgpt.kernels"],
+    packages=[
+        "fastgpt",
+        "fastgpt.commands",
+        "fastgpt.fused",
+        "fastgpt.implementations",
+        "fastgpt.kernels",
+    ],
     package_dir={"fastgpt.kernels": "kernels"},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
     extras_require={

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import fit, peers, record, trainee
-from bench.steps import DTYPES, VARIANTS, Run, set_precision
+from bench.harness import fit, record, trainee
+from bench.peers import models
+from bench.peers.training import DTYPES, VARIANTS, Run, set_precision
 from bench.train import say
 from fastgpt import devices
 from fastgpt.data import load_split, random_batch
@@ -47,19 +48,19 @@ def measure(
         _compare(rows)
     digest = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:12]
     settings = {**settings, "text": f"{len(tokens):,} tokens, sha256 {digest}"}
-    return record.new("curves", settings, rows, peers=peers.versions())
+    return record.new("curves", settings, rows, peers=models.versions())
 
 
 def _train(
     variant: str, seed: int, settings: dict[str, Any], tokens: Tensor, device: torch.device
 ) -> Row:
     """{"variant", "losses"}, one per step, or a row that says why not."""
-    config = peers.config_of(settings["size"], settings["T"])
+    config = models.config_of(settings["size"], settings["T"])
     needed = fit.step_bytes(config, settings["B"], settings["dtype"])
     if problem := fit.missing(needed, device):
         return {"variant": variant, "problem": problem}
     try:
-        weights = peers.initial_weights(config, device, seed)
+        weights = models.initial_weights(config, device, seed)
         step = VARIANTS[variant](Run(config, weights, device, settings["dtype"]))
         draw, losses = torch.Generator().manual_seed(0), []
         for i in range(settings["steps"]):
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     baseline = "nanogpt" if os.environ.get("NANOGPT_DIR") else "eager"
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.bin")
-    add("--size", choices=peers.SIZES, default="124M" if on_gpu else "char")
+    add("--size", choices=models.SIZES, default="124M" if on_gpu else "char")
     add("--batch-size", type=int, default=16, metavar="B")
     add("--block-size", type=int, metavar="T", help="default: the size's own")
     add("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
@@ -116,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device, tokens = devices.pick_device(args.device), load_split(args.data, "train")
-        config = peers.config_of(args.size, args.block_size)
-        peers.check_nanogpt()
+        config = models.config_of(args.size, args.block_size)
+        models.check_nanogpt()
         if (largest := int((tokens.int() & 0xFFFF).max())) >= config.vocab_size:
             raise ValueError(
                 f"{args.data} has id {largest}, {args.size} has a vocabulary of "

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import fit, peers, quiet, record
-from bench.steps import Run, matmul_dtype, set_precision
-from bench.timing import copy_ceiling
-from bench.trainee import describe
+from bench.harness import fit, machine, record
+from bench.harness.ceilings import copy_ceiling
+from bench.harness.trainee import describe
+from bench.peers import models
+from bench.peers.training import Run, matmul_dtype, set_precision
 from fastgpt import GPTConfig, devices, use_backend
 
 # How far below the best a greedy token's logit may lie, in standard deviations of all logits.
@@ -86,7 +87,7 @@ class Decoder:
 
 
 def _whole_context(run: Run) -> Generate:
-    model = peers.gpt(run.config, run.weights, run.device).eval()
+    model = models.gpt(run.config, run.weights, run.device).eval()
 
     def generate(idx: Tensor, n: int) -> Tensor:
         with torch.no_grad(), use_backend("torch"), run.autocast():
@@ -99,7 +100,7 @@ def _whole_context(run: Run) -> Generate:
 
 
 def _nanogpt(run: Run) -> Generate:
-    model = peers.nanogpt(run.config, run.weights, run.device).eval()
+    model = models.nanogpt(run.config, run.weights, run.device).eval()
 
     def generate(idx: Tensor, n: int) -> Tensor:
         with run.autocast():
@@ -109,7 +110,7 @@ def _nanogpt(run: Run) -> Generate:
 
 
 def _hugging_face(run: Run) -> Generate:
-    model = peers.hugging_face(run.config, run.weights, run.device).eval()
+    model = models.hugging_face(run.config, run.weights, run.device).eval()
     model.to(matmul_dtype(run.dtype))
 
     def generate(idx: Tensor, n: int) -> Tensor:
@@ -120,7 +121,7 @@ def _hugging_face(run: Run) -> Generate:
 
 
 def _fastgpt(run: Run) -> Generate:
-    model = peers.gpt(run.config, run.weights, run.device).eval().to(matmul_dtype(run.dtype))
+    model = models.gpt(run.config, run.weights, run.device).eval().to(matmul_dtype(run.dtype))
     return lambda idx, n: model.generate(idx, n, temperature=0)
 
 
@@ -133,10 +134,10 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
 
 
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
-    machine = quiet.check()
+    quiet = machine.check()
     set_precision(settings.dtype)
     bandwidth = copy_ceiling(device)
-    config = peers.config_of(settings.size)
+    config = models.config_of(settings.size)
     floor = bytes_per_token(config, settings) / bandwidth
     needed = 4 * fit.parameters(config) * (len(variants) + 3)  # with judge, weights and a spare
     if problem := fit.missing(needed, device):
@@ -148,8 +149,8 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
         "decode",
         dataclasses.asdict(settings),
         rows,
-        machine=machine,
-        peers=peers.versions(),
+        machine=quiet,
+        peers=models.versions(),
         copy_ceiling=bandwidth,
         floor_seconds=floor,
     )
@@ -158,11 +159,11 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
 def _decode(
     config: GPTConfig, settings: Settings, device: torch.device, variants: list[str]
 ) -> list[Decoder]:
-    run = Run(config, _attentive(peers.initial_weights(config, device)), device, settings.dtype)
+    run = Run(config, _attentive(models.initial_weights(config, device)), device, settings.dtype)
     decoders = [Decoder(variant, run) for variant in variants]
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(config.vocab_size, (1, settings.prompt), generator=draw).to(device)
-    judge = peers.gpt(config, run.weights, device).eval()
+    judge = models.gpt(config, run.weights, device).eval()
     for decoder in decoders:
         if not decoder.problem:
             decoder.check(judge, prompt, settings.new_tokens, MAX_REGRET[settings.dtype])
@@ -173,7 +174,7 @@ def _decode(
     return decoders
 
 
-def _attentive(weights: peers.Weights) -> peers.Weights:
+def _attentive(weights: models.Weights) -> models.Weights:
     """A new GPT repeats its last token whatever came before; with three times the weights it does
     not, so that a wrong cache shows in the tokens."""
     return {
@@ -235,7 +236,7 @@ def table(found: record.Record) -> str:
             f"{row['variant']:10}{row['tokens_per_second']:10,.1f}{ratio:>9}{row['of_floor']:10.0%}"
             f"{1e3 * statistics.median(row['first_token_seconds']):16.1f}"
         )
-    return "\n".join([*lines, *filter(None, [quiet.warning(found["machine"])])])
+    return "\n".join([*lines, *filter(None, [machine.warning(found["machine"])])])
 
 
 def _wait_for(device: torch.device) -> None:
@@ -246,7 +247,7 @@ def _wait_for(device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=__doc__)
-    parser.add_argument("--size", nargs="+", choices=peers.SIZES, default=["124M"])
+    parser.add_argument("--size", nargs="+", choices=models.SIZES, default=["124M"])
     low = "bfloat16" if on_gpu else "float32"
     parser.add_argument("--dtype", nargs="+", choices=MAX_REGRET, default=[low])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -258,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = devices.pick_device(args.device)
-        peers.check_nanogpt()
+        models.check_nanogpt()
     except (ValueError, RuntimeError) as error:  # RuntimeError: no such device
         parser.error(str(error))
     if args.variants[0] != "eager":
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.prompt < 1 or args.new_tokens < 2 or args.rounds < 1:
         parser.error("--prompt and --rounds must be at least 1, --new-tokens at least 2")
     for size in args.size:
-        if args.prompt + args.new_tokens > (longest := peers.config_of(size).block_size):
+        if args.prompt + args.new_tokens > (longest := models.config_of(size).block_size):
             parser.error(
                 f"--prompt {args.prompt} and --new-tokens {args.new_tokens} add up to more than "
                 f"{longest}, the block size of {size}"

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import Variants, in_turns
+from bench.harness.ceilings import Variants, in_turns
 from fastgpt import optim, use_backend
-from fastgpt.tune import distance
+from fastgpt.commands.tune import distance
 
 Row = dict[str, Any]
 ALL = ("fc", "dgrad", "adamw")

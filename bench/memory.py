@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from bench import fit, peers, record, trainee
-from bench.steps import VARIANTS, Run, batches, set_precision
+from bench.harness import fit, record, trainee
+from bench.peers import models
+from bench.peers.training import VARIANTS, Run, batches, set_precision
 from bench.train import add_arguments, checked
 
 STATUS = Path("/proc/self/status")
@@ -31,8 +32,8 @@ def peak_bytes(variant: str, size: str, B: int, T: int, dtype: str, device: torc
     """Of two steps. To be called once in a process, before anything else took memory."""
     before = _peak(device)
     set_precision(dtype)
-    config = peers.config_of(size, T)
-    step = VARIANTS[variant](Run(config, peers.initial_weights(config, device), device, dtype))
+    config = models.config_of(size, T)
+    step = VARIANTS[variant](Run(config, models.initial_weights(config, device), device, dtype))
     for x, y in batches(config, B, 2, device):
         step(x, y).item()
     return _peak(device) - before
@@ -54,11 +55,11 @@ def measure(settings: dict[str, Any], device: torch.device, variants: list[str])
     for row in rows:
         if eager and "peak_bytes" in row:
             row["over_eager"] = row["peak_bytes"] / eager
-    return record.new("memory", settings, rows, peers=peers.versions())
+    return record.new("memory", settings, rows, peers=models.versions())
 
 
 def _row(variant: str, settings: dict[str, Any], device: torch.device) -> Row:
-    config = peers.config_of(settings["size"], settings["T"])
+    config = models.config_of(settings["size"], settings["T"])
     needed = fit.step_bytes(config, settings["B"], settings["dtype"])
     if problem := fit.missing(needed, device):
         return {"variant": variant, "problem": problem}
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser)
     args, device = checked(parser, argv)
     for size, B, dtype in itertools.product(args.size, args.batch_size, args.dtype):
-        T = peers.config_of(size, args.block_size).block_size
+        T = models.config_of(size, args.block_size).block_size
         found = measure({"size": size, "B": B, "T": T, "dtype": dtype}, device, args.variants)
         path = record.save(found, args.out)
         print(f"\n{table(found)}\nrecord: {path}", flush=True)

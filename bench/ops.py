@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import quiet, record, roofline
-from bench.op_cases import Case, cases
-from bench.op_peers import Peer, peers
-from bench.roofline import Ceilings, Work
-from bench.timing import Variants, in_turns
+from bench.harness import machine, record, roofline
+from bench.harness.ceilings import Variants, in_turns
+from bench.harness.op_cases import Case, cases
+from bench.harness.roofline import Ceilings, Work
+from bench.peers.ops import Peer, peers
 from fastgpt import devices, reference
 
 Row = dict[str, Any]
@@ -184,7 +184,7 @@ class Run:
         if len(self.cases) < len(found):
             self.settings["only"] = sorted(self.cases)
         self.without = args.without or ()
-        self.machine = quiet.check()
+        self.machine = machine.check()
         self.ceilings = roofline.measure(self.device, self.dtype, min(2.0, args.seconds))
         self._rows: dict[str, list[Row]] = {}
 
@@ -251,7 +251,7 @@ def main() -> int:
         run = Run(parser.parse_args())
     except ValueError as error:
         parser.error(str(error))
-    print(quiet.warning(run.machine) or "the machine is quiet")
+    print(machine.warning(run.machine) or "the machine is quiet")
     for op in run.cases:
         print(*(line(row) for row in run.rows(op)), sep="\n", flush=True)
     print(f"record: {run.save()}")

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import peers, roofline, steps, timeline
+from bench.harness import roofline, timeline
+from bench.peers import models, training
 from fastgpt import devices
 
 
-def trace(step: steps.Step, run: steps.Run, B: int, count: int, path: Path) -> None:
+def trace(step: training.Step, run: training.Run, B: int, count: int, path: Path) -> None:
     """Write the trace of `count` steps after as many to warm up."""
     T, V = run.config.block_size, run.config.vocab_size
     tokens = torch.randint(V, (B, T + 1)).to(run.device)
@@ -85,23 +86,23 @@ def main() -> int:
     device = devices.pick_device(None)
     on_gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(prog="python -m bench.profiler", description=__doc__)
-    parser.add_argument("--size", choices=peers.SIZES, default="124M" if on_gpu else "char")
+    parser.add_argument("--size", choices=models.SIZES, default="124M" if on_gpu else "char")
     parser.add_argument("--batch-size", type=int, default=16 if on_gpu else 4)
-    parser.add_argument("--variant", choices=steps.VARIANTS, default="fastgpt")
+    parser.add_argument("--variant", choices=training.VARIANTS, default="fastgpt")
     dtype = "bfloat16" if on_gpu else "float32"
-    parser.add_argument("--dtype", choices=steps.DTYPES, default=dtype)
+    parser.add_argument("--dtype", choices=training.DTYPES, default=dtype)
     parser.add_argument("--steps", type=int, default=3, help="profiled, after as many to warm up")
     parser.add_argument("--out", type=Path, default=Path("out/profile"), help="folder of the trace")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps} profiles nothing; use at least 1")
 
-    steps.set_precision(args.dtype)
-    config = peers.config_of(args.size)
-    run = steps.Run(config, peers.initial_weights(config, device), device, args.dtype)
+    training.set_precision(args.dtype)
+    config = models.config_of(args.size)
+    run = training.Run(config, models.initial_weights(config, device), device, args.dtype)
     path = args.out / f"{args.variant}-{args.size}-B{args.batch_size}.json"
-    ceilings = roofline.measure(device, steps.matmul_dtype(args.dtype), 2.0)
-    trace(steps.VARIANTS[args.variant](run), run, args.batch_size, args.steps, path)
+    ceilings = roofline.measure(device, training.matmul_dtype(args.dtype), 2.0)
+    trace(training.VARIANTS[args.variant](run), run, args.batch_size, args.steps, path)
     shape = roofline.shape_of(args.size, args.batch_size, config.block_size, args.dtype)
     spans = timeline.spans(json.loads(path.read_text()), shape)
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 
-from bench import op_cases, ops
-from bench.op_peers import peers
+from bench import ops
+from bench.harness import op_cases
+from bench.peers.ops import peers
 
 CASES = op_cases.cases(torch.device("cpu"), torch.float32, 64, 64, 64)  # for their names
 NAMES = [

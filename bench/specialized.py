@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from bench.timing import in_turns
+from bench.harness.ceilings import in_turns
+from fastgpt.commands.tune import distance
 from fastgpt.kernels import _tuned, gemm_tma
-from fastgpt.tune import distance
 
 Row = dict[str, Any]
 REPEATS = 50

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from bench import fit, peers, quiet, record
-from bench.peers import SIZES
-from bench.steps import DTYPES, VARIANTS, Run, batches, matmul_dtype, set_precision
-from bench.timing import matmul_ceiling
-from bench.trainee import Trainee, empty_caches
+from bench.harness import fit, machine, record
+from bench.harness.ceilings import matmul_ceiling
+from bench.harness.trainee import Trainee, empty_caches
+from bench.peers import models
+from bench.peers.models import SIZES
+from bench.peers.training import DTYPES, VARIANTS, Run, batches, matmul_dtype, set_precision
 from fastgpt import GPT, GPTConfig, devices
-from fastgpt.report import backend_report
+from fastgpt.environment import backend_report
 
 # Of what the loss fell by, or of 1 where that is more: two summation orders drift apart slowly, a
 # wrong gradient shows within a few steps.
@@ -45,11 +46,11 @@ class Settings:
 
 
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
-    machine = quiet.check()
-    say(quiet.warning(machine))
+    quiet = machine.check()
+    say(machine.warning(quiet))
     set_precision(settings.dtype)
     ceiling = matmul_ceiling(device, matmul_dtype(settings.dtype))
-    config = peers.config_of(settings.size, settings.T)
+    config = models.config_of(settings.size, settings.T)
     order = IN_TURNS
     needed = fit.step_bytes(config, settings.B, settings.dtype)
     if problem := fit.missing(needed, device):
@@ -63,8 +64,8 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
         "train",
         {**dataclasses.asdict(settings), "order": order},
         rows,
-        machine=machine,
-        peers=peers.versions(),
+        machine=quiet,
+        peers=models.versions(),
         backend={op: choice.implementation for op, choice in backend_report().items()},
         matmul_ceiling=ceiling,
     )
@@ -74,7 +75,7 @@ def _train(
     config: GPTConfig, settings: Settings, device: torch.device, variants: list[str]
 ) -> tuple[str, list[Trainee]]:
     """The order of the rounds, and the variants after them."""
-    run = Run(config, peers.initial_weights(config, device), device, settings.dtype)
+    run = Run(config, models.initial_weights(config, device), device, settings.dtype)
     data = batches(config, settings.B, settings.steps, device)
     with empty_caches() as caches:
 
@@ -118,7 +119,7 @@ def one_at_a_time(trainees: list[Trainee], rounds: int) -> list[Trainee]:
 
 def _flops(config: GPTConfig, batch_size: int) -> float:
     """Of one step, as estimate_mfu counts them."""
-    with peers.quietly(), torch.device("meta"):
+    with models.quietly(), torch.device("meta"):
         return GPT(config).estimate_mfu(batch_size, dt=1.0, peak_flops=1.0)
 
 
@@ -201,7 +202,7 @@ def table(found: record.Record) -> str:
             f"{_shown(row['peak_bytes'] and row['peak_bytes'] / 1e9, 9, '.1f')}"
             f"{row['first_step_seconds']:12.1f}{row['final_loss']:9.4f}  {row['attention']}"
         )
-    return "\n".join([*lines, *filter(None, [quiet.warning(found["machine"])])])
+    return "\n".join([*lines, *filter(None, [machine.warning(found["machine"])])])
 
 
 def _shown(value: float | None, width: int, form: str = ".2f") -> str:
@@ -235,9 +236,9 @@ def checked(
     try:
         device = devices.pick_device(args.device)
         for size in args.size:
-            peers.config_of(size, args.block_size)
+            models.config_of(size, args.block_size)
         if any("nanogpt" in v or "liger" in v for v in args.variants):
-            peers.check_nanogpt()
+            models.check_nanogpt()
     except (ValueError, RuntimeError) as error:  # RuntimeError: no such device
         parser.error(str(error))
     if min(args.batch_size) < 1:
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--rounds {args.rounds} and --steps {args.steps} must be at least 1")
 
     for size, B, dtype in itertools.product(args.size, args.batch_size, args.dtype):
-        T = peers.config_of(size, args.block_size).block_size
+        T = models.config_of(size, args.block_size).block_size
         found = measure(Settings(size, B, T, dtype, args.rounds, args.steps), device, args.variants)
         path = record.save(found, args.out)
         say("")

@@ -2,6 +2,6 @@
 
 from fastgpt import ops as ops
 from fastgpt.backend import use_backend as use_backend
+from fastgpt.environment import backend_report as backend_report
 from fastgpt.model import GPT as GPT
 from fastgpt.model import GPTConfig as GPTConfig
-from fastgpt.report import backend_report as backend_report

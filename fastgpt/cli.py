@@ -11,18 +11,27 @@ import sys
 from pathlib import Path
 
 import fastgpt
-from fastgpt import run
+from fastgpt.commands import run
 
 MODULES = {
     "prepare": ("fastgpt.data", "turn a text into train.bin, val.bin and meta.pkl"),
-    "train": ("fastgpt.train", "train a GPT on prepared data"),
-    "sample": ("fastgpt.sample", "write text with a trained GPT"),
-    "convert": ("fastgpt.convert", "turn a checkpoint into a Hugging Face folder, or back"),
-    "run": ("fastgpt.run", "run an unmodified nanoGPT script on fastgpt's model"),
-    "info": ("fastgpt.report", "say what each op would run on this machine, and why"),
-    "init-report": ("fastgpt.init_report", "compare the initial weights with their specification"),
-    "tune": ("fastgpt.tune", "measure this GPU, so that dispatch and launches follow it"),
-    "inspect": ("fastgpt.inspect", "compile every kernel for a GPU and read what came out"),
+    "train": ("fastgpt.commands.train", "train a GPT on prepared data"),
+    "sample": ("fastgpt.commands.sample", "write text with a trained GPT"),
+    "convert": (
+        "fastgpt.commands.convert",
+        "turn a checkpoint into a Hugging Face folder, or back",
+    ),
+    "run": ("fastgpt.commands.run", "run an unmodified nanoGPT script on fastgpt's model"),
+    "info": ("fastgpt.environment", "say what each op would run on this machine, and why"),
+    "init-report": (
+        "fastgpt.commands.init_report",
+        "compare the initial weights with their specification",
+    ),
+    "tune": ("fastgpt.commands.tune", "measure this GPU, so that dispatch and launches follow it"),
+    "inspect": (
+        "fastgpt.commands.inspect",
+        "compile every kernel for a GPU and read what came out",
+    ),
 }
 
 _USER_ERRORS = (

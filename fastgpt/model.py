@@ -1,7 +1,7 @@
 """nanoGPT's GPT: the same names, shapes, initial bits, losses and samples, on the ops of ops.py.
 
 Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What differs is marked by a
-call to `ops`, or to `path`, the fused training path (fused.py). A fused op skips the forward of the
+call to `ops`, or to `path`, the fused training path (whole.py). A fused op skips the forward of the
 modules whose weights it takes, so it asks whether they are `untouched`, and steps aside where one
 was hooked, replaced, parametrised or sharded.
 """
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as computed_again
 
-from fastgpt import checkpoint, checks, decode, devices, fused, init, ops
-from fastgpt.untouched import FORWARDS, plain_lookup, untouched
+from fastgpt import checks, devices, init, ops, sampling, weights
+from fastgpt.fused import whole
+from fastgpt.fused.untouched import FORWARDS, plain_lookup, untouched
 
 
 class LayerNorm(nn.Module):
@@ -84,7 +85,7 @@ class Block(nn.Module):
             normed = self.ln_2(x)
         return x + self.mlp(normed)
 
-    def weights(self, settings: fused.Settings) -> fused.Weights | None:
+    def weights(self, settings: whole.Settings) -> whole.Weights | None:
         """What the fused path reads, or None where running the modules might do something else."""
         attn, mlp = self.attn, self.mlp
         norms, dropouts = (self.ln_1, self.ln_2), (attn.resid_dropout, mlp.dropout)
@@ -101,7 +102,7 @@ class Block(nn.Module):
             return None
         layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
         tensors: Any = (t for layer in layers for t in (layer.weight, layer.bias))
-        return fused.Weights(*tensors)
+        return whole.Weights(*tensors)
 
 
 @dataclass
@@ -140,7 +141,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied (arXiv 1608.05859)
-        self.register_load_state_dict_pre_hook(checkpoint.accept_wrapped_names)
+        self.register_load_state_dict_pre_hook(weights.accept_wrapped_names)
 
         self.apply(self._init_weights)
         init.init_residual_projections(self, init.residual_std(config))
@@ -159,7 +160,7 @@ class GPT(nn.Module):
         init.init_module(module, init.EMBEDDING_STD if tied else init.linear_std(self.config))
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, low: fused.Low | None = None
+        self, idx: Tensor, targets: Tensor | None = None, *, low: whole.Low | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and loss of token ids idx (B, T), int64 or int32.
 
@@ -169,7 +170,7 @@ class GPT(nn.Module):
         """
         checks.check_tokens(idx, self.config.block_size, next(self.parameters()))
         cfg, T, p = self.config, idx.size(1), self.config.dropout if self.training else 0.0
-        path = fused.path(next(self.parameters()), cfg.n_head, T, cfg.gelu == "tanh", p, low)
+        path = whole.path(next(self.parameters()), cfg.n_head, T, cfg.gelu == "tanh", p, low)
         x, head_weight = self._embed(idx, path)  # (B, T, C)
         x, delta = self.transformer.drop(x), None  # the residual stream is x + delta
         for block in self.transformer.h:
@@ -192,7 +193,7 @@ class GPT(nn.Module):
         return self._loss(path, x, head_weight, targets.reshape(-1))
 
     def _embed(
-        self, idx: Tensor, path: fused.Path | None = None, start: int = 0
+        self, idx: Tensor, path: whole.Path | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Token plus position embeddings (B, T, C) from position `start`; and the weight that the
         head is to read, None for its own.
@@ -220,7 +221,7 @@ class GPT(nn.Module):
         )
 
     def _loss(
-        self, path: fused.Path | None, x: Tensor, head_weight: Tensor | None, targets: Tensor
+        self, path: whole.Path | None, x: Tensor, head_weight: Tensor | None, targets: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         """x (B, T, C), targets (B*T,) -> logits or None, loss."""
         head, returned = self.lm_head, self.config.return_logits
@@ -253,7 +254,7 @@ class GPT(nn.Module):
         `override_args` may set `dropout` and our own fields. As in nanoGPT the GELU stays exact;
         dict(gelu="tanh") gives what the weights were trained with.
         """
-        return checkpoint.from_hugging_face(cls, GPTConfig, model_type, override_args or {})
+        return weights.from_hugging_face(cls, GPTConfig, model_type, override_args or {})
 
     def configure_optimizers(
         self,
@@ -326,9 +327,9 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """`generate`, one (B, 1) column of new ids at a time."""
         checks.check_tokens(idx, None, next(self.parameters()))
-        sampling = decode.Sampling(temperature, top_k, top_p)
+        how = sampling.Sampling(temperature, top_k, top_p)
         cacheable = _forwards_untouched(self)
-        return decode.stream(self, idx, max_new_tokens, sampling, stop_token, cacheable)
+        return sampling.stream(self, idx, max_new_tokens, how, stop_token, cacheable)
 
 
 FORWARDS |= {kind: kind.forward for kind in (LayerNorm, CausalSelfAttention, MLP, Block, GPT)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend, reference
-from fastgpt.fused_head import LinearCrossEntropy
+from fastgpt.fused.embedding import LinearCrossEntropy
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -216,13 +216,13 @@ def _load(op: str, implementation: str) -> Any:
     """The module of an implementation. Written as imports, which torch.compile can trace."""
     module: Any = reference
     if implementation in ("cudnn", "flash"):
-        from fastgpt import sdpa
+        from fastgpt.implementations import sdpa
 
         module = getattr(sdpa, implementation)
     elif implementation == "flash-attn":
-        from fastgpt import flash_attn as module
+        from fastgpt.implementations import flash_attn as module
     elif implementation == "aten":
-        from fastgpt import aten as module
+        from fastgpt.implementations import aten as module
     elif implementation == "cublas":
         from fastgpt.kernels import gelu_mlp as module
     elif implementation == "triton":

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgpt.report import versions
+from fastgpt.environment import versions
 from tests.calls import LARGE, OPS, some_call
 from tests.close import DEVICE, EPS_BUDGET, LAYOUTS, Comparison, compare
 from tests.mutants import commit
@@ -176,7 +176,8 @@ def in_short(rows: list[Row], verdicts: list[dict[str, str]]) -> str:
 
 def not_shown() -> str:
     lines = [
-        "Dropout: its kernels are held to their own exported mask in `tests/test_attention.py`."
+        "Dropout: its kernels are held to their own exported mask in "
+        "`tests/kernels/test_attention.py`."
     ]
     if DEVICE == "cpu":
         lines += [

@@ -13,8 +13,8 @@ import sys
 
 import torch
 
-from bench.timing import Variants, in_turns
-from fastgpt.aten import wgrad
+from bench.harness.ceilings import Variants, in_turns
+from fastgpt.implementations.aten import wgrad
 
 
 def main() -> int:

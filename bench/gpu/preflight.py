@@ -106,8 +106,8 @@ def driver(out: Path) -> Facts:
 def device(out: Path) -> Facts:
     import torch
 
-    from bench import record
-    from fastgpt.report import versions
+    from bench.harness import record
+    from fastgpt.environment import versions
 
     found: Facts = {"commit": record.commit(), **versions(), "cuda": torch.version.cuda}
     if not torch.cuda.is_available():

@@ -25,8 +25,11 @@ from tests.gpu.shard import UNFINISHED, outcomes, read, write
 ROOT = Path(__file__).parents[2]
 HUGE = "tests/gpu/test_huge.py"
 SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
-KERNELS = ["layer_norm", "gelu_mlp", "cross_entropy", "attention", "fused", "engine", "tune"]
-KERNELS += ["backend", "compile", "training"]
+KERNELS = [
+    *(f"kernels/test_{name}" for name in ("layer_norm", "gelu_mlp", "cross_entropy", "attention")),
+    *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
+    "commands/test_tune",
+]
 MAX_PROCESSES = 8  # each holds a CUDA context, and at times some GiB of tensors
 MAX_STARTS = 20
 HUNG = 120.0  # seconds in one test; compiling for many configurations takes a minute
@@ -115,7 +118,7 @@ def main() -> int:
     parser.add_argument("--part", choices=["all", "ops", "huge"], default="all")
     parser.add_argument("--resume", action="store_true", help="go on with the tests of --out")
     args = parser.parse_args()
-    shared = SHARED + [f"tests/test_{name}.py" for name in KERNELS]
+    shared = SHARED + [f"tests/{name}.py" for name in KERNELS]
     if not torch.cuda.is_available():
         if os.environ.get("FASTGPT_REHEARSAL") != "1":
             print("No CUDA device. `make test` runs what a CPU can; FASTGPT_REHEARSAL=1 rehearses.")

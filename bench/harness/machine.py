@@ -1,0 +1,74 @@
+"""Is the machine quiet enough to measure on? What a record keeps of that, and the warning.
+
+    load    the load average of the last minute over the number of cores; it also remembers our own
+            runs, so no warning comes from it
+    busy    share of all cores that others used (or a hypervisor took) while this process slept;
+            None where there is no /proc/stat
+    spread  of one small computation's time, repeated: (p90 - p10) / median. Clocks that change
+            and neighbours on the same host show here.
+
+`python -m bench.harness.machine` prints it.
+"""
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+MAX_BUSY, MAX_SPREAD = 0.1, 0.15
+STAT = Path("/proc/stat")
+Machine = dict[str, float | None]
+
+
+def check(sleep: float = 1.0, repeats: int = 100) -> Machine:
+    return {
+        "load": os.getloadavg()[0] / (os.cpu_count() or 1),
+        "busy": _busy(sleep),
+        "spread": _spread(repeats),
+    }
+
+
+def warning(machine: Machine) -> str:
+    """Why this machine's times are to be doubted; empty if it is quiet."""
+    reasons = []
+    if (machine["busy"] or 0) > MAX_BUSY:
+        reasons.append(f"others use {machine['busy']:.0%} of its cores")
+    if (machine["spread"] or 0) > MAX_SPREAD:
+        reasons.append(f"the same computation takes times {machine['spread']:.0%} apart")
+    if not reasons:
+        return ""
+    return f"warning: this machine is not quiet: {', '.join(reasons)}; stop what else runs on it"
+
+
+def _busy(sleep: float) -> float | None:
+    if not STAT.exists():
+        return None
+    before = _cpu_ticks()
+    time.sleep(sleep)
+    idle, total = (b - a for a, b in zip(before, _cpu_ticks(), strict=True))
+    return 1 - idle / total if total else None
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """(idle, all) of all cores; time that a hypervisor took counts as used."""
+    ticks = [int(n) for n in STAT.read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)  # user nice system idle iowait irq softirq steal
+
+
+def _spread(repeats: int) -> float:
+    a = torch.randn(384, 384)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    low, *_, high = statistics.quantiles(times[repeats // 10 :], n=10)  # the first ones warm up
+    return (high - low) / statistics.median(times)
+
+
+if __name__ == "__main__":
+    found = check()
+    print(*(f"{name} {value}" for name, value in found.items()), sep="\n")
+    print(warning(found) or "quiet")

@@ -1,0 +1,98 @@
+"""A benchmark run as a JSON record: what ran, where, when, from which commit, with every sample.
+
+    schema       the version of this layout: SCHEMA
+    bench        "train", "decode", "memory", "ops" or "gpu"
+    date         ISO 8601, UTC
+    environment  device, driver, versions (fastgpt.report.versions)
+    commit       of the checkout; "-dirty" where files differed from it
+    settings     what was asked for: sizes, dtype, rounds
+    machine      load and spread of the host's speed before the run (quiet.py)
+    rows         one per variant (and op, and direction): "variant" and either "problem", why it has
+                 no time, or "seconds", a list with one sample per round, and what follows from it
+
+Records lie in bench/results/<device>/ and are only ever added to. What is shown (tables,
+pictures, the README) is computed from them.
+"""
+
+import datetime
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from fastgpt.environment import versions
+
+SCHEMA = 1
+RESULTS = Path(__file__).parents[1] / "results"
+Record = dict[str, Any]
+
+
+def new(bench: str, settings: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> Record:
+    return {
+        "schema": SCHEMA,
+        "bench": bench,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "environment": versions(),
+        "commit": commit(),
+        "settings": settings,
+        **more,
+        "rows": rows,
+    }
+
+
+def save(record: Record, results: Path = RESULTS) -> Path:
+    """Write it to results/<device>/<bench>-<date>.json; a record is never overwritten."""
+    folder = results / slug(record["environment"]["device"])
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{record['bench']}-{re.sub('[^0-9T]', '', record['date'][:19])}"
+    paths = (folder / f"{stem}{f'-{n}' if n else ''}.json" for n in range(10**6))
+    path = next(p for p in paths if not p.exists())
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> Record:
+    """ValueError if it is not a record, or one of another schema."""
+    try:
+        record = json.loads(path.read_text())
+        schema = record["schema"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a benchmark record: {error!r}") from None
+    if schema != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {schema}, this checkout reads {SCHEMA}; "
+            "compare it with the checkout of its commit, or move it away"
+        )
+    return record
+
+
+def load_all(results: Path = RESULTS) -> list[Record]:
+    """Every record, oldest first; those of one second by their names."""
+    return sorted(map(load, sorted(results.glob("*/*.json"))), key=lambda r: r["date"])
+
+
+def kind(record: Record) -> str:
+    """What may be compared: two records alike in device, bench and settings."""
+    device = record["environment"]["device"]
+    return json.dumps([device, record["bench"], record["settings"]], sort_keys=True)
+
+
+def slug(device: str) -> str:
+    """A device's name as a folder: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def commit() -> str:
+    here = Path(__file__).parents[2]
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        found = git("rev-parse", "HEAD")
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:  # no git on this machine
+        return "unknown"
+    return (found or "unknown") + ("-dirty" if dirty else "")

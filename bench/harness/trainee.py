@@ -1,0 +1,158 @@
+"""One variant in training: built, warmed up, timed a round at a time, and let go again."""
+
+import gc
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.peers import models
+from bench.peers.training import VARIANTS, Batches, Run, Step
+
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+# what attention leaves in a profile: operators of PyTorch, and kernels where a graph is replayed
+_ATTENTION = {
+    "flash-attn": r"(?<!pytorch_)flash::|flash_attn::",
+    "SDPA cudnn": r"scaled_dot_product_cudnn|cudnn.*sdpa",
+    "SDPA flash": r"scaled_dot_product_flash|pytorch_flash",
+    "SDPA efficient": r"scaled_dot_product_efficient|fmha_cutlass",
+    "SDPA math": r"scaled_dot_product_attention_math",
+    "fastgpt kernel": r"^_dkdv_kernel",  # of kernels/attention_backward.py
+}
+
+
+class Trainee:
+    """Every round trains on the same batches, so that the loss falls and a wrong gradient shows."""
+
+    def __init__(self, variant: str, run: Run, batches: Batches, caches: Path):
+        self.variant, self.run, self.batches = variant, run, batches
+        self.caches = caches / variant
+        self._step: Step | None = None
+        self._held = 0  # bytes on the device between rounds
+        self.losses: list[float] = []
+        self.seconds: list[float] = []  # per step, one entry a round
+        self.first_step = math.nan
+        self.peak_bytes: int | None = None
+        self.attention = "not seen"
+        self.problem = ""
+        self.out_of_memory = False
+
+    def attempt(self, action: Callable[["Trainee"], None]) -> None:
+        """A variant that cannot run here becomes a row that says so; the others go on."""
+        if self.problem:
+            return
+        try:
+            action(self)
+        except Exception as error:
+            self.out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            self.problem = describe(error)
+            self._step = None
+        if self.problem:  # only out here is the traceback gone, which held tensors
+            _free()
+
+    def build(self) -> None:
+        """Compile caches start empty, so that the first step takes what it takes a new user."""
+        for name in _CACHES:
+            os.environ[name] = str(self.caches / name.lower())
+        before = _allocated(self.run.device)
+        self._step = VARIANTS[self.variant](self.run)
+        start = time.perf_counter()
+        loss = self._step(*self.batches[0]).item()
+        if math.isnan(self.first_step):
+            self.first_step = time.perf_counter() - start
+        self.losses.append(loss)
+        self.train()
+        self._held = _allocated(self.run.device) - before
+
+    def train(self) -> None:
+        """A step on every batch."""
+        assert self._step is not None
+        losses = [self._step(x, y) for x, y in self.batches]
+        self.losses += [loss.item() for loss in losses]  # waits for the device
+
+    def round(self) -> None:
+        on_gpu = self.run.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        others = _allocated(self.run.device) - self._held
+        start = time.perf_counter()
+        self.train()
+        self.seconds.append((time.perf_counter() - start) / len(self.batches))
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated() - others
+            self.peak_bytes = max(peak, self.peak_bytes or 0)
+
+    def look(self) -> None:
+        """Which attention ran, by a profile of one step; after the timed rounds, which it slows."""
+        assert self._step is not None
+        activities = [ProfilerActivity.CPU]
+        if self.run.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities) as seen:
+            self._step(*self.batches[0]).item()
+        self.attention = attention_in({event.name for event in seen.events()})
+
+    def release(self) -> None:
+        """And forget compiled code, which holds on to its model, and to the shapes it has seen."""
+        self._step = None
+        torch.compiler.reset()
+        _free()
+
+
+def attention_in(names: set[str]) -> str:
+    """The attention that left `names` in a profile."""
+    found = [
+        attention
+        for attention, pattern in _ATTENTION.items()
+        if any(re.search(pattern, name) for name in names)
+    ]
+    return " + ".join(found) or "not seen"
+
+
+@contextmanager
+def empty_caches() -> Iterator[Path]:
+    """A folder for the compile caches of all variants, which is gone afterwards."""
+    before = {name: os.environ.get(name) for name in _CACHES}
+    with tempfile.TemporaryDirectory(prefix="fastgpt-", ignore_cleanup_errors=True) as folder:
+        try:
+            yield Path(folder)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def describe(error: Exception) -> str:
+    """Why a variant has no time, in a line."""
+    text = str(error)
+    if isinstance(error, models.Absent):
+        return text
+    wanted = re.search(r"Tried to allocate ([\d.]+) (\w+)", text)
+    free = re.search(r"of which ([\d.]+) (\w+) is free", text)
+    if isinstance(error, torch.OutOfMemoryError) and wanted and free:
+        short = _gibibytes(wanted) - _gibibytes(free)
+        return f"does not fit: at least {short:.1f} GiB of device memory were missing"
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0][:120]}"
+
+
+def _gibibytes(match: re.Match[str]) -> float:
+    return float(match[1]) / {"bytes": 2**30, "KiB": 2**20, "MiB": 2**10, "GiB": 1}[match[2]]
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

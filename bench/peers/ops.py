@@ -1,0 +1,110 @@
+"""Who else computes an op: eager and compiled PyTorch, SDPA's backends, flash-attn, Liger.
+
+Every peer is called like the op's definition in fastgpt/reference.py. One that is not installed, or
+cannot run here, raises with the reason when it is called, which becomes its row.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import ops, reference, tables, use_backend
+from fastgpt.implementations import flash_attn, sdpa
+
+
+class Peer(NamedTuple):
+    call: Callable[..., Any]
+    # its forward computes the gradients too, perhaps over its inputs: the two are timed as one
+    whole: bool = False
+
+
+def peers(op: str) -> dict[str, Peer]:
+    """name -> Peer, eager first."""
+    eager, ours = getattr(reference, op), getattr(ops, op)
+    found = {
+        "eager": Peer(eager),
+        "compile": Peer(_compiled(eager)),
+        "fastgpt": Peer(functools.partial(_ours, ours, {})),
+    }
+    if op in ("linear_gelu", "mlp"):  # "fastgpt" is then cuBLAS with our kernels around it
+        own = functools.partial(_ours, ours, {op: "triton"})
+        found["fastgpt, own GEMM"] = Peer(own)
+    if "attention" in op:
+        for name, module in (("cuDNN", sdpa.cudnn), ("flash", sdpa.flash)):
+            found[f"SDPA {name}"] = Peer(functools.partial(_attention, module, op))
+        found["flash-attn"] = Peer(functools.partial(_attention, flash_attn, op))
+    if op == "layer_norm":
+        found["Liger"] = Peer(_liger_layer_norm)
+    if op == "cross_entropy":
+        found["Liger"] = Peer(_liger_cross_entropy, whole=True)
+    if op == "linear_cross_entropy":
+        found["F.linear_cross_entropy"] = Peer(_torch_linear_cross_entropy)
+        chunked = functools.partial(_torch_linear_cross_entropy, chunked=True)
+        found["F.linear_cross_entropy, chunked"] = Peer(chunked, whole=True)
+        found["Liger"] = Peer(_liger_linear_cross_entropy, whole=True)
+    return found
+
+
+def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call, for only to ask for it takes seconds of imports."""
+    function: Callable[..., Any] | None = None
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        nonlocal function
+        function = function or torch.compile(eager, dynamic=False)
+        return function(*inputs, **options)
+
+    return call
+
+
+def _ours(function: Callable, choice: dict[str, str], *inputs: Any, **options: Any) -> Any:
+    """With our kernels, or where there is something else of ours on a CPU that; else not at all:
+    RuntimeError says why.
+    """
+    on_cpu = inputs[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+    mode = "auto" if on_cpu and function.__name__ in tables.ATEN_ON_CPU else "triton"
+    with use_backend(mode, **choice):
+        return function(*inputs, **options)
+
+
+def _attention(module: Any, op: str, *inputs: Tensor, **options: Any) -> Tensor:
+    head_dim = inputs[0].shape[-1] // (3 * options["n_head"] if "n_head" in options else 1)
+    problem = module.unsupported(inputs, head_dim=head_dim, dropout_p=0.0)
+    if problem is not None:
+        raise RuntimeError(problem)
+    return getattr(module, op)(*inputs, **options)
+
+
+def _liger(name: str) -> Callable[..., Any]:
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError as error:
+        raise RuntimeError(f"no Liger: pip install liger-kernel ({error})") from None
+    return getattr(functional, name)
+
+
+def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _liger("liger_layer_norm")(x, weight, bias, 1e-5)
+
+
+def _liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return _liger("liger_cross_entropy")(logits, targets, ignore_index=-1)
+
+
+def _liger_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    fused = _liger("liger_fused_linear_cross_entropy")
+    return fused(x, weight, targets, ignore_index=-1)
+
+
+def _torch_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, chunked: bool = False
+) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError(f"torch {torch.__version__} has none; it came with 2.13")
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)

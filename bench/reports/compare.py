@@ -1,0 +1,188 @@
+"""Is fastgpt slower than at the last run? `make bench-compare`; exit status 1 if it is.
+
+A run is held against the last one before it on the same device with the same settings. What is
+compared is each variant's time over eager's in the same round of the same run: a machine that is
+slower today slows both. fastgpt's rows fail if
+
+    the median of the ratios grew by more than 3 %, and
+    a rank test finds growth (Mann-Whitney, one-sided, at 5 % shared by all of fastgpt's rows),
+
+or if a row that had a time is refused one now. The rank test asks how often chance alone would
+order the rounds of both runs like this; it assumes no shape of the noise and no outlier moves it
+much. What it cannot see is what differs between two processes and not between rounds: that is what
+the 3 % are for. The other variants are shown, for an eager that changed moves all of them.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.harness import record
+from bench.harness.record import Record
+from fastgpt.environment import versions
+
+THRESHOLD, ALPHA = 0.03, 0.05
+YARDSTICK = "eager"
+Key = tuple[str, ...]
+
+
+class Verdict(NamedTuple):
+    key: Key  # (op, shape, direction,) variant
+    text: str
+    failed: bool
+
+
+def runs(records: Sequence[Record], device: str) -> list[Record]:
+    """What is to be judged on a device: all benches and settings of its newest record's commit."""
+    here = [r for r in records if record.slug(r["environment"]["device"]) == device]
+    newest: dict[str, Record] = {}
+    for found in here:
+        if found["commit"] == here[-1]["commit"]:
+            newest[record.kind(found)] = found
+    return list(newest.values())
+
+
+def baseline(run: Record, records: Sequence[Record]) -> Record | None:
+    """The last record before `run` of the same bench, device and settings."""
+    earlier = [r for r in records if r["date"] < run["date"] and record.kind(r) == record.kind(run)]
+    return earlier[-1] if earlier else None
+
+
+def compare(old: Record, new: Record) -> list[Verdict]:
+    """A verdict per row that both runs have."""
+    before, now = ratios(old), ratios(new)
+    problems = {_key(row): row["problem"] for row in new["rows"] if "problem" in row}
+    ours = [key for key in before.keys() & now.keys() if _ours(key)]
+    alpha = ALPHA / max(len(ours), 1)
+    verdicts = []
+    for key, was in before.items():
+        if key in now:
+            verdicts.append(_judge(key, was, now[key], alpha))
+            continue
+        problem = problems.get(key) or problems.get(_without_direction(key))
+        text = f"had a time, now: {problem}" if problem else "is not in this run"
+        verdicts.append(Verdict(key, text, failed=_ours(key) and problem is not None))
+    verdicts += [Verdict(key, "is new", False) for key in now if key not in before]
+    return verdicts
+
+
+def ratios(found: Record) -> dict[Key, list[float]]:
+    """Seconds over eager's seconds, round by round, of every row that has times."""
+    timed = {_key(row): row["seconds"] for row in found["rows"] if row.get("seconds")}
+    pairs = {key: (timed.get((*key[:-1], YARDSTICK)), own) for key, own in timed.items()}
+    return {
+        key: [s / e for s, e in zip(own, eager, strict=False)]
+        for key, (eager, own) in pairs.items()
+        if eager and key[-1] != YARDSTICK
+    }
+
+
+def _key(row: dict[str, Any]) -> Key:
+    names = ("op", "shape", "direction", "variant")
+    return tuple(str(row[name]) for name in names if name in row)
+
+
+def _without_direction(key: Key) -> Key:
+    """A refused op has one row for all directions."""
+    return (*key[:2], key[-1])
+
+
+def _ours(key: Key) -> bool:
+    return key[-1].startswith("fastgpt")
+
+
+def _judge(key: Key, was: list[float], now: list[float], alpha: float) -> Verdict:
+    change = statistics.median(now) / statistics.median(was) - 1
+    p = chance(was, now)
+    least = 1 / math.comb(len(was) + len(now), len(now))  # that p can be with so few rounds
+    word, failed = "", False
+    if change > THRESHOLD and p <= alpha:
+        word, failed = "SLOWER" if _ours(key) else "slower", _ours(key)
+    elif change > THRESHOLD and least > alpha:
+        word = f"cannot be told from noise with {len(was)} and {len(now)} rounds: take more"
+    elif change < -THRESHOLD and chance(now, was) <= alpha:
+        word = "faster"
+    figures = f"{1 / statistics.median(was):6.3f}x eager -> {1 / statistics.median(now):6.3f}x"
+    return Verdict(key, f"{figures}  time {change:+7.1%}  p {p:7.2g}  {word}".rstrip(), failed)
+
+
+def chance(old: Sequence[float], new: Sequence[float]) -> float:
+    """How often chance would rank `new` this high above `old` if both were drawn alike.
+
+    The one-sided Mann-Whitney test: exact for few samples, ties included, else by the normal
+    approximation with tie and continuity corrections.
+    """
+    n, m = len(old), len(new)
+    ranks = _ranks([*old, *new])
+    observed = sum(ranks[n:])
+    if math.comb(n + m, m) <= 20_000:
+        sums = [sum(chosen) for chosen in itertools.combinations(ranks, m)]
+        return sum(s >= observed for s in sums) / len(sums)
+    total = n + m
+    ties = sum(count**3 - count for count in map(ranks.count, set(ranks)))
+    variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
+    if variance == 0:  # all alike
+        return 1.0
+    z = (observed - m * (total + 1) / 2 - 0.5) / math.sqrt(variance)
+    return 1 - statistics.NormalDist().cdf(z)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    ordered = sorted(values)
+    first = {value: i for i, value in reversed(list(enumerate(ordered, 1)))}
+    return [first[value] + (ordered.count(value) - 1) / 2 for value in values]
+
+
+def _about(found: Record) -> str:
+    return f"{found['date'][:16]} {found['commit'][:9]}"
+
+
+def _differences(old: Record, new: Record) -> str:
+    """Versions that changed, for they may be the reason."""
+    a, b = old["environment"], new["environment"]
+    changed = [f"{k} {a.get(k)} -> {v}" for k, v in b.items() if a.get(k) != v]
+    return f"\n  changed besides the commit: {', '.join(changed)}" if changed else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.reports.compare", description=__doc__)
+    parser.add_argument("run", type=Path, nargs="?", help="a record; this device's newest ones")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of records")
+    parser.add_argument("--device", help="folder in there; this machine's")
+    args = parser.parse_args()
+    device = args.device or record.slug(versions()["device"])
+    try:
+        records = record.load_all(args.results)
+        chosen = [record.load(args.run)] if args.run else runs(records, device)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not chosen:
+        print(f"nothing to compare: no record of {device} in {args.results}; make bench takes one")
+    failures = 0
+    for run in chosen:
+        on = run["environment"]["device"]
+        print(f"{run['bench']} {run['settings']} of {_about(run)} on {on}")
+        last = baseline(run, records)
+        if last is None:
+            print("  nothing to compare with: the first record of these settings on this device")
+            continue
+        print(f"  against {_about(last)}{_differences(last, run)}")
+        verdicts = compare(last, run)
+        if not verdicts:
+            print("  nothing to compare: no row has times and an eager row beside it")
+        for verdict in verdicts:
+            print(f"  {' '.join(verdict.key):<50} {verdict.text}")
+        failures += sum(verdict.failed for verdict in verdicts)
+    if failures:
+        print(f"{failures} of fastgpt's rows are slower than at the last run")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""docs/performance.md, its pictures and the README's table, from the records alone.
+
+`make bench-report` writes them; a test holds the committed texts against the committed records. Of
+each device, bench and settings the newest record is shown, with its date. What was never measured
+stays blank.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.harness import machine, record
+from bench.harness.record import Record
+from bench.reports import markdown, pictures
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- performance: made by make bench-report -->", "<!-- end -->"
+# What the README has a row for, measured or not. The last ones suit a CPU.
+Wanted = tuple[Any, ...]
+TRAINED: list[Wanted] = [  # size, B, T, dtype
+    ("124M", 16, 1024, "bfloat16"),
+    ("124M", 4, 1024, "bfloat16"),
+    ("350M", 16, 1024, "bfloat16"),
+    ("774M", 16, 1024, "bfloat16"),
+    ("1.5B", 16, 1024, "bfloat16"),
+    ("124M", 2, 256, "float32"),
+    ("124M", 2, 256, "bfloat16"),
+    ("char", 16, 128, "float32"),
+]
+SHOWN = {
+    "training": ("eager", "compile", "nanogpt-compile", "liger-fused", "fastgpt"),
+    "decoding": ("eager", "nanogpt", "hf"),
+}
+DECODED: list[Wanted] = [("124M", "bfloat16"), ("124M", "float32")]  # size, dtype
+HEAD = """# Performance
+
+Made by `make bench-report` from the records under [bench/results](../bench/results): change nothing
+here by hand. [bench/README.md](../bench/README.md) says how times are taken. `x eager` is the
+median over rounds of eager PyTorch's time over the variant's in the same round.
+"""
+
+
+def latest(records: Sequence[Record]) -> list[Record]:
+    """The newest record of each device, bench and settings, in the order they were first taken."""
+    newest = {record.kind(found): found for found in records}
+    return list(newest.values())
+
+
+def by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """GPUs first; a CPU is what everybody has."""
+    devices: dict[str, list[Record]] = {}
+    for found in latest(records):
+        devices.setdefault(found["environment"]["device"], []).append(found)
+    return dict(sorted(devices.items(), key=lambda item: (item[0].startswith("CPU"), item[0])))
+
+
+def readme(records: Sequence[Record]) -> str:
+    """A row per run that users ask about and device it was measured on: training, then decoding."""
+    trained = _rows(records, "train", ("size", "B", "T", "dtype"), TRAINED, "{}, B={}, T={}, {}")
+    decoded = _rows(records, "decode", ("size", "dtype"), DECODED, "{}, batch 1, {}")
+    return f"{_summary('training', trained)}\n\n{_summary('decoding', decoded)}"
+
+
+def _rows(
+    records: Sequence[Record], bench: str, keys: Sequence[str], wanted: list[Wanted], name: str
+) -> list[tuple[str, Record | None]]:
+    """(name, record), once per device, or (name, None) where no device has measured it."""
+    runs = [r for rs in by_device(records).values() for r in rs if r["bench"] == bench]
+    found: list[tuple[str, Record | None]] = []
+    for settings in wanted:
+        same = [r for r in runs if tuple(r["settings"].get(k) for k in keys) == settings]
+        found += [(name.format(*settings), r) for r in same]
+        found += [] if same else [(name.format(*settings), None)]
+    return found
+
+
+def _summary(what: str, rows: list[tuple[str, Record | None]]) -> str:
+    header = [f"{what}, tokens/s (x eager)", *SHOWN[what], "fastgpt, fastest", "device", "date"]
+    blank = [""] * (len(header) - 1)
+    cells = [[name, *(_cells(run, SHOWN[what]) if run else blank)] for name, run in rows]
+    return markdown.table(header, cells)
+
+
+def _cells(run: Record, shown: Sequence[str]) -> list[str]:
+    rows = {row["variant"]: row for row in run["rows"] if _timed(row)}
+    ours = [row for name, row in rows.items() if name.startswith("fastgpt")]
+    fastest = ""
+    if ours:
+        best = max(ours, key=lambda row: row["tokens_per_second"])
+        fastest = f"{_tokens(best)} {best['variant']}"
+    cells = [_tokens(rows[name]) if name in rows else "" for name in shown]
+    return [*cells, fastest, run["environment"]["device"], run["date"][:10]]
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    ratio = f" ({row['over_eager']:.2f})" if row.get("over_eager") else ""
+    rate = row["tokens_per_second"]
+    return f"{rate:{',.0f' if rate >= 100 else '.1f'}}{ratio}"
+
+
+def _timed(row: dict[str, Any]) -> bool:
+    return bool(row.get("tokens_per_second")) and "problem" not in row
+
+
+def document(records: Sequence[Record]) -> str:
+    """docs/performance.md."""
+    parts = [HEAD]
+    for device, found in by_device(records).items():
+        parts.append(f"## {device}\n")
+        parts += [f"![{p.title}]({p.name})\n" for p in pictures.of_device(found)]
+        for run in found:
+            parts += _section(run, records)
+    if not records:
+        parts.append("No record has been taken yet.\n")
+    return "\n".join(parts)
+
+
+def _section(run: Record, records: Sequence[Record]) -> Iterator[str]:
+    yield f"### {run['bench']}: {markdown.heading(run)}\n"
+    found = run["environment"]
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton") if name in found)
+    how = markdown.how(run)
+    yield f"{run['date'][:10]}, commit {run['commit'][:9]}, {versions}{how and '; '}{how}.\n"
+    if text := machine.warning(run["machine"]) if "machine" in run else "":
+        yield f"{text[0].upper()}{text[1:]}.\n"
+    yield markdown.figures(run) + "\n"
+    if limits := markdown.limits(run, records):
+        yield limits + "\n"
+    refused = [row for row in run["rows"] if "problem" in row]
+    if refused:
+        yield "Without a time:\n"
+        yield "\n".join(f"- {markdown.name(row)}: {row['problem']}" for row in refused) + "\n"
+
+
+def replace_between(text: str, table: str) -> str:
+    """`text` with `table` between the two markers. ValueError where they are missing."""
+    before, found, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ValueError(f"README.md needs the lines {BEGIN} and {END} around its table")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.reports.document", description=__doc__)
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of records")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of README.md and docs/")
+    args = parser.parse_args()
+    readme_path, docs = args.root / "README.md", args.root / "docs"
+    try:
+        records = record.load_all(args.results)
+        text = replace_between(readme_path.read_text(), readme(records))
+    except ValueError as error:
+        parser.error(str(error))
+    readme_path.write_text(text)
+    docs.mkdir(exist_ok=True)
+    (docs / "performance.md").write_text(document(records))
+    print(f"{docs / 'performance.md'} and {readme_path} from {len(records)} records")
+    for found in by_device(records).values():
+        for picture in pictures.of_device(found):
+            picture.draw(docs / picture.name, records)
+            print(docs / picture.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""`make demo`: a small character GPT, trained for two minutes, and what came of it.
+
+Its text is Python's own documentation unless --data names another; all it writes is in out/demo.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgpt import backend_report, data, environment, use_backend
+from fastgpt.commands.sample import write_sample
+from fastgpt.commands.train import TrainConfig, Trainer, train
+from fastgpt.devices import autocast
+from fastgpt.train_step import Batch
+
+OUT = Path("out/demo")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.commands.demo", description=__doc__)
+    parser.add_argument("--data", type=Path, help="UTF-8 text (Python's own documentation)")
+    parser.add_argument("--minutes", type=float, default=2.0, help="of training (%(default)s)")
+    args = parser.parse_args()
+
+    vocab_size = data.prepare(data.read_text(args.data), OUT / "data").vocab_size
+    config = TrainConfig(
+        data=str(OUT / "data"),
+        out=str(OUT),
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        block_size=128,
+        batch_size=8,
+        lr=3e-3,
+        min_lr=3e-4,
+        warmup=20,
+        minutes=args.minutes,
+    )
+    print(f"a character GPT, {args.minutes:g} minutes of training (Ctrl-C ends them early)\n")
+    result = train(config)
+
+    print(f"\na sample from {OUT / 'ckpt.pt'}:\n")
+    tokenizer = data.load_tokenizer(OUT / "data")
+    prompt = "The " if set("The ") <= set(tokenizer.characters or "The ") else tokenizer.start
+    write_sample(result.model.eval(), tokenizer, prompt, 400, temperature=0.8)
+
+    uniform, untrained = math.log(vocab_size), _quiet_trainer(config).validate()
+    print("\nvalidation loss, nats per character:")
+    print(f"  {untrained:.2f}  untrained (guessing blindly: ln {vocab_size} = {uniform:.2f})")
+    print(f"  {_unigram_loss(vocab_size):.2f}  guessing by how frequent each character is")
+    print(f"  {result.val_loss:.2f}  after {result.step:,} steps\n")
+    print(_speed(config))
+    return 0
+
+
+def _unigram_loss(vocab_size: int) -> float:
+    """Cross entropy of the validation text under the training text's character frequencies."""
+    train_ids, val_ids = (data.load_split(OUT / "data", split).long() for split in ("train", "val"))
+    counts = torch.bincount(train_ids, minlength=vocab_size) + 1  # none is impossible
+    return -(counts / counts.sum()).log()[val_ids].mean().item()
+
+
+def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
+    """Training steps of fastgpt and of eager PyTorch in turns: a busy machine slows both."""
+    ours, eager = _quiet_trainer(config), _quiet_trainer(config)
+    eager.engine = _nanogpts_step(eager)
+    tokens = steps * config.batch_size * config.block_size
+    rates: dict[str, list[float]] = {"auto": [], "torch": []}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rates["torch"]) < 4:
+        for mode, trainer in (("auto", ours), ("torch", eager)):
+            with use_backend(mode):
+                start = time.perf_counter()
+                for _ in range(steps):
+                    loss = trainer.train_step()
+                loss.item()  # waits for the device
+                rates[mode].append(tokens / (time.perf_counter() - start))
+    fast, plain = rates["auto"][1:], rates["torch"][1:]  # the first pair warms up
+    ratio = statistics.median(a / b for a, b in zip(fast, plain, strict=True))
+    ran = ", ".join(sorted({choice.implementation for choice in backend_report().values()}))
+    device = environment.versions()["device"]
+    return (
+        f"training on {device}: fastgpt {statistics.median(fast):,.0f} tok/s (its ops ran: {ran}), "
+        f"eager PyTorch {statistics.median(plain):,.0f} tok/s; turn by turn {ratio:.2f}x"
+    )
+
+
+def _nanogpts_step(trainer: Trainer) -> Callable[[Sequence[Batch]], Tensor]:
+    model, optimizer = trainer.model, torch.optim.AdamW(trainer.model.parameters())
+    model.config.return_logits = True
+
+    def step(batches: Sequence[Batch]) -> Tensor:
+        ((x, y),) = batches
+        with autocast(trainer.device, trainer.dtype):
+            _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def _quiet_trainer(config: TrainConfig) -> Trainer:
+    with contextlib.redirect_stdout(io.StringIO()):  # the model introduces itself
+        return Trainer(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,113 @@
+"""`fastgpt sample`: text from fastgpt's or nanoGPT's checkpoint or OpenAI's weights, streamed."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import data
+from fastgpt.commands import convert
+from fastgpt.devices import autocast, pick_device, pick_dtype
+from fastgpt.model import GPT
+from fastgpt.weights import SIZES
+
+
+def write_sample(
+    model: GPT,
+    tokenizer: data.Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    stop: str | None = None,
+    **sampling: Any,
+) -> None:
+    """Print `prompt` and its continuation up to the text `stop`, each piece as soon as it is there.
+
+    `sampling`: temperature, top_k and top_p as GPT.generate takes them.
+    """
+    device = model.lm_head.weight.device
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; a model needs at least one token to go on from")
+    print(prompt, end="", flush=True)
+    with autocast(device, pick_dtype(device, None)):
+        idx = torch.tensor([ids], device=device)
+        columns = model.generate_stream(idx, max_new_tokens, **sampling)
+        text = ""
+        for piece in tokenizer.stream(int(column) for column in columns):
+            print(piece, end="", flush=True)
+            text += piece
+            if stop and stop in text:
+                break
+    print()
+
+
+def tokenizer_of(saved: dict[str, Any], out: Path) -> data.Tokenizer:
+    """The tokenizer a checkpoint was trained with: in ours it is inside, for nanoGPT's in data/."""
+    if "fastgpt" in saved:
+        characters = saved["fastgpt"]["characters"]
+        return data.GPT2() if characters is None else data.Characters(characters)
+    dataset = saved.get("config", {}).get("dataset", "")
+    for root in (Path(), out.resolve().parent):
+        folder = root / "data" / dataset
+        if (folder / "meta.pkl").exists():
+            return data.load_tokenizer(folder)
+    vocab_size = saved["model_args"]["vocab_size"]
+    if vocab_size < 50257:
+        raise ValueError(
+            f"the vocabulary of {vocab_size} is not GPT-2's, and data/{dataset}/meta.pkl is not "
+            "here; --data names the folder it is in"
+        )
+    return data.GPT2()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default="out", help="folder of ckpt.pt (%(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="folder of meta.pkl, if it is not found by itself"
+    )
+    parser.add_argument("--pretrained", choices=SIZES, help="OpenAI's weights instead of --out")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", help="text to go on from (a new line)")
+    prompt.add_argument("--prompt-file", type=Path, help="the same, from a file")
+    parser.add_argument("--num-samples", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=500, help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is argmax (%(default)s)")
+    parser.add_argument(
+        "--top-k", type=int, default=200, help="likeliest tokens to keep (%(default)s)"
+    )
+    parser.add_argument("--top-p", type=float, help="probability that the tokens kept add up to")
+    parser.add_argument("--stop", help="text that ends a sample")
+    parser.add_argument("--seed", type=int, default=1337, help="(%(default)s)")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+
+
+def main(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    tokenizer: data.Tokenizer
+    if args.pretrained:
+        model = GPT.from_pretrained(args.pretrained, {"gelu": "tanh"})
+        tokenizer = data.GPT2()
+    else:
+        saved = convert.load_checkpoint(args.out / "ckpt.pt")
+        model = convert.load_model(saved)
+        tokenizer = data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
+    model.to(device).eval()
+
+    prompt = args.prompt
+    if args.prompt_file is not None:
+        prompt = data.read_text(args.prompt_file)
+    torch.manual_seed(args.seed)
+    for _ in range(args.num_samples):
+        write_sample(
+            model,
+            tokenizer,
+            tokenizer.start if prompt is None else prompt,
+            args.max_new_tokens,
+            args.stop,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+        )
+        print("---------------")
+    return 0

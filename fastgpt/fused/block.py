@@ -1,0 +1,189 @@
+"""A transformer block as one autograd unit: its whole forward and its whole backward.
+
+    s1 = residual + delta      n1 = norm(s1)      a = proj(attention(qkv(n1)))
+    s2 = s1 + a                n2 = norm(s2)      m = proj(gelu(fc(n2)))         -> m, s2
+
+A block takes and gives its residual stream as two terms, whose sum the next block's first norm
+forms in the pass that reads it anyway; the backward passes one gradient for both. What autograd
+would do op by op is written out, so that nothing is stored that the backward can have for less
+(gelu's output), copied (dq, dk, dv are one dqkv), or cast (a norm writes what the next matmul
+reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residual stream, norms and
+parameters in theirs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.implementations.aten import wgrad
+from fastgpt.kernels._autograd import differentiable_once
+
+EPS = 1e-5
+
+
+class Launchers(NamedTuple):
+    """What a unit is made of: functions on tensors, without autograd (aten.py, kernels/)."""
+
+    norm: Callable[..., Any]
+    add_norm: Callable[..., Any]
+    norm_backward: Callable[..., Any]
+    linear_gelu: Callable[..., Any]
+    gelu_dgrad: Callable[..., Any]
+    attention: Callable[..., Any]
+    attention_backward: Callable[..., Any]
+
+
+class Weights(NamedTuple):
+    """A block's parameters, in nanoGPT's order."""
+
+    ln_1: Tensor  # (C,)
+    ln_1_bias: Tensor | None
+    qkv: Tensor  # (3C, C)
+    qkv_bias: Tensor | None
+    attn_proj: Tensor  # (C, C)
+    attn_proj_bias: Tensor | None
+    ln_2: Tensor  # (C,)
+    ln_2_bias: Tensor | None
+    fc: Tensor  # (4C, C)
+    fc_bias: Tensor | None
+    mlp_proj: Tensor  # (C, 4C)
+    mlp_proj_bias: Tensor | None
+
+
+class Settings(NamedTuple):
+    n_head: int
+    tanh: bool
+    dropout_p: float
+
+
+def block(
+    run: Launchers,
+    settings: Settings,
+    delta: Tensor | None,
+    residual: Tensor,
+    weights: Weights,
+    low: Weights,
+) -> tuple[Tensor, Tensor]:
+    """delta (B, T, C) or None, residual (B, T, C) -> m, s2, both (B, T, C).
+
+    `low` are the weights in the compute dtype, as the matmuls read them; gradients go to `weights`.
+    """
+    return _Block.apply(run, settings, low, delta, residual, *weights)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, settings, low, delta, residual, *weights):
+        w, (B, T, C), p = Weights(*weights), residual.shape, settings.dropout_p
+        dtype = low.qkv.dtype
+        residual = residual.reshape(-1, C)
+        if delta is None:
+            s1 = residual
+            n1, *stats1 = run.norm(s1, w.ln_1, w.ln_1_bias, EPS, dtype)
+        else:
+            delta = delta.reshape(-1, C)
+            n1, s1, *stats1 = run.add_norm(delta, residual, w.ln_1, w.ln_1_bias, EPS, dtype)
+        qkv = F.linear(n1, low.qkv, low.qkv_bias).view(B, T, 3 * C)
+        y, state = run.attention(qkv, settings.n_head, p)
+        a, mask1 = _dropout(F.linear(y.view(-1, C), low.attn_proj, low.attn_proj_bias), p)
+        n2, s2, *stats2 = run.add_norm(a, s1, w.ln_2, w.ln_2_bias, EPS, dtype)
+        h, g = run.linear_gelu(n2, low.fc, low.fc_bias, settings.tanh)
+        m, mask2 = _dropout(F.linear(g, low.mlp_proj, low.mlp_proj_bias), p)
+
+        ctx.run, ctx.settings, ctx.has_delta = run, settings, delta is not None
+        ctx.save_for_backward(
+            *(w.ln_1, w.ln_2, low.qkv, low.attn_proj, low.fc, low.mlp_proj),
+            *(s1, n1, *stats1, qkv, y, mask1, s2, n2, *stats2, h, mask2, *state),
+        )
+        return m.view(B, T, C), s2.view(B, T, C)
+
+    @staticmethod
+    def backward(ctx, dm, ds2):
+        differentiable_once()
+        run, (n_head, tanh, p) = ctx.run, ctx.settings
+        ln_1, ln_2, w_qkv, w_attn_proj, w_fc, w_mlp_proj, *saved = ctx.saved_tensors
+        s1, n1, mean1, rstd1, qkv, y, mask1, s2, n2, mean2, rstd2, h, mask2, *state = saved
+        needs = Weights(*ctx.needs_input_grad[5:])
+        (B, T, C), dtype = dm.shape, n1.dtype
+
+        dm = _dropout_backward(dm.reshape(-1, C), mask2, p)
+        dh, g, db_fc = run.gelu_dgrad(dm, w_mlp_proj, h, tanh, needs.fc_bias, needs.mlp_proj)
+        dw_mlp_proj = wgrad(dm, g, ln_1.dtype) if needs.mlp_proj else None
+        db_mlp_proj = dm.sum(0) if needs.mlp_proj_bias else None
+        del h, g, dm
+        dw_fc = wgrad(dh, n2, ln_1.dtype) if needs.fc else None
+        ds2, da, dln_2, dln_2_bias = run.norm_backward(
+            dh @ w_fc, ds2.reshape(-1, C), s2, ln_2, mean2, rstd2, needs.ln_2_bias, dtype
+        )
+        del dh
+        da = _dropout_backward(da if len(da) else ds2, mask1, p)
+        dw_attn_proj = wgrad(da, y.view(-1, C), ln_1.dtype) if needs.attn_proj else None
+        db_attn_proj = da.sum(0) if needs.attn_proj_bias else None
+        dy = (da @ w_attn_proj).view(B, T, C)
+        dqkv = run.attention_backward(dy, qkv, y, state, n_head, p).view(-1, 3 * C)
+        dw_qkv = wgrad(dqkv, n1, ln_1.dtype) if needs.qkv else None
+        db_qkv = dqkv.sum(0) if needs.qkv_bias else None
+        ds1, ddelta, dln_1, dln_1_bias = run.norm_backward(
+            dqkv @ w_qkv, ds2, s1, ln_1, mean1, rstd1, needs.ln_1_bias, dtype
+        )
+        ddelta = (ddelta if len(ddelta) else ds1).view(B, T, C) if ctx.has_delta else None
+        return (
+            None, None, None, ddelta, ds1.view(B, T, C),
+            dln_1, _if(needs.ln_1_bias, dln_1_bias), dw_qkv, db_qkv, dw_attn_proj, db_attn_proj,
+            dln_2, _if(needs.ln_2_bias, dln_2_bias), dw_fc, _if(needs.fc_bias, db_fc),
+            dw_mlp_proj, db_mlp_proj,
+        )  # fmt: skip
+
+
+def norm(
+    run: Launchers,
+    delta: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """delta (B, T, C) or None, residual (B, T, C) -> norm(residual + delta) (B, T, C) in dtype."""
+    return _Norm.apply(run, dtype, delta, residual, weight, bias)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, dtype, delta, residual, w, b):
+        s, C = residual.reshape(-1, w.shape[0]), w.shape[0]
+        if delta is None:
+            y, *stats = run.norm(s, w, b, EPS, dtype)
+        else:
+            y, s, *stats = run.add_norm(delta.reshape(-1, C), s, w, b, EPS, dtype)
+        ctx.run, ctx.delta_dtype = run, None if delta is None else delta.dtype
+        ctx.save_for_backward(s, w, *stats)
+        return y.view(residual.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        differentiable_once()
+        s, w, mean, rstd = ctx.saved_tensors
+        has_bias, narrow = ctx.needs_input_grad[5], ctx.delta_dtype or s.dtype
+        ds, ddelta, dw, db = ctx.run.norm_backward(
+            dy.reshape(s.shape), None, s, w, mean, rstd, has_bias, narrow
+        )
+        ddelta = (ddelta if len(ddelta) else ds).view(dy.shape) if ctx.delta_dtype else None
+        return None, None, ddelta, ds.view(dy.shape), dw, _if(has_bias, db)
+
+
+def _if(needed: bool, gradient: Tensor) -> Tensor | None:
+    return gradient if needed else None
+
+
+def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+    return torch.native_dropout(x, p, True) if p > 0 else (x, None)
+
+
+def _dropout_backward(dx: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    if mask is None:
+        return dx
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    return torch.ops.aten.native_dropout_backward(dx, mask, scale)

@@ -1,0 +1,216 @@
+"""The command line: what it prints, what it refuses and how, and `fastgpt run` on a script."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastgpt
+from fastgpt import backend, cli, data
+from fastgpt.commands import convert
+from fastgpt.model import GPT, GPTConfig
+
+ROOT = Path(fastgpt.__file__).resolve().parent.parent
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Ops this small only lose time to a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a text, its data/ and an out/ with the checkpoint of a short training."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "fox.txt").write_text(TEXT)
+    assert cli.main(["prepare", f"{folder}/fox.txt", "--out", f"{folder}/data"]) == 0
+    settings = (
+        f"--data {folder}/data --out {folder}/out --device cpu --n-layer 2 --n-head 2 --n-embd 32 "
+        "--block-size 16 --batch-size 4 --steps 30 --lr 1e-2 --warmup 5 --eval-iters 2"
+    )
+    assert cli.main(["train", *settings.split()]) == 0
+    return folder
+
+
+def refused(capsys, *argv: str) -> str:
+    """The message of a command that must fail as a user's error does."""
+    assert cli.main([str(arg) for arg in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastgpt: ") and "Traceback" not in err
+    return err
+
+
+def test_every_command_has_both_functions():
+    for module_name, _ in cli.MODULES.values():
+        module = importlib.import_module(module_name)
+        assert callable(module.add_arguments) and callable(module.main)
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    names = {line.split()[0] for line in out.splitlines() if line.startswith("    ")}
+    assert names >= {*cli.MODULES, "bench"}
+
+
+def test_info_names_device_versions_and_every_op(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in ("device", "python", "torch", *backend.KERNELS, "linear_cross_entropy"):
+        assert f"\n{name} " in f"\n{out}"
+    assert torch.__version__ in out
+
+
+def test_python_m_fastgpt_from_another_folder(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fastgpt", "sample", "--out", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastgpt: no checkpoint nowhere/ckpt.pt")
+    assert "Traceback" not in done.stderr
+
+
+def test_bench_without_a_checkout_names_the_remedy(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(fastgpt, "__file__", str(tmp_path / "site-packages/fastgpt/__init__.py"))
+    assert "checkout of fastgpt" in refused(capsys, "bench", "--help")
+
+
+def test_bench_is_the_checkouts_own(capsys, tmp_path, monkeypatch):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/train.py").write_text("import sys\nprint('bench', sys.argv[1:])\n")
+    monkeypatch.setattr(fastgpt, "__file__", str(tmp_path / "fastgpt/__init__.py"))
+    assert cli.main(["bench", "--size", "124M"]) == 0
+    assert "bench ['--size', '124M']" in capsys.readouterr().out
+
+
+class TestRun:
+    def test_model_is_ours_and_arguments_pass(self, tmp_path, capsys):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys\nfrom model import GPT, GPTConfig\n"
+            "print(GPT.__module__, GPTConfig.__module__, sys.argv[1:], __name__, sys.path[0])\n"
+        )
+        before = sys.argv, list(sys.path), sys.modules.get("model")
+        assert cli.main(["run", str(script), "--batch_size=4", "-x", "--help"]) == 0
+        first, second = capsys.readouterr().out.splitlines()
+        assert "`model` answered by fastgpt" in first
+        seen = f"fastgpt.model fastgpt.model ['--batch_size=4', '-x', '--help'] __main__ {tmp_path}"
+        assert second == seen
+        assert (sys.argv, sys.path, sys.modules.get("model")) == before
+
+    def test_a_missing_script(self, capsys, tmp_path):
+        assert "no script" in refused(capsys, "run", tmp_path / "train.py")
+
+    def test_an_error_of_the_script_keeps_its_traceback(self, tmp_path, capsys):
+        script = tmp_path / "script.py"
+        script.write_text("raise ValueError('Unknown config key: batchsize')\n")
+        assert cli.main(["run", str(script)]) == 1
+        err = capsys.readouterr().err
+        assert f'File "{script}", line 1' in err and "Unknown config key: batchsize" in err
+
+    def test_an_exit_code_of_the_script(self, tmp_path):
+        (tmp_path / "script.py").write_text("raise SystemExit(3)\n")
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["run", str(tmp_path / "script.py")])
+        assert stop.value.code == 3
+
+    def test_a_file_that_is_only_beside_the_script(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "nanoGPT").mkdir()
+        (tmp_path / "nanoGPT/configurator.py").write_text("")
+        (tmp_path / "nanoGPT/train.py").write_text("exec(open('configurator.py').read())\n")
+        monkeypatch.chdir(tmp_path)
+        assert "cd nanoGPT && fastgpt run train.py" in refused(capsys, "run", "nanoGPT/train.py")
+        monkeypatch.chdir(tmp_path / "nanoGPT")
+        assert cli.main(["run", "train.py"]) == 0
+
+
+class TestSample:
+    def test_the_seed_decides(self, trained, capsys):
+        texts = []
+        for seed in ("1", "1", "2"):
+            command = ["sample", "--out", f"{trained}/out", "--prompt", "The ", "--seed", seed]
+            assert cli.main([*command, "--max-new-tokens", "40"]) == 0
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] != texts[2]
+        assert "\nThe " in texts[0] and texts[0].endswith("\n---------------\n")
+
+    def test_stop_ends_a_sample(self, trained, capsys):
+        command = ["sample", "--out", f"{trained}/out", "--prompt", "The ", "--temperature", "1"]
+        assert cli.main([*command, "--stop", "o", "--num-samples", "3"]) == 0
+        samples = capsys.readouterr().out.partition("\n")[2].split("\n---------------\n")
+        assert len(samples) == 4  # and what follows the last separator
+        assert all(sample.count("o") == 1 and sample.endswith("o") for sample in samples[:3])
+
+    def test_prompt_file(self, trained, capsys):
+        (trained / "prompt.txt").write_text("lazy dog")
+        command = ["sample", "--out", f"{trained}/out", "--prompt-file", f"{trained}/prompt.txt"]
+        assert cli.main([*command, "--max-new-tokens", "5"]) == 0
+        assert "\nlazy dog" in capsys.readouterr().out
+
+    def test_refusals(self, trained, capsys, tmp_path):
+        out = ("sample", "--out", trained / "out")
+        unknown = refused(capsys, *out, "--prompt", "naïve €")
+        assert "'ï'" in unknown and "'€'" in unknown and "'n'" not in unknown
+        assert "prompt is empty" in refused(capsys, *out, "--prompt", "")
+        assert "temperature=-1" in refused(capsys, *out, "--temperature", "-1")
+        (tmp_path / "ckpt.pt").write_text("not a checkpoint")
+        assert "is no checkpoint" in refused(capsys, "sample", "--out", tmp_path)
+        if not torch.cuda.is_available():
+            assert "sees no GPU" in refused(capsys, *out, "--device", "cuda")
+
+
+class TestConvert:
+    @pytest.fixture(autouse=True)
+    def _transformers(self):
+        pytest.importorskip("transformers", reason="converting needs transformers")
+
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+    @pytest.mark.parametrize("gelu", ["none", "tanh"])
+    def test_round_trip_keeps_the_logits(self, tmp_path, bias, gelu):
+        from transformers import GPT2LMHeadModel
+
+        sizes = GPTConfig(
+            block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=16, bias=bias, gelu=gelu
+        )
+        model = GPT(sizes).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        args = convert.model_args(sizes)
+        assert ("gelu" in args) == (gelu != "none") and "return_logits" not in args
+        convert.save_checkpoint(
+            {"model": model.state_dict(), "model_args": args}, tmp_path / "ckpt.pt"
+        )
+        assert cli.main(["convert", f"{tmp_path}/ckpt.pt", f"{tmp_path}/hf"]) == 0
+        assert cli.main(["convert", f"{tmp_path}/hf", f"{tmp_path}/back.pt"]) == 0
+
+        idx = torch.randint(41, (2, 12))
+        logits, _ = model(idx, idx)
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()(idx).logits
+        back = convert.load_model(convert.load_checkpoint(tmp_path / "back.pt")).eval()
+        torch.testing.assert_close(theirs, logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(back(idx, idx)[0], logits, atol=1e-5, rtol=1e-5)
+
+    def test_refusals(self, tmp_path, capsys):
+        existing = tmp_path / "existing"
+        existing.mkdir()
+        assert "no checkpoint file" in refused(capsys, "convert", tmp_path / "none.pt", "x")
+        assert "--force" in refused(capsys, "convert", existing, existing)
+        assert "has no config.json" in refused(capsys, "convert", existing, tmp_path / "new.pt")
+
+
+def test_prepare_without_a_file_needs_no_network(tmp_path, capsys):
+    assert cli.main(["prepare", "--out", str(tmp_path)]) == 0
+    assert len(data.load_split(tmp_path, "train")) > 100_000
+    assert "tokens to train on" in capsys.readouterr().out
