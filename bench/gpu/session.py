@@ -81,9 +81,8 @@ class Session:
                 store.write(self.out / store.TABLE, (self.table() + "\n").encode())
                 if tuned := self._tuned():
                     store.write(self.out / store.TUNED, store.dumps(tuned))
-                left_out = store.pack(self.work, self.out / store.TAR)
-                if left_out != self.state["left_out"]:
-                    self.state["left_out"] = left_out
+                if left_out := store.pack(self.work, self.out / store.TAR):
+                    self.state["left_out"] += left_out
                     store.write(self.out / store.STATE, store.dumps(self.state))
                 return
             except OSError as error:

@@ -47,7 +47,8 @@ B16 = f"{TRAIN} --batch-size {{large}} --rounds {{rounds}} --steps {{steps}} --v
 B4 = f"{TRAIN} --batch-size {{small}} --rounds {{rounds}} --steps {{steps}} --variants"
 OWN = "fastgpt fastgpt-nologits fastgpt-step fastgpt-step-graph"
 # the record is written after every variant: what is cut off comes last
-COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt-compile fastgpt-compile-ops"
+COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt fastgpt-compile fastgpt-compile-ops"
+COMPILED += " nanogpt fastgpt-nologits liger-fused"  # so that its record shows all there is
 PROFILE = "bench.profiler --out {out} --size {size} --batch-size {large} --variant"
 OPS = (
     "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"

@@ -111,7 +111,7 @@ def tidy(folder: Path) -> list[str]:
 
 
 def pack(work: Path, path: Path, limit: int = LIMIT) -> list[str]:
-    """Write a tar of `work` that is within `limit`; the names of what was left out for that.
+    """Write a tar of `work` that is within `limit`; the names of what was deleted for that.
 
     The largest profiles go first, then other large files, records last.
     """
@@ -128,12 +128,13 @@ def pack(work: Path, path: Path, limit: int = LIMIT) -> list[str]:
         if len(packed) <= limit or not files:
             write(path, packed)
             return left_out
-        left_out.append(str(files.pop().relative_to(work)))
+        left_out.append(str(files[-1].relative_to(work)))
+        files.pop().unlink()
 
 
 def _tar(work: Path, files: list[Path]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=5) as tar:
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=3) as tar:
         for file in files:
             with contextlib.suppress(OSError):
                 tar.add(file, str(file.relative_to(work)), recursive=False)
