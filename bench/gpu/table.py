@@ -26,7 +26,7 @@ def table(state: State, stages: tuple[Stage, ...], left_out: Callable[[Stage], s
         entry = state["stages"].get(stage.name)
         if entry is None:
             why = left_out(stage)
-            below.append((0, [f"{stage.name:26}{f'left out: {why}' if why else 'not run yet'}"]))
+            below.append((0, [f"{stage.name:27}{f'left out: {why}' if why else 'not run yet'}"]))
             continue
         below.append((0, [_stage(stage.name, entry, doubts)]))
         for row in _detail(entry, doubts):
@@ -72,7 +72,7 @@ def _stage(name: str, entry: dict[str, Any], doubts: dict[str, str]) -> str:
     if entry["tries"] > 1:
         ended += f" (try {entry['tries']})"
     parts = [ended, *([said] if said else []), *entry.get("notes", [])]
-    return f"{name:26}{_number(entry.get('seconds'), '.0f'):>4} s {': '.join(parts)}"
+    return f"{name:27}{_number(entry.get('seconds'), '.0f'):>4} s {': '.join(parts)}"
 
 
 def _summary(found: dict[str, Any], doubts: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import keeper, results, session, stages, store, table
+from bench.gpu import install, keeper, results, session, stages, store, table
 from bench.harness import record
 from fastgpt import backend
 
@@ -330,7 +330,7 @@ def test_rehearsal_and_then_more_of_it(tmp_path):
     state = store.read(tmp_path / store.STATE)
     assert ended(state) == {"gemm": "done", "adamw": "done"} and len(state["calls"]) == 2
     assert len(state["stages"]["gemm"]["results"]["rows"]) == 15
-    assert "REHEARSAL" in done.stdout and "fastgpt" in done.stdout
+    assert "REHEARSAL" in done.stdout and "AdamW, clip and copy" in done.stdout
     with pytest.raises(ValueError, match="is a rehearsal, this call is not"):
         session.Session(tmp_path, 10).load(None)
 
@@ -414,7 +414,7 @@ def contents(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
-def install(root: Path, folder: Path) -> tuple[int, str]:
+def as_command(root: Path, folder: Path) -> tuple[int, str]:
     command = [sys.executable, "-m", "bench.gpu", "--install", str(folder)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
@@ -443,16 +443,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_refused_and_nothing_installed(tree, tmp_path, name):
+def test_what_is_wrong_is_refused_and_nothing_installed(tree, tmp_path, capsys, name):
     records, state, why = WRONG[name]
     before = contents(tree)
-    code, said = install(tree, brought_back(tmp_path / "in", *records, **state))
-    assert code in (1, 2) and why in said, said
+    code = install.main(brought_back(tmp_path / "in", *records, **state), tree)
+    assert code in (1, 2) and why in (said := capsys.readouterr().err), said
     assert contents(tree) == before
 
 
 @pytest.mark.parametrize("missing", [store.STATE, store.TAR])
-def test_a_missing_or_torn_file_is_named(tree, tmp_path, missing):
+def test_a_missing_or_torn_file_is_named(tree, tmp_path, capsys, missing):
     folder = brought_back(tmp_path / "in", train())
     whole = (folder / missing).read_bytes()
     for content in (None, whole[: len(whole) // 2], b"garbage"):
@@ -460,8 +460,8 @@ def test_a_missing_or_torn_file_is_named(tree, tmp_path, missing):
         if content is not None:
             (folder / missing).write_bytes(content)
         before = contents(tree)
-        code, said = install(tree, folder)
-        assert code == 2 and str(folder / missing) in said
+        assert install.main(folder, tree) == 2
+        assert str(folder / missing) in capsys.readouterr().err
         assert contents(tree) == before
 
 
@@ -477,7 +477,7 @@ def test_records_tables_and_docs_are_put_in_their_places(tree, tmp_path):
     short = train(date="2026-12-01T11:00:00+00:00")
     short["rows"] = short["rows"][:1] + [{"variant": "fastgpt", "problem": "cut off"}]
     records = [train(), short, ops("layer_norm"), ops("mlp"), ops("mlp", ("eager", "own GEMM"))]
-    code, said = install(tree, brought_back(tmp_path / "in", *records))
+    code, said = as_command(tree, brought_back(tmp_path / "in", *records))
     assert code == 0, said
     trained, of_ops = (
         json.loads(next((tree / "bench/results/nvidia-h200").glob(f"{bench}-*")).read_text())
@@ -500,8 +500,7 @@ def test_records_tables_and_docs_are_put_in_their_places(tree, tmp_path):
     text = (tree / "docs/performance.md").read_text()
     assert "## NVIDIA H200" in text and "the GPU suite failed" in text
     before = contents(tree)
-    code, said = install(tree, tmp_path / "in")  # once more
-    assert code == 0 and contents(tree) == before
+    assert install.main(tmp_path / "in", tree) == 0 and contents(tree) == before  # once more
 
 
 def test_the_keeper_takes_in_what_a_command_prints_last(tmp_path):
