@@ -80,6 +80,12 @@ def _contents(folder: Path, root: Path) -> dict[Path, bytes]:
     ]
     if not found:
         raise Refused(f"{folder / store.TAR} holds no record")
+    there = {name for name, _ in store.members(folder / store.TAR)}
+    for name, entry in state["stages"].items():
+        for one in entry.get("results", {}).get("records", []):
+            if f"{name}/{one['file']}" not in there:
+                print(f"{name}/{one['file']} is not in {store.TAR}: an earlier call's has it",
+                      file=sys.stderr)  # fmt: skip
     doubts = results.flags(state)
     files = dict(_placed(best(merged(found)), doubts, root))
     if (path := folder / store.TUNED).exists():

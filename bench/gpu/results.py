@@ -64,6 +64,15 @@ def collect(out: Path) -> dict[str, Any]:
     return found
 
 
+def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What two tries have found: the second's, and what it had not come to (or whose files were
+    left on another machine)."""
+    files = {record["file"] for record in found.get("records", [])}
+    old = [record for record in before.get("records", []) if record["file"] not in files]
+    both = {**before, **found}
+    return both | ({"records": old + found.get("records", [])} if "records" in both else {})
+
+
 def wrote_something(found: dict[str, Any]) -> bool:
     return bool(found.keys() - {"last"})
 

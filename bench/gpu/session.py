@@ -190,9 +190,13 @@ class Session:
     def run(self, stage: Stage) -> bool:
         """Whether it ended by itself, so that the device can be trusted."""
         entries = self.state["stages"]
-        tries = entries.get(stage.name, {}).get("tries", 0) + 1
-        entry = entries[stage.name] = {"tries": tries, "ended": RUNNING, "done": False}
-        entry["device"] = self.device()
+        before = entries.get(stage.name, {"tries": 0})
+        entry = entries[stage.name] = {
+            "tries": before["tries"] + 1,
+            "ended": RUNNING,
+            "done": False,
+        }
+        entry |= {"device": self.device(), "results": before.get("results", {})}
         self.save()
         seconds = max(1.0, min(stage.seconds, self.left()))
         print(f"{stage.name}: at most {seconds:.0f} s, {self.left():.0f} s are left", flush=True)
@@ -218,6 +222,7 @@ class Session:
         found = results.collect(folder)
         if ended == DONE and not results.wrote_something(found):
             entry["done"], ended = False, "ended without a result"
+        found = results.joined(entry.get("results", {}), found)
         entry |= {"ended": ended, "results": found, "notes": notes}
 
     def _run(self, stage: Stage, seconds: float) -> keeper.Outcome:
