@@ -72,7 +72,7 @@ def _copied(result: Any) -> Any:
 
 
 def _fc(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
-    from fastgpt.kernels import gelu_mlp, gemm_gelu
+    from fastgpt.kernels import gemm_gelu, mlp
 
     x, w, b = (torch.randn(s, device=device).to(dtype) for s in ((M, C), (4 * C, C), (4 * C,)))
     w *= C**-0.5
@@ -83,13 +83,13 @@ def _fc(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
 
     return {
         "eager": eager,
-        "cuBLAS and a pass": functools.partial(gelu_mlp.cublas_gelu, x, w, b, False),
+        "cuBLAS and a pass": functools.partial(mlp.cublas.forward, x, w, b, False),
         "own GEMM": functools.partial(gemm_gelu.forward, x, w, b, False),
     }
 
 
 def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
-    from fastgpt.kernels import gelu_mlp, gemm_gelu
+    from fastgpt.kernels import gemm_gelu, mlp
 
     shapes = (M, C), (C, 4 * C), (M, 4 * C)
     dy, w, h = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
@@ -100,7 +100,7 @@ def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants
 
     return {
         "eager": eager,
-        "cuBLAS and a pass": functools.partial(gelu_mlp.cublas_dgrad, dy, w, h, False, True, True),
+        "cuBLAS and a pass": functools.partial(mlp.cublas.dgrad, dy, w, h, False, True, True),
         "own GEMM": functools.partial(gemm_gelu.dgrad, dy, w, h, False, True, True),
     }
 

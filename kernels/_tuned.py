@@ -1,4 +1,4 @@
-"""What was measured on a device goes before what the kernel files and tables.py guess.
+"""What was measured on a device goes before what the kernel files and backend.py guess.
 
 A device's entry holds "implementations", op -> name, and "configs", kernel and shape -> launch
 configuration. SHIPPED, in tuned.json, comes from GPU sessions (`bench.gpu --install`); `fastgpt

@@ -30,9 +30,9 @@ _OPS = {
     "add_layer_norm": ("add_layer_norm",),
     "layer_norm": ("layer_norm",),
     "linear_gelu": ("linear_gelu",),
-    "gelu_mlp": ("linear_gelu", "mlp"),
     "gelu": ("linear_gelu",),
     "mlp": ("mlp",),
+    "test_mlp.py": ("linear_gelu", "mlp"),
     "adamw": ("adamw",),
     "optim": ("adamw",),
     "head_dims": ("causal_attention", "packed_causal_attention"),
@@ -143,11 +143,11 @@ def _tests(out: Path) -> dict[str, Any]:
 
 def ops_of(test: str) -> tuple[str, ...]:
     """The ops whose rows a failure of `test` puts in doubt; () for what is about whole models."""
-    name = test.lower()
-    hits = [part for part in _OPS if part in name]
-    if not hits:
-        return ()
-    return _OPS[max(hits, key=len)]
+    file, _, name = test.lower().partition("::")
+    for text in (name, file):
+        if hits := [part for part in _OPS if part in text]:
+            return _OPS[max(hits, key=len)]
+    return ()
 
 
 def flags(state: store.State) -> dict[str, str]:

@@ -208,10 +208,10 @@ def _race(
     expected = run(getattr(reference, op), "torch")
     variants: dict[str, Callable[[], Any]] = {}
     rows: list[dict[str, Any]] = []
-    for name in ("torch", *backend.KERNELS[op]):
+    for name in ("torch", *backend.OPS[op].implementations):
         variant = functools.partial(run, getattr(ops, op), name)
         try:
-            why_not = name != "torch" and ops.why_not(op, name, tuple(leaves), facts)
+            why_not = name != "torch" and backend.why_not(op, name, tuple(leaves), facts)
             if why_not:
                 raise RuntimeError(why_not)
             if not (error := distance(variant(), expected)) < 0.03:

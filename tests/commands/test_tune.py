@@ -42,7 +42,7 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
 
 def test_implementations_race_and_the_fastest_is_chosen():
     rows = tune.implementations(torch.device(DEVICE), SMALL, 0.1)
-    assert {row["op"] for row in rows} == set(backend.KERNELS) - {"block", "adamw"}
+    assert {row["op"] for row in rows} == set(backend.OPS) - {"block", "adamw"}
     entry = tune.choose(rows, [])
     for op, winner in entry["implementations"].items():
         timed = {
@@ -67,14 +67,14 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_what_was_measured_decides(cache):
-    from fastgpt import tables
-
-    assert tables.implementation("mlp", "NVIDIA H200") == ("cublas", "the conservative choice")
+    assert backend.measured("mlp", "NVIDIA H200") is None
     cache.parent.mkdir(parents=True)
-    tune._write(cache, {"date": "2026-01-02", "implementations": {"mlp": "triton"}, "configs": {}})
-    chosen, why = tables.implementation("mlp", "NVIDIA H200")
+    won = {"mlp": "triton", "layer_norm": "an implementation of another release"}
+    tune._write(cache, {"date": "2026-01-02", "implementations": won, "configs": {}})
+    chosen, why = backend.measured("mlp", "NVIDIA H200")
     assert chosen == "triton" and "2026-01-02" in why
-    assert tables.implementation("layer_norm", "NVIDIA H200")[1] == "the conservative choice"
+    assert backend.measured("layer_norm", "NVIDIA H200") is None
+    assert backend.measured("add_layer_norm", "NVIDIA H200") is None
 
 
 def test_a_broken_file_is_ignored_with_a_warning(cache):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 HUGE = "tests/gpu/test_huge.py"
 SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
 KERNELS = [
-    *(f"kernels/test_{name}" for name in ("layer_norm", "gelu_mlp", "cross_entropy", "attention")),
+    *(f"kernels/test_{name}" for name in ("layer_norm", "mlp", "cross_entropy", "attention")),
     *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
     "commands/test_tune",
 ]
