@@ -308,7 +308,7 @@ def test_our_own_comes_last_and_each_op_is_alone():
     last = [stage.last for stage in stages.STAGES]
     assert last == sorted(last) and {"own-gemm", "tune"} <= set(names[last.index(True) :])
     with_op = {word for stage in stages.STAGES for word in stage.command.split()}
-    assert set(backend.KERNELS) - {"block"} <= with_op  # those have no op to call
+    assert set(backend.OPS) - {"block"} <= with_op  # those have no op to call
 
 
 @pytest.mark.skipif(os.environ.get("FASTGPT_DEEP") != "1", reason="minutes; make test-deep")
