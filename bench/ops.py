@@ -31,6 +31,7 @@ from fastgpt import devices, reference
 
 Row = dict[str, Any]
 SAMPLES = 50  # kept of each variant
+OPS = [case.op for case in cases(torch.device("cpu"), torch.float32, 64, 64, 64)]
 
 
 def measure(
@@ -178,7 +179,11 @@ class Run:
         _check(M, C, V, args.seconds)
         self.results, self.seconds = args.results, args.seconds
         self.settings = {"M": M, "C": C, "V": V, "dtype": str(self.dtype).removeprefix("torch.")}
-        self.cases = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
+        found = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
+        self.cases = {op: case for op, case in found.items() if op in (args.op or found)}
+        if len(self.cases) < len(found):
+            self.settings["only"] = sorted(self.cases)
+        self.without = args.without or ()
         self.machine, self.gpu = machine.check(), nvidia_smi.reading()
         self.ceilings = roofline.measure(self.device, self.dtype, min(2.0, args.seconds))
         self._rows: dict[str, list[Row]] = {}
@@ -187,7 +192,8 @@ class Run:
         if op not in self._rows:
             case = self.cases[op]
             try:
-                self._rows[op] = measure(case, self.device, self.seconds, self.ceilings)
+                variants = [name for name in peers(op) if name not in self.without]
+                self._rows[op] = measure(case, self.device, self.seconds, self.ceilings, variants)
             except torch.OutOfMemoryError as error:
                 problem = f"{case.shape} does not fit: {str(error)[:200]}"
                 self._rows[op] = [{"op": op, "variant": "eager", "problem": problem}]
@@ -221,6 +227,8 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--width", type=int, default=768, help="C, a multiple of 64")
     add("--vocabulary", type=int, default=50304, help="V")
     add("--seconds", type=float, default=5.0, help="for the samples of one op")
+    add("--op", nargs="+", choices=OPS, default=None, help="all, unless named")
+    add("--without", nargs="+", default=None, metavar="VARIANT", help="not to be run")
     add("--results", type=Path, default=record.RESULTS, help="folder of the records")
 
 

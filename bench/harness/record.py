@@ -52,13 +52,18 @@ def new(
     }
 
 
-def save(record: Record, results: Path = RESULTS) -> Path:
-    """Write it to results/<device>/<bench>-<date>.json, or beside one that has this name."""
-    folder = results / slug(record["environment"]["device"])
-    folder.mkdir(parents=True, exist_ok=True)
+def path_of(record: Record, results: Path = RESULTS) -> Path:
+    """results/<device>/<bench>-<date>.json, or the next name that is free: none is overwritten."""
     stem = f"{record['bench']}-{re.sub('[^0-9T]', '', record['date'][:19])}"
+    folder = results / slug(record["environment"]["device"])
     paths = (folder / f"{stem}{f'-{n}' if n else ''}.json" for n in range(10**6))
-    path = next(p for p in paths if not p.exists())
+    return next(p for p in paths if not p.exists())
+
+
+def save(record: Record, results: Path = RESULTS) -> Path:
+    """Write it to its path, which is returned."""
+    path = path_of(record, results)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write(record, path)
     return path
 

@@ -129,8 +129,9 @@ def _section(run: Record, records: Sequence[Record]) -> Iterator[str]:
     yield markdown.figures(run) + "\n"
     if limits := markdown.limits(run, records):
         yield limits + "\n"
-    if doubted := markdown.flags(run):
-        yield "\n".join(doubted) + "\n"
+    if doubted := [row for row in run["rows"] if "flag" in row and "problem" not in row]:
+        yield "To be doubted:\n"
+        yield "\n".join(f"- {markdown.name(row)}: {row['flag']}" for row in doubted) + "\n"
     refused = [row for row in run["rows"] if "problem" in row]
     if refused:
         yield "Without a time:\n"

@@ -68,12 +68,8 @@ def rate(row: Row) -> str:
 
 
 def variant(row: Row) -> str:
-    """Its name; "(!)" where the figures are to be doubted, which `flags` explains."""
+    """Its name; "(!)" where the figures are to be doubted: the row's "flag" says why."""
     return f"{row['variant']} (!)" if "flag" in row else row["variant"]
-
-
-def flags(run: Record) -> list[str]:
-    return [f"- (!) {name(row)}: {row['flag']}" for row in run["rows"] if "flag" in row]
 
 
 OTHERWISE: dict[str, Cell] = {

@@ -81,7 +81,7 @@ def _run_launchers(dtype: torch.dtype) -> None:
         attention,
         cross_entropy,
         embedding,
-        gelu_mlp,
+        gelu,
         gemm_gelu,
         layer_norm,
     )
@@ -100,8 +100,8 @@ def _run_launchers(dtype: torch.dtype) -> None:
     gemm_gelu.forward(x, meta(4 * C, C), None, False)
     for tanh in (False, True):
         h, _ = gemm_gelu.forward(x, meta(4 * C, C), meta(4 * C), tanh)
-        gelu_mlp.gelu_forward(h, tanh)
-        gelu_mlp.gelu_backward(h, h, tanh, True, True)
+        gelu.gelu_forward(h, tanh)
+        gelu.gelu_backward(h, h, tanh, True, True)
         gemm_gelu.dgrad(x, meta(C, 4 * C), h, tanh, True, True)
     gemm_gelu.forward(meta(M, C + 1), meta(4 * C, C + 1), meta(4 * C), False)  # nothing for TMA
     heads = [(64, 0.0)]

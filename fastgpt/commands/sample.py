@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import data
-from fastgpt.commands import convert
+from fastgpt import checkpoint, data
 from fastgpt.devices import autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
 from fastgpt.weights import SIZES
@@ -89,8 +88,8 @@ def main(args: argparse.Namespace) -> int:
         model = GPT.from_pretrained(args.pretrained, {"gelu": "tanh"})
         tokenizer = data.GPT2()
     else:
-        saved = convert.load_checkpoint(args.out / "ckpt.pt")
-        model = convert.load_model(saved)
+        saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
+        model = checkpoint.load_model(saved)
         tokenizer = data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
     model.to(device).eval()
 

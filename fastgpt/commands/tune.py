@@ -1,10 +1,10 @@
 """`fastgpt tune`: measure this device once, so that dispatch and launches follow the measurement.
 
 Two searches: which launch configuration of every kernel, against today's; and which implementation
-of every op, forward and backward together, against the conservative choice (tables.py). A candidate
-that computes something else, or cannot run, is no candidate, and one that is faster by less than
-MARGIN changes nothing. The transformer block is raced as a whole: fused, or module by module. Its
-parts on their own do not decide that.
+of every op, forward and backward together, against the choice where nobody measured (backend.py). A
+candidate that computes something else, or cannot run, is no candidate, and one that is faster by
+less than MARGIN changes nothing. The transformer block is raced as a whole: fused, or module by
+module. Its parts on their own do not decide that.
 
 What wins is written to the user's cache folder (kernels/_tuned.py), where every process of the
 machine reads it.
@@ -26,15 +26,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt import GPT, GPTConfig, backend, ops, reference, tables, use_backend
+from fastgpt import GPT, GPTConfig, backend, examples, ops, reference, use_backend
 from fastgpt.devices import autocast
-from fastgpt.environment import backend_report
+from fastgpt.examples import example, outline
 from fastgpt.kernels import _tuned
 from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
 MARGIN = 1.02  # what a winner must be faster by: less is noise
-# The ops inside a block, and the implementations that fused/whole.py can make a fused one of.
+# The ops inside a block, and the implementations that fused/launchers.py can make a fused one of.
 FUSABLE = {
     "add_layer_norm": ("triton",),
     "mlp": ("triton", "cublas"),
@@ -192,53 +192,35 @@ def distance(ours: Any, theirs: Any) -> float:
 
 def implementations(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
     """A row per op and implementation that runs here: the time of forward and backward."""
-    M, C, D, V, dtype = sizes
-    T = min(M, 1024)
-
-    def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    wide = rand(4 * C, C, scale=C**-0.5)
-    heads = [rand(M // T, C // D, T, D) for _ in range(3)]
-    ids, weight = torch.randint(V, (M,), device=device), rand(V, C, scale=C**-0.5)
-    narrow, head = rand(C, 4 * C, scale=0.5 * C**-0.5), dict(head_dim=D, dropout_p=0.0)
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {  # op -> arguments, facts
-        "packed_causal_attention": ((rand(M // T, T, 3 * C), C // D), head),
-        "causal_attention": ((*heads,), head),
-        "mlp": ((rand(M, C), wide, rand(4 * C), narrow, rand(C)), {}),
-        "linear_gelu": ((rand(M, C), wide, rand(4 * C)), {}),
-        "linear_cross_entropy": ((rand(M, C), weight, ids), {}),
-        "cross_entropy": ((rand(M, V), ids), {}),
-        "add_layer_norm": ((rand(M, C), rand(M, C), rand(C)), dict(width=C)),
-        "layer_norm": ((rand(M, C), rand(C)), dict(width=C)),
-    }
-    share = seconds / (len(calls) + 1)
-    rows = [row for op, call in calls.items() for row in _race_op(op, *call, device, share)]
+    raced = [op for op in backend.OPS if hasattr(ops, op)]
+    share = seconds / (len(raced) + 1)
+    rows = [row for op in raced for row in _race_op(op, device, sizes, share)]
     return rows + _race_block(device, sizes, rows, share)
 
 
-def _race_op(
-    op: str,
-    inputs: tuple[Any, ...],
-    facts: dict[str, Any],
-    device: torch.device,
-    seconds: float,
-) -> list[dict[str, Any]]:
-    leaves = [t.requires_grad_() for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+def _race_op(op: str, device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
+    inputs, options, facts = example(op, _of_a_batch(sizes), device, sizes.dtype)
+    tensors = tuple(t for t in inputs if t is not None)
+    leaves = [t.requires_grad_() for t in tensors if t.is_floating_point()]
 
     def run(function: Callable[..., Any], implementation: str) -> list[Tensor]:
         with use_backend("auto", **{op: implementation}):
-            out = function(*inputs)
+            out = function(*inputs, **options)
             outs = list(out) if isinstance(out, tuple) else [out]
             grads = [torch.ones_like(t) for t in outs]
             return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 
     def why_not(implementation: str) -> str | None:
-        return ops.why_not(op, implementation, tuple(leaves), facts)
+        return backend.why_not(op, implementation, tensors, facts)
 
     expected = run(getattr(reference, op), "torch")
     call = functools.partial(run, getattr(ops, op))
     return _race(op, call, why_not, expected, device, seconds)
+
+
+def _of_a_batch(sizes: Sizes) -> examples.Sizes:
+    T = min(sizes.M, 1024)
+    return examples.Sizes(sizes.M // T, T, sizes.C, sizes.C // sizes.D, sizes.V)
 
 
 def _race_block(
@@ -246,30 +228,34 @@ def _race_block(
 ) -> list[dict[str, Any]]:
     """A training step's block, fused or module by module, each of the fastest parts for it. It is a
     model's only block, between an embedding and a head of 64 tokens."""
-    M, C, D, _, dtype = sizes
-    T = min(M, 1024)
+    B, T, C, H, _ = _of_a_batch(sizes)
     with contextlib.redirect_stdout(io.StringIO()), device:
-        model = GPT(GPTConfig(T, 64, 1, C // D, C, bias=False, return_logits=False))
-    idx, parameters = torch.randint(64, (M // T, T), device=device), list(model.parameters())
+        model = GPT(GPTConfig(T, 64, 1, H, C, bias=False, return_logits=False))
+    idx, parameters = torch.randint(64, (B, T), device=device), list(model.parameters())
+    (qkv,), _, facts = outline("block", _of_a_batch(sizes), device, sizes.dtype)
+    assert qkv is not None
     times = _times(races)
 
     def backend_of(implementation: str) -> use_backend:
         parts = _fastest_parts(times, fused=implementation != "torch")
         return use_backend("auto", block=implementation, **parts)
 
-    def run(implementation: str) -> list[Tensor]:
-        with backend_of(implementation), autocast(device, dtype):
+    def step() -> list[Tensor]:
+        with autocast(device, sizes.dtype):
             _, loss = model(idx, idx)
-            return [loss, *torch.autograd.grad(loss, parameters)]
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    def run(implementation: str) -> list[Tensor]:
+        with backend_of(implementation):
+            return step()
 
     def why_not(implementation: str) -> str | None:
         with backend_of(implementation):
-            running, reason = backend_report()["block"]
+            running, reason = backend.explain("block", (qkv,), facts)
         return None if running == implementation else reason
 
-    with use_backend("torch"), autocast(device, dtype):
-        _, loss = model(idx, idx)
-    expected = [loss, *torch.autograd.grad(loss, parameters)]
+    with use_backend("torch"):
+        expected = step()
     return _race("block", run, why_not, expected, device, seconds)
 
 
@@ -284,7 +270,7 @@ def _race(
     """A row per implementation that `run` is called with: its time, or why it has none."""
     variants: Variants = {}
     rows: list[dict[str, Any]] = []
-    for name in ("torch", *backend.KERNELS[op]):
+    for name in ("torch", *backend.OPS[op].implementations):
         try:
             if name != "torch" and (problem := why_not(name)):
                 raise RuntimeError(problem)
@@ -308,8 +294,8 @@ def _times(races: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def fastest(op: str, times: dict[str, float]) -> str:
-    """The conservative choice, unless another is faster than it by MARGIN or it has no time."""
-    best, usual = min(times, key=times.__getitem__), tables.CONSERVATIVE[op]
+    """The choice where nobody measured, unless it has no time or another is faster by MARGIN."""
+    best, usual = min(times, key=times.__getitem__), backend.OPS[op].unmeasured
     beaten = usual not in times or times[usual] > MARGIN * times[best]
     return best if beaten else usual
 

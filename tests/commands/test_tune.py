@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from fastgpt import backend, ops, tables, use_backend
+from fastgpt import backend, ops, use_backend
 from fastgpt.commands import tune
 from fastgpt.kernels import _launch, _tuned, layer_norm
 from tests.close import DEVICE
@@ -51,7 +51,7 @@ def test_a_search_in_place_is_held_against_fresh_results(monkeypatch):
 
 def test_every_op_is_raced_and_the_block_as_a_whole():
     rows = tune.implementations(torch.device(DEVICE), SMALL, 0.1)
-    assert {row["op"] for row in rows} == set(backend.KERNELS) - {"adamw"}
+    assert {row["op"] for row in rows} == set(backend.OPS) - {"adamw"}
     timed = {(row["op"], row["variant"]) for row in rows if "microseconds" in row}
     assert {("block", "torch"), ("block", "triton" if DEVICE == "cuda" else "aten")} <= timed
     assert set(tune.choose(rows, [])["implementations"]) == {op for op, _ in timed}
@@ -61,15 +61,13 @@ def race(monkeypatch, **times: dict[str, float]) -> dict[str, str]:
     """What is chosen where `in_turns` gives these microseconds, and 100 for what is not named."""
 
     def in_turns(variants, device, seconds):
-        op = next(ops)
-        return {name: [1e-6 * times.get(op, {}).get(name, 100.0)] * 3 for name in variants}
+        return {name: [1e-6 * times.get(raced[-1], {}).get(name, 100.0)] * 3 for name in variants}
 
     def race_of(op, run, why_not, expected, device, seconds):
+        raced.append(op)
         return original(op, lambda name: expected, lambda name: None, expected, device, seconds)
 
-    ops = iter(["packed_causal_attention", "causal_attention", "mlp", "linear_gelu",
-                "linear_cross_entropy", "cross_entropy", "add_layer_norm", "layer_norm",
-                "block"])  # fmt: skip
+    raced = []
     original = tune._race
     monkeypatch.setattr(tune, "_race", race_of)
     monkeypatch.setattr(tune, "in_turns", in_turns)
@@ -79,8 +77,8 @@ def race(monkeypatch, **times: dict[str, float]) -> dict[str, str]:
 
 def test_a_tie_and_a_hair_leave_the_conservative_choice(monkeypatch):
     hair = dict.fromkeys(("torch", "flash-attn", "aten"), 99.0)
-    chosen = race(monkeypatch, **dict.fromkeys(backend.KERNELS, hair))
-    assert chosen == {op: tables.CONSERVATIVE[op] for op in chosen} and "mlp" in chosen
+    chosen = race(monkeypatch, **dict.fromkeys(backend.OPS, hair))
+    assert chosen == {op: backend.OPS[op].unmeasured for op in chosen} and "mlp" in chosen
 
 
 def test_what_wins_by_the_margin_is_chosen(monkeypatch):
@@ -138,14 +136,14 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_what_was_measured_decides(cache):
-    from fastgpt import tables
-
-    assert tables.implementation("mlp", "NVIDIA H200") == ("cublas", "the conservative choice")
+    assert backend.measured("mlp", "NVIDIA H200") is None
     cache.parent.mkdir(parents=True)
-    tune._write(cache, {"date": "2026-01-02", "implementations": {"mlp": "triton"}, "configs": {}})
-    chosen, why = tables.implementation("mlp", "NVIDIA H200")
+    won = {"mlp": "triton", "layer_norm": "an implementation of another release"}
+    tune._write(cache, {"date": "2026-01-02", "implementations": won, "configs": {}})
+    chosen, why = backend.measured("mlp", "NVIDIA H200")
     assert chosen == "triton" and "2026-01-02" in why
-    assert tables.implementation("layer_norm", "NVIDIA H200")[1] == "the conservative choice"
+    assert backend.measured("layer_norm", "NVIDIA H200") is None
+    assert backend.measured("add_layer_norm", "NVIDIA H200") is None
 
 
 def test_a_broken_file_is_ignored_with_a_warning(cache):

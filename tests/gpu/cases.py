@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops, reference
-from fastgpt.kernels import gelu_mlp, gemm_gelu
+from fastgpt.kernels import mlp
 from tests.close import DEVICE, evaluate, randn
 
 
@@ -104,10 +104,10 @@ def _targets(s: Sizes) -> Tensor:
 CASES: dict[str, Callable[[Sizes, torch.dtype], Case]] = {
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
-    "linear_gelu, cuBLAS GEMM": functools.partial(_linear_gelu, gelu_mlp),
-    "linear_gelu, Triton GEMM": functools.partial(_linear_gelu, gemm_gelu),
-    "mlp, cuBLAS GEMM": functools.partial(_mlp, gelu_mlp),
-    "mlp, Triton GEMM": functools.partial(_mlp, gemm_gelu),
+    "linear_gelu, cuBLAS GEMM": functools.partial(_linear_gelu, mlp.cublas),
+    "linear_gelu, Triton GEMM": functools.partial(_linear_gelu, mlp.own),
+    "mlp, cuBLAS GEMM": functools.partial(_mlp, mlp.cublas),
+    "mlp, Triton GEMM": functools.partial(_mlp, mlp.own),
     "causal_attention": _attention,
     "packed_causal_attention": _packed,
     "cross_entropy": _cross_entropy,
