@@ -193,7 +193,7 @@ def _shipped(path: Path, device: str, root: Path) -> bytes:
     ):
         raise Refused(f"{path} is no entry of fastgpt tune: it needs {', '.join(kinds)}")
     for op, name in entry["implementations"].items():
-        if name not in (*backend.KERNELS.get(op, ()), "torch") or op not in backend.KERNELS:
+        if op not in backend.OPS or name not in (*backend.OPS[op].implementations, "torch"):
             raise Refused(f"{path} chooses {name!r} for {op!r}, which this checkout has not")
     for kernel, config in entry["configs"].items():
         tiles = config if isinstance(config, list) else [config]
