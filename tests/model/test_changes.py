@@ -23,9 +23,10 @@ from tests.model.changes import CHANGES
 from tests.model.changes.sizes import SIZES
 
 THEIRS: Any = nanogpt.original() or nanogpt
-TOLERANCE = 2e-5  # of the largest element: rounding in fp32, some layers and ten steps later
-# Where blocks as built run in bfloat16, and round what nanoGPT rounds, but not at the same places.
-IN_BFLOAT16, LOW_TOLERANCE = {"bfloat16", "bfloat16_autocast"}, 5e-2
+TOLERANCE = 2e-5  # of the largest element: rounding in fp32, some layers later
+AFTER_STEPS = 1e-3  # of a loss: Adam turns the rounding of a small gradient into a step's length
+# Where fastgpt rounds to fewer bits what nanoGPT rounds, but not at the same places.
+ROUNDED, LOW_TOLERANCE = {"bfloat16", "bfloat16_autocast", "rounded_saved_tensors"}, 5e-2
 
 # Not nanoGPT's result but an error, whose message holds these words.
 REFUSED: dict[str, str] = {}
@@ -169,8 +170,13 @@ def check(names: tuple[str, ...], probe: Any) -> None:
         return
     if isinstance(ours, Exception):
         raise ours
-    allowed = LOW_TOLERANCE if set(names) & IN_BFLOAT16 else TOLERANCE
-    assert difference(ours, theirs) <= allowed
+    assert difference(ours, theirs) <= allowed(names, probe)
+
+
+def allowed(names: tuple[str, ...], probe: Any) -> float:
+    if probe is ten_steps:  # which clips and updates what is in bfloat16 in another order
+        return LOW_TOLERANCE if any("bfloat16" in name for name in names) else AFTER_STEPS
+    return LOW_TOLERANCE if set(names) & ROUNDED else TOLERANCE
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.__name__)

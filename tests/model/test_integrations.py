@@ -17,7 +17,7 @@ IDX, TARGETS = batch()
 def agree(function: Any, **tolerance: float) -> None:
     """`function` of either model gives the same tensors."""
     ours, theirs = (function(built(library, (), ExitStack())) for library in (fastgpt, THEIRS))
-    torch.testing.assert_close(ours, theirs, **(tolerance or dict(rtol=1e-4, atol=1e-5)))
+    torch.testing.assert_close(ours, theirs, **(tolerance or dict(rtol=1e-3, atol=1e-4)))
 
 
 def losses(model: Any, parameters: Any, steps: int = 3) -> list[torch.Tensor]:
