@@ -21,12 +21,12 @@ from fastgpt.fused.untouched import decodable
 
 @dataclass(frozen=True)
 class Sampling:
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0  # inf draws evenly; (B, 1) is one for each row
     top_k: int | None = None
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not isinstance(self.temperature, Tensor) and not self.temperature >= 0:  # NaN is not
             raise ValueError(f"temperature={self.temperature} must be 0 (argmax) or positive")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} keeps nothing; use None to keep every id")
@@ -35,7 +35,7 @@ class Sampling:
 
     def draw(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> ids (B, 1), consuming the generator exactly as nanoGPT does."""
-        if self.temperature == 0:
+        if not isinstance(self.temperature, Tensor) and self.temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits / self.temperature
         if self.top_k is not None:
