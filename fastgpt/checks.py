@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import init
-from fastgpt.interception import interception
+from fastgpt.implementations.interception import interception
 
 
 def check_config(config: Any, known: type) -> None:
@@ -67,7 +67,7 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
 
 def check_qkv(qkv: Tensor, C: int, n_embd: int) -> None:
     """Queries, keys and values (B, T, 3C) of an attention whose `n_embd` may have been changed."""
-    if qkv.size(-1) != 3 * n_embd or C != n_embd:
+    if qkv.size(-1) != 3 * n_embd or n_embd != C:
         raise ValueError(
             f"c_attn gave {tuple(qkv.shape)} for inputs of width {C}, and n_embd={n_embd}; the "
             "attention needs 3 * n_embd columns for inputs of width n_embd"

@@ -25,6 +25,7 @@ FILES = sorted(
 # no circle. What is in brackets is imported inside functions: importing fastgpt needs no triton.
 LAYERS = """
     reference kernels._tuned kernels._autograd timing init devices data weights
+    implementations.interception
     checks implementations.sdpa implementations.flash_attn implementations.aten
     linear_cross_entropy
     backend

@@ -1,9 +1,8 @@
 """Whether a GPT is as it was built: then its weights may be read and its modules' forwards skipped.
 
-The one place that answers this, for training, TrainStep and sampling alike. What a fork changes is
-either in a module (its class, hooks, attributes, weights), in a class, or in PyTorch's functions
-(interception.py); each is looked at where one of the questions below is asked, and nothing is
-remembered from one forward to the next.
+The one place that answers this, for training, TrainStep and sampling alike. A fork changes a module
+(its class, hooks, attributes, weights), a class, or PyTorch's functions (interception.py). All are
+looked at again in every forward: what was found in the last one may have changed since.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastgpt.fused.block import Settings, Weights
-from fastgpt.interception import from_pytorch, interception
+from fastgpt.implementations.interception import from_pytorch, interception
 
 # What a call of a module goes through, and reading an attribute of it.
 _METHODS = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
@@ -145,7 +144,9 @@ def block_as_built(block: Any) -> bool:
     return (
         all(untouched(m, "LayerNorm") for m in (block.ln_1, block.ln_2))
         and all(untouched(m, nn.Linear) for m in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
-        and all(untouched(m, nn.Dropout) and not m.inplace for m in (attn.resid_dropout, mlp.dropout))
+        and all(
+            untouched(m, nn.Dropout) and not m.inplace for m in (attn.resid_dropout, mlp.dropout)
+        )
     )
 
 

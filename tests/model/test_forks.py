@@ -83,7 +83,7 @@ def test_an_error_in_a_hook_is_the_callers_own():
 
     model = GPT(GPTConfig(**SIZES))
     model.transformer.wte.register_forward_hook(hook)
-    with pytest.raises(IndexError, match="^mine$"):
+    with pytest.raises(IndexError, match=r"^mine$"):
         model(torch.zeros(1, 3, dtype=torch.int64))
 
 

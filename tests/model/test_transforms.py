@@ -145,7 +145,7 @@ def test_batched_incoming_gradients(return_logits):
         loss = model(IDX, TARGETS)[1]
         return torch.autograd.grad(loss, list(model.parameters()), several, is_grads_batched=True)
 
-    with pytest.raises(RuntimeError, match="one incoming gradient at a time.*use_backend"):
+    with pytest.raises(RuntimeError, match=r"one incoming gradient at a time.*use_backend"):
         run(both()[0])
     with use_backend("torch"):
         agree(run)
