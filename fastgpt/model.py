@@ -34,6 +34,8 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
+    bias: Tensor  # (1, 1, T, T), 0 where nobody attends: what a fork registers for flash=False
+
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -51,7 +53,7 @@ class CausalSelfAttention(nn.Module):
         if self.flash:
             dropout_p = self.dropout if self.training else 0.0
             y = ops.packed_causal_attention(qkv, self.n_head, dropout_p)  # (B, T, C)
-        else:  # with a mask that a fork registered as `bias`
+        else:
             y = self._masked_attention(qkv)
         return self.resid_dropout(self.c_proj(y))
 
@@ -260,8 +262,10 @@ class GPT(nn.Module):
         which is filled up with it; the batch ends when every row has. Fills a key-value cache up to
         block_size; past it the window moves and is computed anew, as in nanoGPT.
         """
-        how = temperature, top_k, top_p, stop_token
-        return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *how)], dim=1)
+        self._check_tokens(idx, None)
+        how = sampling.Sampling(temperature, top_k, top_p)
+        new = sampling.stream(self, idx, max_new_tokens, how, stop_token, watched=False)
+        return torch.cat([idx, *new], dim=1)
 
     def generate_stream(
         self,

@@ -30,13 +30,13 @@ def _remember(kind: type[nn.Module], methods: dict[str, Any]) -> None:
 def remember(*kinds: type[nn.Module]) -> None:
     """For model.py, whose classes this file cannot import."""
     for kind in kinds:
-        inherited = {name: from_pytorch(getattr(kind, name)) for name in _METHODS}
+        inherited = {name: from_pytorch(kind, name) for name in _METHODS}
         _remember(kind, inherited | {"forward": kind.forward})
         _KINDS[kind.__name__] = kind
 
 
 for _kind in (nn.Linear, nn.GELU, nn.Dropout, nn.Embedding):
-    _remember(_kind, {name: from_pytorch(getattr(_kind, name)) for name in _METHODS})
+    _remember(_kind, {name: from_pytorch(_kind, name) for name in _METHODS})
 
 
 def calls_untouched() -> bool:
