@@ -9,7 +9,6 @@ import contextlib
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from bench.gpu.stages import PREFLIGHT, STAGES, Stage
 
 RUNNING, DONE = "running", "done"
 MAX_TRIES = 2
+SCRATCH = "scratch"  # beside the folders of the stages, and empty between them
 
 
 class Stopped(BaseException):
@@ -225,7 +225,9 @@ class Session:
     def _run(self, stage: Stage, seconds: float) -> keeper.Outcome:
         folder = stage.out(self.work)
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="fastgpt-stage-"))
+        scratch = self.work / SCRATCH
+        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
+        scratch.mkdir()
         try:
             values = self.given.values() | {"out": folder, "seconds": int(0.85 * seconds)}
             limits = self.limits._replace(seconds=seconds)

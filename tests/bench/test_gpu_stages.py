@@ -36,6 +36,7 @@ def test_what_was_carried_is_what_stages_are_given(tmp_path, monkeypatch):
     assert not site.exists()
     monkeypatch.setenv("NANOGPT_DIR", str(tmp_path / "elsewhere"))
     assert "NANOGPT_DIR" not in one.environment()
+    one.forget()
 
 
 class Parsed(Exception):
