@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import machine, record, roofline
+from bench.harness import machine, nvidia_smi, record, roofline
 from bench.harness.ceilings import Variants, in_turns
 from bench.harness.op_cases import Case, cases
 from bench.harness.roofline import Ceilings, Work
@@ -184,7 +184,7 @@ class Run:
         if len(self.cases) < len(found):
             self.settings["only"] = sorted(self.cases)
         self.without = args.without or ()
-        self.machine = machine.check()
+        self.machine, self.gpu = machine.check(), nvidia_smi.reading()
         self.ceilings = roofline.measure(self.device, self.dtype, min(2.0, args.seconds))
         self._rows: dict[str, list[Row]] = {}
 
@@ -204,7 +204,8 @@ class Run:
         # a part is no run to compare all ops with
         part = {} if len(self._rows) == len(self.cases) else {"only": sorted(self._rows)}
         more = {"machine": self.machine, "ceilings": self.ceilings._asdict()}
-        return str(record.save(record.new("ops", self.settings | part, rows, **more), self.results))
+        found = record.new("ops", self.settings | part, rows, nvidia_smi.since(self.gpu), **more)
+        return str(record.save(found, self.results))
 
 
 def _check(M: int, C: int, V: int, seconds: float) -> None:

@@ -1,8 +1,8 @@
 """`fastgpt inspect`: compile every kernel ahead of time and read what came out. Needs no GPU.
 
 The kernels are collected by running the launchers themselves, forward and backward, on meta tensors
-of GPT-2's shapes while launches are recorded instead of started. So what is compiled is what would be
-launched: the same constants, the same specialisation on strides and divisibility.
+of GPT-2's shapes while launches are recorded instead of started. So what is compiled is what would
+be launched: the same constants, the same specialisation on strides and divisibility.
 
 Per kernel, configuration and architecture: registers per thread, spill instructions (local loads
 and stores in the SASS), shared memory, which tensor-core instruction the PTX issues, and how many
