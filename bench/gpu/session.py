@@ -61,6 +61,7 @@ class Session:
                 raise ValueError(f"{path} is {kind}, this call is not: give another --out")
             self.state = state
         self.work = store.work_folder(self.state)
+        shutil.rmtree(self.work / SCRATCH, ignore_errors=True)  # of a driver that was killed
         if (tar := path.with_name(store.TAR)).exists() and self.state["calls"]:
             store.unpack(tar, self.work)
         self.state["work"] = str(self.work)
@@ -226,7 +227,6 @@ class Session:
         folder = stage.out(self.work)
         folder.mkdir(parents=True, exist_ok=True)
         scratch = self.work / SCRATCH
-        shutil.rmtree(scratch, ignore_errors=True)  # of a driver that was killed
         scratch.mkdir()
         try:
             values = self.given.values() | {"out": folder, "seconds": int(0.85 * seconds)}
