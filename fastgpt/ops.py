@@ -180,7 +180,8 @@ def linear_cross_entropy(
     _check_targets(targets, x.shape[0])
     op = "linear_cross_entropy"
     implementation = backend.choose(op, why_not, (x, weight, targets), {})
-    if implementation == "torch":
+    # what works in place is no operator that torch.compile could keep whole; cross_entropy is
+    if implementation == "torch" or torch.compiler.is_compiling():
         return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
     (x,) = _autocast(x)
     in_place = _load(op, implementation).cross_entropy_
