@@ -270,7 +270,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    found = rows(args.arch or [a for a in ARCHS if a in compilable()], args.dtype or DTYPES, args.kernel or ("",))
+    found = rows(
+        args.arch or [a for a in ARCHS if a in compilable()],
+        args.dtype or DTYPES,
+        args.kernel or ("",),
+    )
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
