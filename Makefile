@@ -19,6 +19,15 @@ test-deep: $(VENV) ## the tests with 20 times the drawn cases and 200 training s
 test-gpu: $(VENV) ## on a CUDA device, 8 minutes at most: kernels compiled, and what a CPU can't show
 	$(PYTHON) -m tests.gpu
 
+# again, with the same OUT, it goes on; RESUME=folder where the earlier call's files lie elsewhere
+BUDGET ?= 540
+OUT ?= out/gpu
+gpu: $(VENV)     ## all that a GPU is needed for, most valuable first, BUDGET seconds a call
+	$(PYTHON) -m bench.gpu --budget $(BUDGET) --out $(OUT) $(if $(RESUME),--resume $(RESUME)) $(ARGS)
+
+test-versions:   ## the tests under every supported PyTorch and Triton, each in a venv of its own
+	python3 -m tests.versions $(ARGS)
+
 # a mutant that survives does not end it: that belongs in the report, which then fails
 equivalence: $(VENV) ## docs/equivalence.md: errors against float64, and kernels broken on purpose
 	-$(PYTHON) -m tests.mutants --out out/mutants.json
@@ -50,4 +59,4 @@ profile: $(VENV) ## where a training step's time goes, against the roofline; ARG
 	.venv/bin/pip install -c constraints.txt -e '.[dev,data,hf]'
 	touch $@
 
-.PHONY: help demo test test-deep test-gpu equivalence lint bench bench-ops bench-compare bench-report profile
+.PHONY: help demo test test-deep test-gpu gpu test-versions equivalence lint bench bench-ops bench-compare bench-report profile

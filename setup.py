@@ -16,6 +16,7 @@ setup(
         "fastgpt.kernels",
     ],
     package_dir={"fastgpt.kernels": "kernels"},
+    package_data={"fastgpt.kernels": ["tuned.json"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
     extras_require={
         "flash": ["flash-attn>=2.6"],

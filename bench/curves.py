@@ -15,7 +15,6 @@ FOLDER is one that `fastgpt prepare` or nanoGPT's prepare.py wrote.
 
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import fit, record, trainee
+from bench.harness import fit, nvidia_smi, record, trainee
 from bench.peers import models
 from bench.peers.training import DTYPES, VARIANTS, Run, set_precision
 from bench.train import say
@@ -39,6 +38,7 @@ def measure(
     settings: dict[str, Any], tokens: Tensor, variants: list[str], device: torch.device
 ) -> record.Record:
     """`settings`: size, B, T, dtype, steps."""
+    before = nvidia_smi.reading()
     set_precision(settings["dtype"])
     first, *others = variants
     runs = [(first, SEEDS[0]), (first, SEEDS[1]), *((variant, SEEDS[0]) for variant in others)]
@@ -48,7 +48,8 @@ def measure(
         _compare(rows)
     digest = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:12]
     settings = {**settings, "text": f"{len(tokens):,} tokens, sha256 {digest}"}
-    return record.new("curves", settings, rows, peers=models.versions())
+    gpu = nvidia_smi.since(before)
+    return record.new("curves", settings, rows, gpu, peers=models.versions())
 
 
 def _train(
@@ -103,7 +104,7 @@ def table(found: record.Record) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__)
     on_gpu = torch.cuda.is_available()
-    baseline = "nanogpt" if os.environ.get("NANOGPT_DIR") else "eager"
+    baseline = "nanogpt" if models.nanogpt_folder() else "eager"
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.bin")
     add("--size", choices=models.SIZES, default="124M" if on_gpu else "char")

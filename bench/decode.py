@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import fit, machine, record
+from bench.harness import fit, machine, nvidia_smi, record
 from bench.harness.ceilings import copy_ceiling
 from bench.harness.trainee import describe
 from bench.peers import models
@@ -134,7 +134,7 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
 
 
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
-    quiet = machine.check()
+    quiet, before = machine.check(), nvidia_smi.reading()
     set_precision(settings.dtype)
     bandwidth = copy_ceiling(device)
     config = models.config_of(settings.size)
@@ -149,6 +149,7 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
         "decode",
         dataclasses.asdict(settings),
         rows,
+        nvidia_smi.since(before),
         machine=quiet,
         peers=models.versions(),
         copy_ceiling=bandwidth,

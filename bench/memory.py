@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import fit, record, trainee
+from bench.harness import fit, nvidia_smi, record, trainee
 from bench.peers import models
 from bench.peers.training import VARIANTS, Run, batches, set_precision
 from bench.train import add_arguments, checked
@@ -50,12 +50,14 @@ def _peak(device: torch.device) -> int:
 
 
 def measure(settings: dict[str, Any], device: torch.device, variants: list[str]) -> record.Record:
+    before = nvidia_smi.reading()
     rows = [_row(variant, settings, device) for variant in variants]
     eager = rows[0].get("peak_bytes")
     for row in rows:
         if eager and "peak_bytes" in row:
             row["over_eager"] = row["peak_bytes"] / eager
-    return record.new("memory", settings, rows, peers=models.versions())
+    gpu = nvidia_smi.since(before)
+    return record.new("memory", settings, rows, gpu, peers=models.versions())
 
 
 def _row(variant: str, settings: dict[str, Any], device: torch.device) -> Row:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import machine, record, roofline
+from bench.harness import machine, nvidia_smi, record, roofline
 from bench.harness.ceilings import Variants, in_turns
 from bench.harness.op_cases import Case, cases
 from bench.harness.roofline import Ceilings, Work
@@ -31,6 +31,7 @@ from fastgpt import devices, reference
 
 Row = dict[str, Any]
 SAMPLES = 50  # kept of each variant
+OPS = [case.op for case in cases(torch.device("cpu"), torch.float32, 64, 64, 64)]
 
 
 def measure(
@@ -178,8 +179,12 @@ class Run:
         _check(M, C, V, args.seconds)
         self.results, self.seconds = args.results, args.seconds
         self.settings = {"M": M, "C": C, "V": V, "dtype": str(self.dtype).removeprefix("torch.")}
-        self.cases = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
-        self.machine = machine.check()
+        found = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
+        self.cases = {op: case for op, case in found.items() if op in (args.op or found)}
+        if len(self.cases) < len(found):
+            self.settings["only"] = sorted(self.cases)
+        self.without = args.without or ()
+        self.machine, self.gpu = machine.check(), nvidia_smi.reading()
         self.ceilings = roofline.measure(self.device, self.dtype, min(2.0, args.seconds))
         self._rows: dict[str, list[Row]] = {}
 
@@ -187,7 +192,8 @@ class Run:
         if op not in self._rows:
             case = self.cases[op]
             try:
-                self._rows[op] = measure(case, self.device, self.seconds, self.ceilings)
+                variants = [name for name in peers(op) if name not in self.without]
+                self._rows[op] = measure(case, self.device, self.seconds, self.ceilings, variants)
             except torch.OutOfMemoryError as error:
                 problem = f"{case.shape} does not fit: {str(error)[:200]}"
                 self._rows[op] = [{"op": op, "variant": "eager", "problem": problem}]
@@ -198,7 +204,8 @@ class Run:
         # a part is no run to compare all ops with
         part = {} if len(self._rows) == len(self.cases) else {"only": sorted(self._rows)}
         more = {"machine": self.machine, "ceilings": self.ceilings._asdict()}
-        return str(record.save(record.new("ops", self.settings | part, rows, **more), self.results))
+        found = record.new("ops", self.settings | part, rows, nvidia_smi.since(self.gpu), **more)
+        return str(record.save(found, self.results))
 
 
 def _check(M: int, C: int, V: int, seconds: float) -> None:
@@ -220,6 +227,8 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--width", type=int, default=768, help="C, a multiple of 64")
     add("--vocabulary", type=int, default=50304, help="V")
     add("--seconds", type=float, default=5.0, help="for the samples of one op")
+    add("--op", nargs="+", choices=OPS, default=None, help="all, unless named")
+    add("--without", nargs="+", default=None, metavar="VARIANT", help="not to be run")
     add("--results", type=Path, default=record.RESULTS, help="folder of the records")
 
 

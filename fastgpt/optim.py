@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, ops
+from fastgpt import backend, reference
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -53,10 +53,10 @@ class AdamW(torch.optim.AdamW):
             return
         for p in params:
             p.grad = p.grad.contiguous()
-        choice = backend.choose("adamw", ops.why_not, tuple(params), {})
+        kernels = backend.choose("adamw", *params)
         alike = {(g["lr"], tuple(g["betas"]), g["eps"]) for g in self.param_groups}
-        if choice == "triton" and len(alike) == 1:  # one launch for all groups
-            self._step_in_kernels(params)
+        if kernels is not reference and len(alike) == 1:  # one launch for all groups
+            self._step_in_kernels(kernels, params)
         else:
             self._step_in_pytorch(params)
 
@@ -87,10 +87,8 @@ class AdamW(torch.optim.AdamW):
             vars(self).update({name: t for name, t in before.items() if t is not None})
         self.copy_weights()
 
-    def _step_in_kernels(self, params: list[Tensor]) -> None:
-        from fastgpt.kernels import adamw
-
-        table, chunks, decay = self._tables(params)
+    def _step_in_kernels(self, adamw: Any, params: list[Tensor]) -> None:
+        table, chunks, decay = self._tables(adamw, params)
         divisor = self._divisor(adamw.sum_of_squares(table, chunks).sqrt())
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, (~divisor.isnan()).float())
@@ -101,12 +99,10 @@ class AdamW(torch.optim.AdamW):
         adamw.update(table, chunks, 1 / divisor, corrections.float(), decay,
                      group["lr"], group["betas"], group["eps"], dtype)  # fmt: skip
 
-    def _tables(self, params: list[Tensor]) -> tuple[Tensor, ...]:
+    def _tables(self, adamw: Any, params: list[Tensor]) -> tuple[Tensor, ...]:
         """The kernels' view of the parameters and their state. Gradients move from step to step:
         what is sent then must be little, and must not wait for the device.
         """
-        from fastgpt.kernels import adamw
-
         device = params[0].device
         for p in params:
             if not self.state[p]:

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import attention_backward, attention_forward
 from fastgpt.kernels._attention import head_and_block, kept_scores
 from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import device_problem, launch, register
+from fastgpt.kernels.attention_backward import launch_backward
+from fastgpt.kernels.attention_forward import launch_forward
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
@@ -71,7 +72,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q, k, v (B, H, T, D) -> o (B, H, T, D), lse (B, H, T) fp32."""
     o, lse = _outputs(q, k, v, seed, scale, dropout_p)
-    attention_forward.forward(q, k, v, seed, o, lse, scale, dropout_p)
+    launch_forward(q, k, v, seed, o, lse, scale, dropout_p)
     return o, lse
 
 
@@ -85,7 +86,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv (B, H, T, D)."""
     dq, dk, dv = _gradients(do, q, k, v, o, lse, seed, scale, dropout_p)
-    attention_backward.backward(do, q, k, v, o, lse, seed, dq, dk, dv, scale, dropout_p)
+    launch_backward(do, q, k, v, o, lse, seed, dq, dk, dv, scale, dropout_p)
     return dq, dk, dv
 
 
@@ -102,7 +103,7 @@ def packed_forward(
     y, lse = _packed_outputs(qkv, n_head, seed, dropout_p)
     q, k, v = _split_heads(qkv, n_head)
     o = _heads(y, n_head)
-    attention_forward.forward(q, k, v, seed, o, lse, q.shape[-1] ** -0.5, dropout_p)
+    launch_forward(q, k, v, seed, o, lse, q.shape[-1] ** -0.5, dropout_p)
     return y, lse
 
 
@@ -119,9 +120,7 @@ def packed_backward(
     q, k, v = _split_heads(qkv, n_head)
     do, o = _heads(dy, n_head), _heads(y, n_head)
     scale = q.shape[-1] ** -0.5
-    attention_backward.backward(
-        do, q, k, v, o, lse, seed, *_split_heads(dqkv, n_head), scale, dropout_p
-    )
+    launch_backward(do, q, k, v, o, lse, seed, *_split_heads(dqkv, n_head), scale, dropout_p)
     return dqkv
 
 

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import data
-from fastgpt.commands import convert
+from fastgpt import checkpoint, data
 from fastgpt.commands.progress import Progress
 from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
 from fastgpt.model import GPT, GPTConfig
@@ -81,19 +80,21 @@ class Result:
 def train(config: TrainConfig) -> Result:
     """Train until `config` is met or Ctrl-C. What is returned is also saved."""
     trainer = Trainer(config)
-    progress = Progress(trainer)
+    progress = Progress(trainer.tokens_per_step(), trainer.fraction())
     with _ctrl_c_noted() as pressed:
         while True:
             over = trainer.fraction() >= 1 or bool(pressed)
             if over or trainer.step % config.eval_every == 0:
-                progress.show()  # first: a loss that is not finite must not be saved
+                # first: a loss that is not finite must not be saved
+                progress.show(trainer.step, trainer.fraction())
                 val_loss = trainer.validate()
                 progress.note(f"step {trainer.step:,}: validation loss {val_loss:.4f}")
                 if trainer.step > 0:
                     trainer.save()
             if over:
                 return Result(trainer.model, trainer.step, val_loss, bool(pressed))
-            progress.add(trainer.train_step())
+            loss = trainer.train_step()
+            progress.add(loss, trainer.step, trainer.fraction())
 
 
 class Trainer:
@@ -107,7 +108,7 @@ class Trainer:
         self.train_ids = data.load_split(Path(config.data), "train")
         self.val_ids = data.load_split(Path(config.data), "val")
         self.tokenizer = data.load_tokenizer(Path(config.data))
-        saved = convert.load_checkpoint(self.path) if config.resume else None
+        saved = checkpoint.load_checkpoint(self.path) if config.resume else None
 
         torch.manual_seed(config.seed)
         self.data_rng = torch.Generator().manual_seed(config.seed)
@@ -117,10 +118,15 @@ class Trainer:
         self.model = GPT(GPTConfig(**self.model_args | memory)).to(self.device)
         betas, max_norm = (0.9, 0.95), config.grad_clip
         step = TrainStep(
-            self.model, config.weight_decay, config.lr, betas, max_norm, self.dtype, config.capture
+            self.model,
+            config.weight_decay,
+            config.lr,
+            betas,
+            max_norm,
+            self.dtype,
+            capture=config.capture,
+            compile=config.compile,
         )
-        if config.compile:
-            step.forward = torch.compile(self.model)
         self.optimizer, self.scaler = step.optimizer, step.scaler
         self.engine: Callable[[Sequence[Batch]], Tensor] = step
         self.step = 0
@@ -144,6 +150,10 @@ class Trainer:
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+    def tokens_per_step(self) -> int:
+        cfg = self.config
+        return cfg.batch_size * cfg.grad_accum * self.model.config.block_size
 
     def fraction(self) -> float:
         """How much of the run is done, 1 or more at its end."""
@@ -196,7 +206,7 @@ class Trainer:
             "config": asdict(self.config) | {"dataset": _dataset(Path(self.config.data))},
             "fastgpt": ours,
         }
-        convert.save_checkpoint(saved, self.path)
+        checkpoint.save_checkpoint(saved, self.path)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])

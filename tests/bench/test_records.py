@@ -13,7 +13,7 @@ import pytest
 from bench import curves
 from bench.harness import record
 from bench.reports import compare, document, pictures
-from fastgpt import data
+from fastgpt.commands.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"size": "124M", "B": 16, "T": 1024, "dtype": "bfloat16", "rounds": 10}
@@ -226,7 +226,7 @@ def test_the_pictures_say_which_device(tmp_path):
 
 def test_loss_curves_are_held_against_another_seeds(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    data.prepare("to be, or not to be: that is the question. " * 40, tmp_path)
+    prepare("to be, or not to be: that is the question. " * 40, tmp_path)
     command = ["--data", tmp_path, "--size", "char", "--device", "cpu", "--dtype", "float32"]
     command += ["--batch-size", 2, "--block-size", 16, "--steps", 30]
     command += ["--variants", "eager", "fastgpt", "hf", "--out", tmp_path / "out"]

@@ -1,6 +1,8 @@
 """bench.train and bench.memory: fair rows, refused rows, and a record of both."""
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ SHORT = [*TOY, "--rounds", "2", "--steps", "2"]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(train, "matmul_ceiling", lambda device, dtype: 1e12)
+    monkeypatch.setattr(models, "LOCAL_NANOGPT", Path("no such folder"))
     monkeypatch.setattr(machine, "check", lambda: {"load": 0.0, "busy": 0.0, "spread": 0.0})
     monkeypatch.delenv("NANOGPT_DIR", raising=False)
 
@@ -148,21 +151,33 @@ def _stand_in_for_liger(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_a_wrong_loss_gets_no_time(tmp_path, monkeypatch):
-    def half_the_gradient(run):
-        right = training.VARIANTS["eager"](run)
-        return lambda x, y: right(x[:1], y[:1])
+def half_the_gradient(run):
+    right = training.VARIANTS["eager"](run)
+    return lambda x, y: right(x[:1], y[:1])
 
-    monkeypatch.setitem(training.VARIANTS, "hf", half_the_gradient)
-    eager, wrong, ours = bench(tmp_path, "eager hf fastgpt")["rows"]
-    assert "from those of eager: not timed" in wrong["problem"] and "seconds" not in wrong
-    assert "seconds" in eager and "seconds" in ours
+
+def not_a_number(run):
+    """From its fourth step on."""
+    right, count = training.VARIANTS["eager"](run), itertools.count()
+    return lambda x, y: right(x, y) * (math.nan if next(count) > 3 else 1)
+
+
+@pytest.mark.parametrize(
+    "wrong, why",
+    [(half_the_gradient, "from those of eager"), (not_a_number, "are not finite")],
+)
+def test_a_wrong_loss_flags_the_time(tmp_path, monkeypatch, capsys, wrong, why):
+    monkeypatch.setitem(training.VARIANTS, "hf", wrong)
+    eager, flagged, ours = bench(tmp_path, "eager hf fastgpt")["rows"]
+    assert why in flagged["flag"] and len(flagged["seconds"]) == 2
+    assert flagged["over_eager"] > 0 and "flag" not in eager and "flag" not in ours
+    assert f"! {flagged['flag']}" in capsys.readouterr().out
 
 
 def test_absent_peers_say_so_and_the_rest_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     eager, nanogpt, liger, hf, ours = bench(tmp_path, "eager nanogpt liger hf fastgpt")["rows"]
-    assert nanogpt["problem"] == "no nanoGPT: set NANOGPT_DIR to a checkout of it"
+    assert nanogpt["problem"].startswith("no nanoGPT: set NANOGPT_DIR to a checkout of it")
     assert liger["problem"] == "Liger's kernels need a GPU"
     assert "pip install transformers" in hf["problem"]
     assert "seconds" in eager and "seconds" in ours

@@ -29,8 +29,8 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
     "cross_entropy.forward_kernel": False,
     "cross_entropy.in_place_kernel": False,
     "embedding.add_rows_kernel": False,
-    "gelu_mlp.gelu_backward_kernel": False,
-    "gelu_mlp.gelu_kernel": False,
+    "gelu.gelu_backward_kernel": False,
+    "gelu.gelu_kernel": False,
     "gemm_gelu.gemm_gelu_kernel": True,
     "gemm_tma.dgrad_kernel": True,
     "gemm_tma.fc_kernel": True,
@@ -113,10 +113,10 @@ def test_an_offset_of_32_bits_is_noticed(tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     for path in (tmp_path / "kernels").glob("*.py"):
         path.write_text(path.read_text().replace(".to(tl.int64)", ""))
-    kernels = "--kernel", "gelu_mlp.gelu_kernel", "--kernel", "delta_kernel"  # flat; strides
+    kernels = "--kernel", "gelu.gelu_kernel", "--kernel", "delta_kernel"  # flat; strides
     rows = inspect("--arch", "sm_90", "--dtype", "bfloat16", *kernels, root=tmp_path)
     assert {row["kernel"] for row in rows} == {
-        "gelu_mlp.gelu_kernel",
+        "gelu.gelu_kernel",
         "attention_backward.delta_kernel",
     }
     assert all(row["narrow_offsets"] for row in rows)

@@ -23,7 +23,7 @@ H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_cou
 KERNELS: dict[str, dict[str, str]] = {  # op -> implementation, as use_backend takes them
     "none chosen": {},
     "row ops chosen": dict.fromkeys(("layer_norm", "add_layer_norm", "cross_entropy"), "triton"),
-    "all chosen": dict.fromkeys(backend.KERNELS, "triton"),
+    "all chosen": dict.fromkeys(backend.OPS, "triton"),
 }
 
 

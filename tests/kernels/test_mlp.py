@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops, reference, use_backend
-from fastgpt.kernels import _launch, _tuned, gelu_mlp, gemm_gelu, gemm_tma
+from fastgpt.kernels import _launch, _tuned, gemm_gelu, gemm_tma, mlp
+from fastgpt.kernels.gelu import gelu_forward
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
-GEMMS = {"cublas": gelu_mlp, "triton": gemm_gelu}
+GEMMS = {"cublas": mlp.cublas, "triton": mlp.own}
 M_K_N = [
     (5, 17, 97),
     (1, 1, 1),
@@ -81,7 +82,7 @@ def test_a_gemm_in_one_part_as_warp_specialisation_wants_it():
     args = randn(40, 24, dtype=torch.float16), *linear(24, 96, True, torch.float16)
     with _tuned.trying("gemm_tma_fc", gemm_tma.SPECIALIZED):
         grads = [randn(40, 96, dtype=torch.float16)]
-        assert_as_accurate(gemm_gelu.linear_gelu, reference.linear_gelu, *args, grads=grads)
+        assert_as_accurate(mlp.own.linear_gelu, reference.linear_gelu, *args, grads=grads)
 
 
 @needs_descriptors
@@ -133,31 +134,13 @@ def test_gemms_accumulate_in_fp32(layout):
     few[:, 1:] = 7e-6
     x, grads = LAYOUTS[layout](ones), [randn(8, 16, dtype=torch.float16)]
     assert_as_accurate(
-        gemm_gelu.linear_gelu, reference.linear_gelu, x, few, None,
+        mlp.own.linear_gelu, reference.linear_gelu, x, few, None,
         grads=grads, eager=False, budget=1.5,
     )  # fmt: skip
     flat = torch.full((8, 16), 9.0, device=DEVICE, dtype=torch.float16)  # where GELU's slope is 1
     dh, _, _ = gemm_gelu.dgrad(x, few.t().contiguous(), flat, False, True, True)
     truth = few.double().sum(1).expand(8, 16)
     torch.testing.assert_close(dh.double(), truth, rtol=0.0, atol=6e-4)
-
-
-def test_recomputing_the_preactivation_changes_nothing(gemm):
-    """cuBLAS adds up a repeated product in the same order, so even the bits are the same."""
-    x, (w1, b1), (w2, b2) = (
-        randn(5, 24),
-        linear(24, 96, True, torch.float32),
-        linear(96, 24, True, torch.float32),
-    )
-    for op, args in ((gemm.linear_gelu, (x, w1, b1)), (gemm.mlp, (x, w1, b1, w2, b2))):
-        results = []
-        for recompute in (False, True):
-            leaves = [t.clone().requires_grad_() for t in args]
-            out = op(*leaves, recompute=recompute)
-            out.square().sum().backward()
-            results.append([out.detach(), *(t.grad for t in leaves)])
-        for kept, again in zip(*results, strict=True):
-            torch.testing.assert_close(kept, again, rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_asked_gradients():
@@ -182,9 +165,7 @@ def test_erf_and_tanh_differ():
     """The two GELUs are 1e-4 apart: a kernel that mixed them up would not pass as exact."""
     h = torch.linspace(-4, 4, 1001, device=DEVICE).view(-1, 1)
     for tanh, approximate in ((False, "none"), (True, "tanh")):
-        error = gelu_mlp.gelu_forward(h, tanh).double() - F.gelu(
-            h.double(), approximate=approximate
-        )
+        error = gelu_forward(h, tanh).double() - F.gelu(h.double(), approximate=approximate)
         assert error.abs().max() < 2e-6
 
 
