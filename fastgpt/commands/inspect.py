@@ -231,7 +231,7 @@ def _tools() -> Path:
 
 
 def compilable() -> list[str]:
-    """The architectures that the assemblers which come with this Triton know: 3.2's end at sm_90."""
+    """What the assemblers that come with this Triton know: 3.2's end at sm_90."""
     helps = [
         subprocess.run([tool, "--help"], capture_output=True, text=True, check=True).stdout
         for tool in _tools().glob("ptxas*")
