@@ -54,7 +54,7 @@ OPS = (
     "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
 )
 OPS += " --seconds {sampling} --op"
-BESIDE = "bench.launchers --tokens {tokens} --width {width} --parameters {parameters}"
+BESIDE = "bench.kernels_alone --tokens {tokens} --width {width} --parameters {parameters}"
 BESIDE += " --seconds {sampling} --op"
 
 

@@ -2,9 +2,10 @@
 
     fc + GELU               h = x @ w.T + b, gelu(h)
     proj dgrad + dGELU      dh = (dy @ w) * gelu'(h), gelu(h), and the bias gradient
+    fc weight gradient      dw = dy.T @ x in fp32, of operands in the matmuls' dtype
     AdamW, clip and copy    of a whole model: the norm of its gradients, the update, its bf16 copies
 
-    python -m bench.launchers --op fc dgrad adamw
+    python -m bench.kernels_alone --op fc dgrad wgrad adamw
 
 A variant that computes something else than eager is refused a time. A line of JSON each.
 """
@@ -24,9 +25,10 @@ from torch import Tensor
 from bench.harness.ceilings import Variants, in_turns
 from fastgpt import optim, use_backend
 from fastgpt.commands.tune import distance
+from fastgpt.implementations import aten
 
 Row = dict[str, Any]
-ALL = ("fc", "dgrad", "adamw")
+ALL = ("fc", "dgrad", "wgrad", "adamw")
 BETAS, LR = (0.9, 0.95), 0.1  # large: a wrong step shows
 
 
@@ -38,6 +40,7 @@ def measure(
     makers = {
         "fc": ("fc + GELU", functools.partial(_fc, device, dtype, M, C)),
         "dgrad": ("proj dgrad + dGELU", functools.partial(_dgrad, device, dtype, M, C)),
+        "wgrad": ("fc weight gradient", functools.partial(_wgrad, device, dtype, M, C)),
         "adamw": ("AdamW, clip and copy", functools.partial(_adamw, device, dtype, C, n_params)),
     }
     rows = []
@@ -105,6 +108,15 @@ def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants
     }
 
 
+def _wgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    """eager is what autocast makes of it: a product in `dtype`, then a cast."""
+    dy, x = (torch.randn(M, N, device=device).to(dtype) for N in (4 * C, C))
+    return {
+        "eager": lambda: (dy.t() @ x).float(),
+        "fp32 out": functools.partial(aten.wgrad, dy, x, torch.float32),
+    }
+
+
 def _adamw(device: torch.device, dtype: torch.dtype, C: int, n_params: int) -> Variants:
     """Each variant has a model of its own, of matrices (4C, C); all get the same gradients."""
     count = max(1, n_params // (4 * C * C))
@@ -144,7 +156,7 @@ def _adamw(device: torch.device, dtype: torch.dtype, C: int, n_params: int) -> V
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.launchers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels_alone", description=__doc__)
     parser.add_argument("--op", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--tokens", type=int, default=16384, help="M (%(default)s)")
     parser.add_argument("--width", type=int, default=768, help="C (%(default)s)")
