@@ -1,5 +1,6 @@
 """The ops of a GPT at one size: their inputs, and the work that no implementation avoids."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.harness.roofline import Work, attention, gemm
+from fastgpt import examples
 
 
 @dataclass(frozen=True)
@@ -16,47 +18,32 @@ class Case:
     shape: str
     inputs: Callable[[], list[Tensor]]  # floating ones need a gradient
     options: dict[str, Any]
-    work: dict[str, Work]  # direction -> what nothing avoids
+    work: dict[str, Work]  # direction -> what no implementation avoids
 
 
 def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> Iterator[Case]:
-    """GPT-2's ops on M tokens of width C, heads of 64, T = min(M, 1024)."""
+    """GPT-2's ops (fastgpt/examples.py) on M tokens of width C, heads of 64, T = min(M, 1024)."""
     K, T, D = 4 * C, min(M, 1024), 64
     B, H = M // T, C // D
-
-    def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    def targets() -> Tensor:
-        return torch.randint(V, (M,), device=device)
-
-    def norm() -> list[Tensor]:
-        return [rand(M, C), rand(C), rand(C)]
-
-    def fc() -> list[Tensor]:
-        return [rand(M, C), rand(K, C, scale=C**-0.5), rand(K)]
-
-    def proj() -> list[Tensor]:
-        return [rand(C, K, scale=K**-0.5), rand(C)]
-
+    sizes = examples.Sizes(B, T, C, H, V)
     work = _work(M, C, V, B, T, H, dtype.itemsize)
+    shapes = {
+        "layer_norm": f"{M}x{C}",
+        "add_layer_norm": f"{M}x{C}",
+        "linear_gelu": f"{M}x{C}x{K}",
+        "mlp": f"{M}x{C}x{K}",
+        "causal_attention": f"{B}x{H}x{T}x{D}",
+        "packed_causal_attention": f"{B}x{T}x3x{H}x{D}",
+        "cross_entropy": f"{M}x{V}",
+        "linear_cross_entropy": f"{M}x{C}x{V}",
+    }
 
-    def case(op: str, shape: str, inputs: Callable[[], list[Tensor]], **options: Any) -> Case:
-        return Case(op, shape, inputs, options, work[op])
+    def inputs(op: str) -> list[Tensor]:
+        return [t for t in examples.example(op, sizes, device, dtype).inputs if t is not None]
 
-    yield case("layer_norm", f"{M}x{C}", norm)
-    yield case("add_layer_norm", f"{M}x{C}", lambda: [rand(M, C), *norm()])
-    yield case("linear_gelu", f"{M}x{C}x{K}", fc)
-    yield case("mlp", f"{M}x{C}x{K}", lambda: fc() + proj())
-    heads = f"{B}x{H}x{T}x{D}"
-    yield case("causal_attention", heads, lambda: [rand(B, H, T, D) for _ in range(3)])
-    packed = f"{B}x{T}x3x{H}x{D}"
-    yield case("packed_causal_attention", packed, lambda: [rand(B, T, 3 * C)], n_head=H)
-    yield case("cross_entropy", f"{M}x{V}", lambda: [rand(M, V), targets()])
-    head = f"{M}x{C}x{V}"
-    yield case(
-        "linear_cross_entropy", head, lambda: [rand(M, C), rand(V, C, scale=C**-0.5), targets()]
-    )
+    for op in work:
+        options = examples.outline(op, sizes, device, dtype).options
+        yield Case(op, shapes[op], functools.partial(inputs, op), options, work[op])
 
 
 def _work(
