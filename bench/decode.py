@@ -135,7 +135,7 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
 
 
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
-    quiet, before = machine.check(), nvidia_smi.reading()
+    host, before = machine.check(), nvidia_smi.reading()
     set_precision(settings.dtype)
     bandwidth = copy_ceiling(device)
     config = models.config_of(settings.size)
@@ -153,7 +153,7 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
         dataclasses.asdict(settings),
         rows,
         nvidia_smi.since(before),
-        machine=quiet,
+        machine=host,
         peers=models.versions(),
         copy_ceiling=bandwidth,
         floor_seconds=floor,

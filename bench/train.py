@@ -33,11 +33,11 @@ def measure(
     settings: Settings, device: torch.device, names: list[str], out: Path
 ) -> tuple[TrainingRecord, list[str]]:
     """The finished record, and the variants that a lost device left without a turn."""
-    before, quiet = nvidia_smi.reading(), machine.check()
-    say(machine.warning(quiet))
+    before, host = nvidia_smi.reading(), machine.check()
+    say(machine.warning(host))
     set_precision(settings.dtype)
     ceiling = matmul_ceiling(device, matmul_dtype(settings.dtype))
-    growing = TrainingRecord(settings, device, names, before, quiet, ceiling)
+    growing = TrainingRecord(settings, device, names, before, host, ceiling)
     growing.save(out)
     needed = memory_budget.step_bytes(growing.config, settings.B, settings.dtype)
     untried: list[str] = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.harness.roofline import Work, attention, gemm
-from fastgpt import examples
+from fastgpt import backend, examples, ops
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Case:
     shape: str
     inputs: Callable[[], list[Tensor]]  # floating ones need a gradient
     options: dict[str, Any]
-    work: dict[str, Work]  # direction -> what no implementation avoids
+    work: dict[str, Work]  # direction -> what no implementation avoids; 0 where nobody counted
 
 
 def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> Iterator[Case]:
@@ -41,9 +41,11 @@ def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> I
     def inputs(op: str) -> list[Tensor]:
         return [t for t in examples.example(op, sizes, device, dtype).inputs if t is not None]
 
-    for op in work:
-        options = examples.outline(op, sizes, device, dtype).options
-        yield Case(op, shapes[op], functools.partial(inputs, op), options, work[op])
+    for op in (op for op in backend.OPS if hasattr(ops, op)):
+        outline = examples.outline(op, sizes, device, dtype)
+        shape = shapes.get(op, f"{M}x{C}")
+        counted = work.get(op, {"forward": Work(), "backward": Work()})
+        yield Case(op, shape, functools.partial(inputs, op), outline.options, counted)
 
 
 def _work(

@@ -50,7 +50,7 @@ class TrainingRecord:
         device: torch.device,
         names: list[str],
         gpu_before: nvidia_smi.Reading,
-        quiet: machine.Machine,
+        host: machine.Machine,
         matmul_ceiling: float,
     ):
         self.settings, self.gpu_before, self.ceiling = settings, gpu_before, matmul_ceiling
@@ -63,7 +63,7 @@ class TrainingRecord:
             {**dataclasses.asdict(settings), "order": IN_TURNS},
             [{"variant": name, "problem": UNTIMED} for name in names],
             {"before": gpu_before} if gpu_before else {},
-            machine=quiet,
+            machine=host,
             peers=models.versions(),
             backend={op: choice.implementation for op, choice in backend_report().items()},
             matmul_ceiling=matmul_ceiling,
