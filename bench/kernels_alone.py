@@ -29,6 +29,7 @@ from fastgpt.implementations import aten
 
 Row = dict[str, Any]
 ALL = ("fc", "dgrad", "wgrad", "adamw")
+RISKY = ("specialized",)  # fc with specialised warps, which may hang: tests/gpu/test_specialized.py
 BETAS, LR = (0.9, 0.95), 0.1  # large: a wrong step shows
 
 
@@ -41,6 +42,7 @@ def measure(
         "fc": ("fc + GELU", functools.partial(_fc, device, dtype, M, C)),
         "dgrad": ("proj dgrad + dGELU", functools.partial(_dgrad, device, dtype, M, C)),
         "wgrad": ("fc weight gradient", functools.partial(_wgrad, device, dtype, M, C)),
+        "specialized": ("fc + GELU", functools.partial(_specialized, device, dtype, M, C)),
         "adamw": ("AdamW, clip and copy", functools.partial(_adamw, device, dtype, C, n_params)),
     }
     rows = []
@@ -89,6 +91,19 @@ def _fc(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
         "cuBLAS and a pass": functools.partial(mlp.cublas.forward, x, w, b, False),
         "own GEMM": functools.partial(gemm_gelu.forward, x, w, b, False),
     }
+
+
+def _specialized(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    from fastgpt.kernels import _tuned, gemm_tma
+
+    variants = _fc(device, dtype, M, C)
+    own = variants["own GEMM"]
+
+    def specialized() -> object:
+        with _tuned.trying("gemm_tma_fc", gemm_tma.SPECIALIZED):
+            return own()
+
+    return {"eager": variants["eager"], "own GEMM": own, "specialized": specialized}
 
 
 def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
@@ -157,7 +172,7 @@ def _adamw(device: torch.device, dtype: torch.dtype, C: int, n_params: int) -> V
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels_alone", description=__doc__)
-    parser.add_argument("--op", nargs="+", choices=ALL, default=ALL)
+    parser.add_argument("--op", nargs="+", choices=ALL + RISKY, default=ALL)
     parser.add_argument("--tokens", type=int, default=16384, help="M (%(default)s)")
     parser.add_argument("--width", type=int, default=768, help="C (%(default)s)")
     parser.add_argument("--parameters", type=int, default=124_000_000, help="of AdamW")

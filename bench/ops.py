@@ -173,7 +173,7 @@ def _figures(samples: list[float], eager: list[float], work: Work, limits: Ceili
         "teraflops_per_second": work.flops / median / 1e12,
         "gigabytes_per_second": work.bytes / median / 1e9,
     }
-    if limits is not None and work != Work():
+    if limits is not None:
         found["of_ceiling"] = work.seconds(limits) / median
     # every so many rounds, the same ones of every variant: the samples stay paired
     kept = range(0, len(samples), -(-len(samples) // SAMPLES))

@@ -3,7 +3,7 @@
     "auto"     what was measured to win on this device, else the conservative choice, where it can
                run; else PyTorch
     "triton"   our kernels; RuntimeError with the reason where they cannot run
-    "torch"    PyTorch; no kernel of ours is ever launched
+    "torch"    PyTorch; no fastgpt kernel is ever launched
 
 The mode is process-wide. It starts as $FASTGPT_BACKEND, or "auto".
 """
@@ -44,7 +44,7 @@ _LOSS = {"triton": _KERNELS + "cross_entropy", "aten": _OTHERS + "aten"}
 
 # "triton" is always our own kernel; "cublas" is PyTorch's GEMM followed by our elementwise kernels;
 # "cudnn" and "flash" are SDPA held to one of its own backends; "aten" is PyTorch's ops under a
-# backward of our own, which is what there is to win on a CPU.
+# backward of our own, which is where a CPU can be faster.
 OPS: dict[str, Op] = {
     "layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
     "add_layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
@@ -202,7 +202,7 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
         return Choice("torch", why)
     if _mode == "auto" and not tensors[0].is_cuda and wanted != "aten":
         return Choice("torch", _needs_cuda(tensors[0]))
-    if any(t.numel() == 0 for t in tensors):  # there is nothing to win, and sizes to divide by
+    if any(t.numel() == 0 for t in tensors):  # nothing to gain, and kernels divide by sizes
         return Choice("torch", "an operand is empty")
     problem = _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
     if problem is None:

@@ -15,7 +15,7 @@ from fastgpt.model import GPT, GPTConfig
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a ckpt.pt, nanoGPT's or ours, on the CPU."""
+    """The dict in a ckpt.pt, nanoGPT's or fastgpt's, on the CPU."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; `fastgpt train` writes one")
     try:
@@ -28,7 +28,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(saved: dict[str, Any], path: Path) -> None:
-    """Write all of it or leave what was there: a full disk must not cost the checkpoint before."""
+    """Write all of it or leave the file as it was: a full disk must not cost the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     torch.save(saved, unfinished)
@@ -42,7 +42,7 @@ def load_model(saved: dict[str, Any]) -> GPT:
 
 
 def model_args(config: GPTConfig) -> dict[str, Any]:
-    """The fields nanoGPT knows, and those of ours that are not at nanoGPT's choice."""
-    ours = ("return_logits", "gelu", "residual_init", "linear_init")
+    """nanoGPT's fields, and of fastgpt's those that differ from what nanoGPT does."""
+    own = ("return_logits", "gelu", "residual_init", "linear_init")
     args = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {k: v for k, v in args.items() if k not in ours or v != getattr(GPTConfig, k)}
+    return {k: v for k, v in args.items() if k not in own or v != getattr(GPTConfig, k)}

@@ -13,9 +13,9 @@ from fastgpt import init
 
 def check_config(config: Any, known: type) -> None:
     """Complete `config` with the defaults of `known`, GPTConfig; ValueError names a bad field."""
-    for ours in fields(known):  # nanoGPT's own GPTConfig, or a fork's, lacks what is ours
-        if not hasattr(config, ours.name):
-            setattr(config, ours.name, ours.default)
+    for known_field in fields(known):  # nanoGPT's GPTConfig, or a fork's, lacks fastgpt's fields
+        if not hasattr(config, known_field.name):
+            setattr(config, known_field.name, known_field.default)
     for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, field)
         if not isinstance(value, Integral) or value < 1:  # numpy's integers are none of int

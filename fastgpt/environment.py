@@ -21,7 +21,7 @@ def backend_report() -> dict[str, backend.Choice]:
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     report = {}
     for op in backend.OPS:
-        call = examples.outline(op, examples.Sizes(), device, dtype)
+        call = examples.outline(op, examples.Sizes(B=1, T=16), device, dtype)
         tensors = tuple(t for t in call.inputs if t is not None)
         try:
             report[op] = backend.explain(op, tensors, call.facts)
@@ -33,24 +33,24 @@ def backend_report() -> dict[str, backend.Choice]:
 def versions() -> dict[str, str]:
     """Device and versions, as every report and benchmark record carries them."""
     on_gpu = torch.cuda.is_available()
-    found = {
+    report = {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU ({_cpu()})",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     for package in ("triton", "flash-attn", "tiktoken", "transformers"):
         try:
-            found[package] = importlib.metadata.version(package)
+            report[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            report[package] = "not installed"
+    return report
 
 
 def _cpu() -> str:
     """Model, instruction set and threads: what two CPUs' times can be compared by."""
     model = platform.processor() or platform.machine()
     if CPUINFO.exists():  # Linux
-        found = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
-        model = found[1].strip() if found else model
+        match = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
+        model = match[1].strip() if match else model
     threads = torch.get_num_threads()
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"

@@ -38,10 +38,10 @@ def example(op: str, sizes: Sizes, device: torch.device | str, dtype: torch.dtyp
 
 
 def outline(op: str, sizes: Sizes, device: torch.device | str, dtype: torch.dtype) -> Example:
-    """The same without values, in next to no memory: enough to ask dispatch."""
+    """The same with memory that nobody has written to: enough to ask dispatch."""
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.empty(1, device=device, dtype=dtype).expand(shape)
+        return torch.empty(shape, device=device, dtype=dtype)
 
     return EXAMPLES[op](sizes, draw)
 

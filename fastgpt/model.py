@@ -80,7 +80,7 @@ class Block(nn.Module):
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's seven fields, then ours, whose defaults change nothing."""
+    """nanoGPT's seven fields, then fastgpt's own, whose defaults change nothing."""
 
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed

@@ -3,8 +3,8 @@ valid.
 
 Positions are absolute, so cached keys hold only while the context fits in block_size. Past that
 nanoGPT drops the oldest token and embeds every other one a position earlier; the window is then
-computed anew, as there. In fp32 cached logits equal the uncached ones to rounding (different GEMM
-shapes); in bf16 they are as far apart as two runs of differently shaped GEMMs are.
+computed anew, as nanoGPT does. In fp32 cached logits equal the uncached ones to rounding (different
+GEMM shapes); in bf16 they are as far apart as two runs of differently shaped GEMMs are.
 """
 
 import math

@@ -2,7 +2,7 @@
 
     h = x @ w.T + b        y = gelu(h)
 
-Where there is TMA and the tensors suit it, gemm_tma.py has better ones, for the MLP's dgrad too.
+On GPUs with TMA gemm_tma.py has better kernels, also for the MLP's dgrad, for tensors that suit it.
 This one takes any strides and every GPU.
 
 Each program owns one (BLOCK_M, BLOCK_N) tile of the output and accumulates over K in fp32. h is

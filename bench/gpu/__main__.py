@@ -10,7 +10,6 @@ from which the next call goes on; tuned.json; results.tar.gz with records, logs 
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -43,8 +42,6 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--budget {args.budget:g} must be above 0 seconds")
     if args.resume is not None and not args.resume.exists():
         parser.error(f"--resume {args.resume} does not exist")
-    if args.rehearse and os.environ.get("CUDA_VISIBLE_DEVICES") is None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a rehearsal is on the CPU, wherever
     return session.run(session.Session(args.out, args.budget, args.rehearse), only, args.resume,
                        parser.error)  # fmt: skip
 

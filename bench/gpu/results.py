@@ -15,7 +15,8 @@ from typing import Any
 
 from bench.gpu import store
 
-MAX_ROWS, MAX_BYTES = 400, 2**26  # of one stage; of a file that is read
+MAX_ROWS, MAX_RECORDS, MAX_LINE = 400, 8, 4000  # of one stage; characters of one row
+MAX_BYTES = 2**26  # of a file that is read
 Row = dict[str, Any]
 FAILED = ("failed", "crashed", "hung")
 LOG = "log.txt"
@@ -30,9 +31,9 @@ _OPS = {
     "add_layer_norm": ("add_layer_norm",),
     "layer_norm": ("layer_norm",),
     "linear_gelu": ("linear_gelu",),
-    "gelu_mlp": ("linear_gelu", "mlp"),
     "gelu": ("linear_gelu",),
     "mlp": ("mlp",),
+    "test_mlp.py": ("linear_gelu", "mlp"),
     "adamw": ("adamw",),
     "optim": ("adamw",),
     "head_dims": ("causal_attention", "packed_causal_attention"),
@@ -49,7 +50,7 @@ def collect(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     log = _text(out / LOG)
     if records := list(_records(out)):
-        found["records"] = records
+        found["records"] = records[-MAX_RECORDS:]
     if rows := _newest(_rows(log.splitlines())):
         found["rows"] = rows[:MAX_ROWS]
     if tests := _tests(out):
@@ -91,15 +92,18 @@ def _text(path: Path) -> str:
 
 
 def _parsed(text: str) -> Any:
+    def number(digits: str) -> int | float:
+        return int(digits) if len(digits) < 16 else float(digits)  # of which all can be shown
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=number)
     except (ValueError, RecursionError):
         return None
 
 
 def _rows(lines: list[str]) -> list[Row]:
-    parsed = (_parsed(line) for line in lines if line.startswith("{") and len(line) < 10**4)
-    return [row for row in parsed if isinstance(row, dict)]
+    parsed = (_parsed(line) for line in lines if line.startswith("{") and len(line) < MAX_LINE)
+    return [_short(row) for row in parsed if isinstance(row, dict)]
 
 
 def _newest(rows: list[Row]) -> list[Row]:
@@ -115,15 +119,17 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
         if not (isinstance(found, dict) and isinstance(found.get("rows"), list)):
             continue
         rows = [row for row in found["rows"] if isinstance(row, dict)]
-        kept = [
-            {k: v for k, v in r.items() if not isinstance(v, list | dict)} | _ms(r) for r in rows
-        ]
+        kept = [_short(row) for row in rows]
         of_all = {k: found.get(k) for k in ("bench", "date", "settings", "matmul_ceiling")}
         yield {**of_all, "file": path.relative_to(out).as_posix(), "rows": kept[:MAX_ROWS]}
 
 
-def _ms(row: Row) -> Row:
-    return {"ms": row["ms"]} if isinstance(row.get("ms"), dict) else {}
+def _short(row: Row) -> Row:
+    """Without samples and long texts."""
+    plain = {name: value for name, value in row.items() if not isinstance(value, list | dict)}
+    if isinstance(ms := row.get("ms"), dict):
+        plain["ms"] = {"median": ms.get("median")}
+    return {name: v[:300] if isinstance(v, str) else v for name, v in plain.items()}
 
 
 def _tests(out: Path) -> dict[str, Any]:
@@ -143,11 +149,11 @@ def _tests(out: Path) -> dict[str, Any]:
 
 def ops_of(test: str) -> tuple[str, ...]:
     """The ops whose rows a failure of `test` puts in doubt; () for what is about whole models."""
-    name = test.lower()
-    hits = [part for part in _OPS if part in name]
-    if not hits:
-        return ()
-    return _OPS[max(hits, key=len)]
+    file, _, name = test.lower().partition("::")
+    for text in (name, file):
+        if hits := [part for part in _OPS if part in text]:
+            return _OPS[max(hits, key=len)]
+    return ()
 
 
 def flags(state: store.State) -> dict[str, str]:

@@ -6,22 +6,19 @@ known is on disk; a stage that was cut off counts with what it had written.
 """
 
 import contextlib
-import os
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.gpu import keeper, results, store, table
-from bench.gpu.stages import PREFLIGHT, REAL, STAGES, TOY, Stage
+from bench.gpu.given import ROOT, Given
+from bench.gpu.stages import PREFLIGHT, STAGES, Stage
 
-ROOT = Path(__file__).parents[2]
-CARRIED = ROOT / ".local"  # what git does not hold: nanoGPT/model.py, liger/*.whl, data/train.bin
 RUNNING, DONE = "running", "done"
 MAX_TRIES = 2
 
@@ -46,7 +43,7 @@ class Session:
         self.state = store.new(rehearsal)
         self.work = out  # until `load`
         self.unwritten = ""  # why a file could not be written
-        self.site: Path | None = None
+        self.given = Given(rehearsal)
 
     # -- what is known
 
@@ -117,7 +114,7 @@ class Session:
         """Why a stage has nothing to run here, or ""."""
         if stage.gpu and self.state["rehearsal"]:
             return "needs a GPU"
-        if stage.needs and stage.needs not in self.carried():
+        if stage.needs and stage.needs not in self.given.carried():
             return f"no {stage.needs} was carried in .local"
         return ""
 
@@ -151,9 +148,9 @@ class Session:
                 if entry["ended"] == RUNNING:  # the signal came between two lines of `run`
                     self._finish(name, entry, "interrupted")
             self.save()
-            for folder in [self.site] if self.unwritten else [self.site, self.work]:
-                if folder is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
+            self.given.forget()
+            if not self.unwritten:
+                shutil.rmtree(self.work, ignore_errors=True)
             print(f"\n{self.table()}", flush=True)
         return 0 if this["ended"] == DONE and not self.unwritten else 1
 
@@ -230,57 +227,16 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="fastgpt-stage-"))
         try:
-            values = self.values() | {"out": folder, "seconds": int(0.85 * seconds)}
+            values = self.given.values() | {"out": folder, "seconds": int(0.85 * seconds)}
             limits = self.limits._replace(seconds=seconds)
-            env = self.environment() | {"TMPDIR": str(scratch), "XDG_CACHE_HOME": f"{folder}/cache"}
+            env = self.given.environment() | {
+                "TMPDIR": str(scratch),
+                "XDG_CACHE_HOME": f"{folder}/cache",
+            }
             log = folder / results.LOG
             return keeper.run(stage.argv(values), log, [folder, scratch], limits, ROOT, env)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-    # -- what stages are given
-
-    def carried(self) -> dict[str, str]:
-        """name -> folder of what is not in the checkout."""
-        found = {}
-        nanogpt = Path(os.environ.get("NANOGPT_DIR") or CARRIED / "nanoGPT")
-        if (nanogpt / "model.py").is_file():
-            found["nanoGPT"] = str(nanogpt.resolve())
-        if (CARRIED / "data/train.bin").is_file():
-            found["data"] = str(CARRIED / "data")
-        if (CARRIED / "liger").is_dir():
-            found["liger"] = str(CARRIED / "liger")
-        return found
-
-    def values(self) -> dict[str, Any]:
-        carried = self.carried()
-        rival = "nanogpt-compile" if "nanoGPT" in carried else "compile"
-        return {**(TOY if self.state["rehearsal"] else REAL), **carried, "compile": rival}
-
-    def environment(self) -> dict[str, str]:
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        if self.state["rehearsal"]:
-            env |= {"TRITON_INTERPRET": "1", "FASTGPT_REHEARSAL": "1"}
-        carried = self.carried()
-        if "nanoGPT" in carried:
-            env["NANOGPT_DIR"] = carried["nanoGPT"]
-        if "liger" in carried:
-            paths = [self._site(Path(carried["liger"])), os.environ.get("PYTHONPATH")]
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        return env
-
-    def _site(self, folder: Path) -> str:
-        """Wheels unpacked, for Triton reads the source of a kernel; else the folder as it is."""
-        wheels = sorted(folder.glob("*.whl"))
-        if wheels and self.site is None:
-            self.site = Path(tempfile.mkdtemp(prefix="fastgpt-site-"))
-            for wheel in wheels:
-                with (
-                    contextlib.suppress(OSError, zipfile.BadZipFile),
-                    zipfile.ZipFile(wheel) as all,
-                ):
-                    all.extractall(self.site)
-        return str(self.site or folder)
 
     def device(self) -> str:
         checks = {row["check"]: row for row in self.state["preflight"].get("checks", [])}

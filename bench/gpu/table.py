@@ -20,28 +20,29 @@ Row = dict[str, Any]
 
 def table(state: State, stages: tuple[Stage, ...], left_out: Callable[[Stage], str]) -> str:
     doubts = results.flags(state)
+    device = _checks(state).get("device", {}).get("device")
     lines = _heading(state)
-    below: list[tuple[int, list[str]]] = []  # how dispensable, the lines
+    below: list[tuple[str, bool]] = []  # a line, and whether it is a detail
     for stage in stages:
         entry = state["stages"].get(stage.name)
         if entry is None:
             why = left_out(stage)
-            below.append((0, [f"{stage.name:27}{f'left out: {why}' if why else 'not run yet'}"]))
+            below.append((f"{stage.name:27}{f'left out: {why}' if why else 'not run yet'}", False))
             continue
-        below.append((0, [_stage(stage.name, entry, doubts)]))
-        for row in _detail(entry, doubts):
-            below.append((1, [row]))
-    room = LINES - len(lines)
-    if (too_many := len(below) - room) > 0:  # a stage's own line stays, its last details go
-        details = [i for i, (rank, _) in enumerate(below) if rank][-too_many - 1 :]
-        below = [line for i, line in enumerate(below) if i not in set(details)]
-        below.append((0, [f"{len(details)} more lines: see gpu.json"]))
-    lines += [text for _, texts in below for text in texts]
+        line = _stage(stage.name, entry, doubts)
+        if (there := entry.get("device")) != device:
+            line = f"{line[:60]} (on {there})"
+        below += [(line, False), *((row, True) for row in _detail(entry, doubts))]
+    if (too_many := len(lines) + len(below) - LINES) > 0:  # a stage's own line stays
+        details = [i for i, (_, is_detail) in enumerate(below) if is_detail][-too_many - 1 :]
+        below = [line for i, line in enumerate(below) if i not in details]
+        below.append((f"{len(details)} more lines: see gpu.json", False))
+    lines += [line for line, _ in below]
     return "\n".join(results.printable(line)[:COLUMNS].rstrip() for line in lines[:LINES])
 
 
 def _heading(state: State) -> list[str]:
-    checks = {str(row.get("check")): row for row in state["preflight"].get("checks", [])}
+    checks = _checks(state)
     device, driver = checks.get("device", {}), checks.get("driver", {})
     of = [f"{name} {device[name]}" for name in ("torch", "triton", "python") if name in device]
     title = f"{device.get('device', 'device unknown')}, commit {str(device.get('commit', '?'))[:9]}"
@@ -61,6 +62,10 @@ def _heading(state: State) -> list[str]:
     if state["left_out"]:
         lines.append(f"too large for the tar: {', '.join(state['left_out'])}")
     return lines
+
+
+def _checks(state: State) -> dict[str, Row]:
+    return {str(row.get("check")): row for row in state["preflight"].get("checks", [])}
 
 
 def _stage(name: str, entry: dict[str, Any], doubts: dict[str, str]) -> str:

@@ -1,6 +1,5 @@
-"""The ops of a GPT at one size: their inputs, and the work that no implementation avoids."""
+"""The public ops at one size: fastgpt/examples.py's inputs, and the work nothing avoids."""
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,43 +8,44 @@ import torch
 from torch import Tensor
 
 from bench.harness.roofline import Work, attention, gemm
-from fastgpt import backend, examples, ops
+from fastgpt import backend, ops, reference
+from fastgpt.examples import Sizes, example, outline
 
 
 @dataclass(frozen=True)
 class Case:
     op: str
-    shape: str
+    shape: str  # of the first input
     inputs: Callable[[], list[Tensor]]  # floating ones need a gradient
     options: dict[str, Any]
-    work: dict[str, Work]  # direction -> what no implementation avoids; 0 where nobody counted
+    work: dict[str, Work]  # direction -> what no implementation avoids
 
 
 def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> Iterator[Case]:
-    """GPT-2's ops (fastgpt/examples.py) on M tokens of width C, heads of 64, T = min(M, 1024)."""
-    K, T, D = 4 * C, min(M, 1024), 64
-    B, H = M // T, C // D
-    sizes = examples.Sizes(B, T, C, H, V)
-    work = _work(M, C, V, B, T, H, dtype.itemsize)
-    shapes = {
-        "layer_norm": f"{M}x{C}",
-        "add_layer_norm": f"{M}x{C}",
-        "linear_gelu": f"{M}x{C}x{K}",
-        "mlp": f"{M}x{C}x{K}",
-        "causal_attention": f"{B}x{H}x{T}x{D}",
-        "packed_causal_attention": f"{B}x{T}x3x{H}x{D}",
-        "cross_entropy": f"{M}x{V}",
-        "linear_cross_entropy": f"{M}x{C}x{V}",
-    }
-
-    def inputs(op: str) -> list[Tensor]:
-        return [t for t in examples.example(op, sizes, device, dtype).inputs if t is not None]
-
+    """Every op on M tokens of width C, heads of 64, T = min(M, 1024)."""
+    T, D = min(M, 1024), 64
+    sizes = Sizes(M // T, T, C, C // D, V)
+    work = _work(M, C, V, M // T, T, C // D, dtype.itemsize)
     for op in (op for op in backend.OPS if hasattr(ops, op)):
-        outline = examples.outline(op, sizes, device, dtype)
-        shape = shapes.get(op, f"{M}x{C}")
-        counted = work.get(op, {"forward": Work(), "backward": Work()})
-        yield Case(op, shape, functools.partial(inputs, op), outline.options, counted)
+        given = outline(op, sizes, "meta", dtype)
+        tensors = [t for t in given.inputs if t is not None]
+
+        def inputs(op: str = op) -> list[Tensor]:
+            return [t for t in example(op, sizes, device, dtype).inputs if t is not None]
+
+        shape = "x".join(map(str, tensors[0].shape))
+        least = work.get(op) or _moves_once(op, tensors, given.options)
+        yield Case(op, shape, inputs, given.options, least)
+
+
+def _moves_once(op: str, tensors: list[Tensor], options: dict[str, Any]) -> dict[str, Work]:
+    """Of an op without arithmetic to speak of: each input read and each output written once;
+    backward the inputs, their gradients and those of the outputs.
+    """
+    out = getattr(reference, op)(*tensors, **options)
+    read = sum(t.nbytes for t in tensors)
+    written = sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,)))
+    return {"forward": Work(bytes=read + written), "backward": Work(bytes=2 * read + written)}
 
 
 def _work(

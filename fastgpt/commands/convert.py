@@ -47,9 +47,9 @@ def to_hugging_face(source: Path, folder: Path) -> None:
     )
     hf_model = transformers.GPT2LMHeadModel(hf_config)
     exported = weights.to_hugging_face(model)
-    for name, there in hf_model.state_dict().items():
-        if name.endswith(".bias"):  # bias=False is bias 0 there
-            exported.setdefault(name, torch.zeros_like(there))
+    for name, parameter in hf_model.state_dict().items():
+        if name.endswith(".bias"):  # transformers has no bias=False: 0
+            exported.setdefault(name, torch.zeros_like(parameter))
     hf_model.load_state_dict(exported)
     hf_model.save_pretrained(folder)
 

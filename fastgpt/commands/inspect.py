@@ -1,8 +1,8 @@
 """`fastgpt inspect`: compile every kernel ahead of time and read what came out. Needs no GPU.
 
-The kernels are found by running the launchers themselves, forward and backward, on meta tensors of
-GPT-2's shapes while launches are recorded instead of started. So what is compiled is what would be
-launched: the same constants, the same specialisation on strides and divisibility.
+The kernels are collected by running the launchers themselves, forward and backward, on meta tensors
+of GPT-2's shapes while launches are recorded instead of started. So what is compiled is what would
+be launched: the same constants, the same specialisation on strides and divisibility.
 
 Per kernel, configuration and architecture: registers per thread, spill instructions (local loads
 and stores in the SASS), shared memory, which tensor-core instruction the PTX issues, and how many
@@ -255,13 +255,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    found = rows(args.arch or ARCHS, args.dtype or DTYPES, args.kernel or ("",))
+    compiled = rows(args.arch or ARCHS, args.dtype or DTYPES, args.kernel or ("",))
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(compiled, indent=1))
         return 0
     titles = f"{'regs':>5} {'spills':>6} {'shared':>7} {'core':8} {'narrow':>6}"
     print(f"{'kernel':40} {'arch':7} {titles} config")
-    for row in found:
+    for row in compiled:
         core, narrow = row["tensor_core"] or "-", row["narrow_offsets"]
         config = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)
         print(

@@ -17,7 +17,6 @@ from torch import Tensor
 from fastgpt import ops, reference
 from fastgpt.kernels import attention, mlp
 from tests.close import DEVICE, assert_as_accurate, randn
-from tests.gpu.cases import layer
 from tests.gpu.here import HALF, needs_gpu, needs_memory, size
 
 pytestmark = needs_gpu
@@ -54,6 +53,11 @@ class Huge(NamedTuple):
     grads: list[tuple[int, ...]]  # shapes; none for a loss
     width: int  # elements of the largest tensor's row
     copies: int  # of that tensor, alive at once
+
+
+def layer(K: int, N: int, dtype: torch.dtype) -> list[Tensor]:
+    """Weight and bias whose outputs are about N(0, 1), where GELU bends."""
+    return [randn(N, K, dtype=dtype, scale=K**-0.5), randn(N, dtype=dtype)]
 
 
 def rows_of(*shape: int) -> Tensor:
