@@ -87,7 +87,7 @@ STAGES = (
           " --steps 1000 --out {out}/records", 300, 150, needs="data"),
     # what has never met a GPU, and may hang or fault
     Stage("own-gemm", f"{BESIDE} wgrad fc dgrad", 45, 20, last=True),
-    Stage("own-gemm-races", "pytest -q tests/gpu/test_specialized.py", 45, 20, last=True, gpu=True),
+    Stage("suite-races", f"{SUITE} races", 60, 20, last=True, gpu=True, fine=(0, 1)),
     Stage("specialized", f"{BESIDE} specialized", 45, 20, last=True, gpu=True),
     *(_op(name, last=True) for name in (
         "linear_gelu", "mlp", "causal_attention", "packed_causal_attention")),

@@ -1,6 +1,5 @@
 """Does the fused GEMM with specialised warps have a race? The compiler builds it for sm_90 without
-having promised to: a result would differ now and then, or a run hang. So it is no part of the suite
-and runs last (bench/gpu/stages.py).
+having promised to: a result would differ now and then, or a run hang. So it runs after all others.
 """
 
 import pytest
