@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness.ceilings import Variants, in_turns
 from fastgpt import optim, use_backend
 from fastgpt.commands.tune import distance
 from fastgpt.implementations import aten
+from fastgpt.timing import Variants, in_turns
 
 Row = dict[str, Any]
 ALL = ("fc", "dgrad", "wgrad", "adamw")

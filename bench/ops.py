@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from bench.harness import machine, nvidia_smi, record, roofline
-from bench.harness.ceilings import Variants, in_turns
 from bench.harness.op_cases import Case, cases
 from bench.harness.roofline import Ceilings, Work
 from bench.peers.ops import Peer, peers
 from fastgpt import devices, reference
+from fastgpt.timing import Variants, in_turns
 
 Row = dict[str, Any]
 SAMPLES = 50  # kept of each variant

@@ -12,6 +12,8 @@ def text(run: Record) -> str:
     how = markdown.how(run)
     lines = [f"{run['environment']['device']}, {run['bench']}: {markdown.heading(run)}"]
     lines += [f"({how})"] if how else []
+    if ceiling := run.get("matmul_ceiling"):
+        lines.append(f"Matmul ceiling: {ceiling / 1e12:.3g} TFLOP/s.")
     if (limits := markdown.limits(run, [run])) != "":
         lines.append(limits)
     if any("problem" not in row for row in run["rows"]):
