@@ -25,6 +25,9 @@ OUT ?= out/gpu
 gpu: $(VENV)     ## all that a GPU is needed for, most valuable first, BUDGET seconds a call
 	$(PYTHON) -m bench.gpu --budget $(BUDGET) --out $(OUT) $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
+test-versions:   ## the tests under every supported PyTorch and Triton, each in a venv of its own
+	python3 -m tests.versions $(ARGS)
+
 # a mutant that survives does not end it: that belongs in the report, which then fails
 equivalence: $(VENV) ## docs/equivalence.md: errors against float64, and kernels broken on purpose
 	-$(PYTHON) -m tests.mutants --out out/mutants.json
@@ -57,4 +60,4 @@ profile: $(VENV) ## where a training step's time goes, against the roofline; ARG
 	.venv/bin/pip install -c constraints.txt -e '.[dev,data,hf]'
 	touch $@
 
-.PHONY: help demo test test-deep test-gpu gpu equivalence lint bench bench-ops bench-compare bench-report profile
+.PHONY: help demo test test-deep test-gpu gpu test-versions equivalence lint bench bench-ops bench-compare bench-report profile

@@ -168,7 +168,8 @@ def linear_cross_entropy(
     _check_shape("weight", weight, weight.shape[0], x.shape[1])
     _check_targets(targets, x.shape[0])
     chosen = backend.choose("linear_cross_entropy", x, weight, targets)
-    if chosen is reference:
+    # what works in place is no operator that torch.compile could keep whole; cross_entropy is
+    if chosen is reference or torch.compiler.is_compiling():
         return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
     (x,) = _autocast(x)
     low = weight.detach().to(x.dtype)

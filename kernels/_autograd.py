@@ -14,3 +14,10 @@ def differentiable_once() -> None:
             "fastgpt's kernels can be differentiated only once, create_graph=True asks for more; "
             'use fastgpt.use_backend("torch") for higher derivatives'
         )
+
+
+def graph_is_kept() -> bool:
+    """In a backward: whether another may follow on the same graph (retain_graph=True). If none can,
+    a saved tensor may be given away as a gradient.
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()
