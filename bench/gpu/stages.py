@@ -54,7 +54,7 @@ OPS = (
     "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
 )
 OPS += " --seconds {sampling} --op"
-BESIDE = "bench.launchers --tokens {tokens} --width {width} --parameters {parameters}"
+BESIDE = "bench.kernels_alone --tokens {tokens} --width {width} --parameters {parameters}"
 BESIDE += " --seconds {sampling} --op"
 
 
@@ -86,9 +86,9 @@ STAGES = (
     Stage("curves", "bench.curves --data {data} --size {size} --batch-size {large} --block-size {T}"
           " --steps 1000 --out {out}/records", 300, 150, needs="data"),
     # what has never met a GPU, and may hang or fault
-    Stage("own-gemm", f"{BESIDE} fc dgrad", 45, 20, last=True),
-    Stage("specialized", "bench.specialized --tokens {tokens} --width {width}", 45, 20, last=True,
-          gpu=True),
+    Stage("own-gemm", f"{BESIDE} wgrad fc dgrad", 45, 20, last=True),
+    Stage("suite-races", f"{SUITE} races", 60, 20, last=True, gpu=True, fine=(0, 1)),
+    Stage("specialized", f"{BESIDE} specialized", 45, 20, last=True, gpu=True),
     *(_op(name, last=True) for name in (
         "linear_gelu", "mlp", "causal_attention", "packed_causal_attention")),
     Stage("tune", "fastgpt tune --seconds {seconds}", 330, 60, last=True, gpu=True),
