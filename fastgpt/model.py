@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as computed_again
 
-from fastgpt import checks, devices, init, ops, sampling, weights
+from fastgpt import checks, devices, init, ops, optim, sampling, weights
 from fastgpt.fused import whole
 from fastgpt.fused.untouched import FORWARDS, plain_lookup, untouched
 
@@ -277,7 +277,9 @@ class GPT(nn.Module):
             print(f"num {name} parameter tensors: {len(group)}, with {count:,} parameters")
         fused = device_type in ("cuda", "cpu")  # exact on both, and several times faster
         print(f"using fused AdamW: {fused}")
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+        names = {p: name for name, p in self.named_parameters()}
+        how = dict(lr=learning_rate, betas=betas, fused=fused or None)
+        return optim.CheckedAdamW(groups, names, **how)
 
     def estimate_mfu(
         self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None
