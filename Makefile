@@ -42,11 +42,12 @@ bench: $(VENV)   ## training and decoding on this machine, against what else use
 	$(PYTHON) -m bench.train
 	$(PYTHON) -m bench.decode
 
-bench-ops: $(VENV)     ## time every op against its peers (pytest-benchmark); ARGS="-k layer_norm"
-	$(PYTHON) -m pytest bench/pytest_ops.py --benchmark-only -rs $(ARGS)
+OPS = $(PYTHON) -m pytest bench/pytest_ops.py --benchmark-only -rs
+bench-ops: $(VENV)     ## time every op against its peers and save that; ARGS="-k layer_norm"
+	$(OPS) --benchmark-autosave $(ARGS)
 
-bench-compare: $(VENV) ## fail if fastgpt is more than 3 % slower than at the last run
-	$(PYTHON) -m bench.reports.compare $(ARGS)
+bench-compare: $(VENV) ## fail if an op of fastgpt's is more than 3 % slower than when last saved
+	$(OPS) -k fastgpt --benchmark-compare --benchmark-compare-fail=median:3% $(ARGS)
 
 bench-report: $(VENV)  ## docs/performance.md, its pictures and the README's table, from the records
 	$(PYTHON) -m bench.reports.document $(ARGS)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastgpt import reference
+from fastgpt.interception import interception, sdpa_is_restricted
 from fastgpt.kernels import _tuned
 
 MODES = ("auto", "triton", "torch")
@@ -204,7 +204,7 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
         return Choice("torch", _needs_cuda(tensors[0]))
     if any(t.numel() == 0 for t in tensors):  # nothing to gain, and kernels divide by sizes
         return Choice("torch", "an operand is empty")
-    problem = _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
+    problem = _interception(op) or _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
     if problem is None:
         return Choice(wanted, why)
     if _mode == "triton":
@@ -242,6 +242,15 @@ def _needs_cuda(tensor: Tensor) -> str:
     return f"tensors are on {tensor.device.type}, the kernels need CUDA"
 
 
+def _interception(op: str) -> str | None:
+    """Who must see PyTorch's own ops at work. torch.compile does not: it traces our choice."""
+    if torch.compiler.is_compiling():
+        return None
+    if op in ("causal_attention", "packed_causal_attention", "block") and sdpa_is_restricted():
+        return "SDPA is held to some of its backends"
+    return interception()
+
+
 def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
     """What no kernel can take, whatever the op."""
     for t in tensors:
@@ -253,10 +262,6 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
             return f"dtype {t.dtype} is not float32, float16 or bfloat16"
         if t.device != tensors[0].device:
             return f"tensors are on {tensors[0].device} and {t.device}"
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t):
-            return "torch.func transforms need PyTorch's own ops"
-        if forward_ad._current_level >= 0:
-            return "forward-mode differentiation needs PyTorch's own ops"
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import init
+from fastgpt.interception import interception
 
 
 def check_config(config: Any, known: type) -> None:
@@ -63,6 +64,15 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
             )
 
 
+def check_qkv(qkv: Tensor, C: int, n_embd: int) -> None:
+    """Queries, keys and values (B, T, 3C) of an attention whose `n_embd` may have been changed."""
+    if qkv.size(-1) != 3 * n_embd or n_embd != C:
+        raise ValueError(
+            f"c_attn gave {tuple(qkv.shape)} for inputs of width {C}, and n_embd={n_embd}; the "
+            "attention needs 3 * n_embd columns for inputs of width n_embd"
+        )
+
+
 def check_last_position(idx: Tensor) -> None:
     if idx.size(1) == 0:
         shape = tuple(idx.shape)
@@ -73,9 +83,8 @@ def _can_be_read(idx: Tensor) -> bool:
     """Whether there are values on a CPU, and nobody is tracing what is done with them."""
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and interception() is None
         and type(idx) is Tensor
         and idx.device.type == "cpu"
         and idx.numel() > 0
-        and not torch._C._functorch.is_functorch_wrapped_tensor(idx)
     )

@@ -5,16 +5,18 @@ Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What diffe
 that. The modules here are what runs otherwise, and what a fork changes.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import checks, devices, init, ops, sampling, weights
+from fastgpt import checks, devices, init, ops, reference, sampling, weights
 from fastgpt.fused.untouched import plain_lookup, plain_matmul, remember
 from fastgpt.fused.whole import fused_model
 
@@ -32,6 +34,8 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
+    bias: Tensor  # a causal mask, where a fork registers one and turns `flash` off
+
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -45,9 +49,21 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
-        dropout_p = self.dropout if self.training else 0.0
-        y = ops.packed_causal_attention(qkv, self.n_head, dropout_p)  # (B, T, C)
+        checks.check_qkv(qkv, x.size(-1), self.n_embd)
+        if self.flash:
+            dropout_p = self.dropout if self.training else 0.0
+            y = ops.packed_causal_attention(qkv, self.n_head, dropout_p)  # (B, T, C)
+        else:
+            y = self._masked_attention(qkv)
         return self.resid_dropout(self.c_proj(y))
+
+    def _masked_attention(self, qkv: Tensor) -> Tensor:
+        T = qkv.size(1)
+        q, k, v = reference.split_heads(qkv, self.n_head)  # (B, H, T, D)
+        att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+        att = self.attn_dropout(F.softmax(att, dim=-1))
+        return (att @ v).transpose(1, 2).flatten(2)  # (B, T, C)
 
 
 class MLP(nn.Module):

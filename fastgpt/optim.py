@@ -106,7 +106,7 @@ class AdamW(torch.optim.AdamW):
         device = params[0].device
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), device=p.device)
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p] |= {m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")}
         moments = [(self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]) for p in params]
         copies = [self.copies.get(p) for p in params]
@@ -117,9 +117,9 @@ class AdamW(torch.optim.AdamW):
         decay = {p: g["weight_decay"] for g in self.param_groups for p in g["params"]}
         decays = [float(decay[p]) for p in params]
         return (
-            self._latest("table", table, lambda: _sent(table, device).view(len(params), -1)),
+            self._latest("table", table, lambda: _sent(table, torch.int64, device).view(-1, 6)),
             self._latest("chunks", sizes, lambda: adamw.chunks(params)),
-            self._latest("decays", decays, lambda: _sent(decays, device)),
+            self._latest("decays", decays, lambda: _sent(decays, torch.float32, device)),
         )
 
     def _latest(self, name: str, facts: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -129,6 +129,6 @@ class AdamW(torch.optim.AdamW):
         return self._made[name][1]
 
 
-def _sent(numbers: list[Any], device: torch.device) -> Tensor:
-    t = torch.tensor(numbers)
+def _sent(numbers: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    t = torch.tensor(numbers, dtype=dtype)
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t

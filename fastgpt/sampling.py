@@ -85,16 +85,15 @@ class _NextLogits:
 
     def __init__(self, model: Any):
         self.model = model
-        self.cacheable = decodable(model)
         self.cache: list[tuple[Tensor, Tensor]] = []  # per layer k, v (B, H, block_size, D)
         self.filled = 0  # positions in it
 
     def __call__(self, idx: Tensor) -> Tensor:
         block_size = self.model.config.block_size
-        if idx.size(1) > block_size or idx.size(1) == 0 or not self.cacheable:
-            logits, _ = self.model(idx[:, -block_size:])
-        else:
-            logits = self._extend(idx)
+        if 0 < idx.size(1) <= block_size and decodable(self.model):
+            return self._extend(idx)[:, -1, :]
+        self.cache, self.filled = [], 0
+        logits, _ = self.model(idx[:, -block_size:])
         return logits[:, -1, :]
 
     def _extend(self, idx: Tensor) -> Tensor:

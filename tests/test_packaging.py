@@ -24,7 +24,7 @@ FILES = sorted(
 # A file imports from lines above its own, and may import others of its own line where that closes
 # no circle. What is in brackets is imported inside functions: importing fastgpt needs no triton.
 LAYERS = """
-    reference kernels._tuned kernels._autograd timing init devices data weights
+    reference interception kernels._tuned kernels._autograd timing init devices data weights
     checks implementations.sdpa implementations.flash_attn implementations.aten
     linear_cross_entropy
     backend

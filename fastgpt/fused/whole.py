@@ -20,10 +20,12 @@ from fastgpt.fused import embedding
 from fastgpt.fused.block import Settings, Weights
 from fastgpt.fused.launchers import Launchers
 from fastgpt.fused.untouched import (
+    alike,
     block_weights,
+    calls_untouched,
+    embeddings_as_built,
     plain,
     plain_matmul,
-    tied_and_plain,
     untouched,
 )
 from fastgpt.linear_cross_entropy import mean_loss
@@ -35,9 +37,9 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     torch.func. torch.compile fuses across modules, and would stop at each unit.
     """
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
-    if torch.compiler.is_compiling() or weight is None or not plain(weight) or not idx.numel():
+    if torch.compiler.is_compiling() or not idx.numel() or not calls_untouched():
         return None
-    if weight.dim() != 2 or weight.shape[1] % cfg.n_head:
+    if weight is None or not plain(weight) or weight.dim() != 2 or weight.shape[1] % cfg.n_head:
         return None
     settings = Settings(cfg.n_head, cfg.gelu == "tanh", cfg.dropout if model.training else 0.0)
     facts = dict(n_head=cfg.n_head, dropout_p=settings.dropout_p)
@@ -46,13 +48,14 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     maker = backend.choose("block", qkv, **facts)
     if maker is reference:
         return None
-    return FusedModel(model, maker.launchers(qkv, **facts), settings, dtype)
+    return FusedModel(model, maker.launchers(qkv, **facts), settings, weight, dtype)
 
 
 class FusedModel(NamedTuple):
     model: Any  # a GPT
     run: Launchers
     settings: Settings
+    weight: Tensor  # the head's: what a unit takes is of its dtype, device and width
     dtype: torch.dtype  # of the matmuls
 
     def __call__(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -71,14 +74,14 @@ class FusedModel(NamedTuple):
     def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, C), and the alias of the tied weight that the head is to read (embedding.py)."""
         wte, wpe = self.model.transformer.wte, self.model.transformer.wpe
-        if tied_and_plain(self.model) and _alike(wte.weight, wpe.weight):
+        if embeddings_as_built(self.model, self.weight, idx.shape[1]):
             return embedding.embed(self.run.add_rows_, idx, wte.weight, wpe.weight)
         return wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device)), None
 
     def _block(self, block: Any, delta: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """The residual stream x + delta through one block -> the same in two terms again."""
-        weights = block_weights(block, self.settings)
-        if weights is None or not _alike(x, *weights):
+        weights = block_weights(block, self.settings, self.weight.shape[1])
+        if weights is None or not alike(self.weight, x, *weights):
             return None, block(_sum(delta, x))
         with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
             low = self._low_matrices(weights)
@@ -86,7 +89,7 @@ class FusedModel(NamedTuple):
 
     def _norm(self, ln_f: Any, delta: Tensor | None, x: Tensor) -> Tensor:
         """ln_f of the residual stream, in the matmuls' dtype where it is as built."""
-        if not (untouched(ln_f, "LayerNorm") and _alike(x, ln_f.weight, ln_f.bias)):
+        if not (untouched(ln_f, "LayerNorm") and alike(self.weight, x, ln_f.weight, ln_f.bias)):
             return ln_f(_sum(delta, x))
         return block_unit.norm(self.run, delta, x, ln_f.weight, ln_f.bias, self.dtype)
 
@@ -116,15 +119,6 @@ class FusedModel(NamedTuple):
         """A parameter in the matmuls' dtype, without autograd: TrainStep's copy, or a cast."""
         copies = self.model.matmul_copies
         return copies[p] if p in copies else p.detach().to(self.dtype)
-
-
-def _alike(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are plain tensors of one dtype on one device."""
-    return all(
-        plain(t) and t.dtype == x.dtype and t.device == x.device
-        for t in (x, *others)
-        if t is not None
-    )
 
 
 def _sum(delta: Tensor | None, x: Tensor) -> Tensor:
