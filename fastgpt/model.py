@@ -228,7 +228,7 @@ class GPT(nn.Module):
         if not returned and untouched(head, nn.Linear) and head.bias is None:
             if path and head_weight is not None:
                 return None, path.loss(x, head_weight, head.weight, targets)
-            return None, ops.linear_cross_entropy(x.view(-1, x.size(-1)), head.weight, targets)
+            return None, ops.linear_cross_entropy(x.reshape(-1, x.size(-1)), head.weight, targets)
         logits = head(x) if head_weight is None else F.linear(x, head_weight)
         loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
         return (logits if returned else None), loss

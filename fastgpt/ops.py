@@ -148,15 +148,15 @@ def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) ->
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean over the counted rows of logsumexp(logits) - logits[target], in fp32.
 
-    logits (N, V), targets (N,) int64 -> fp32 scalar, float64 for float64 logits. Rows whose
-    target is `ignore_index` count neither in the sum nor in the mean; if all are ignored the mean
-    is NaN and the gradient 0. A target outside [0, V) raises IndexError on a CPU; on CUDA it is
-    never read out of bounds.
+    logits (N, V), targets (N,) int64 or uint8 -> fp32 scalar, float64 for float64 logits. Rows
+    whose target is `ignore_index` count neither in the sum nor in the mean; if all are ignored the
+    mean is NaN and the gradient 0. A target outside [0, V) raises IndexError on a CPU; on CUDA it
+    is never read out of bounds.
     """
     _check_tensors(logits=logits, targets=targets)
     if logits.dim() != 2:
         raise ValueError(f"logits are {tuple(logits.shape)}, they must be (N, V)")
-    _check_targets(targets, logits.shape[0])
+    targets = _checked_targets(targets, logits.shape[0])
     picked = _pick("cross_entropy", logits, targets)
     try:
         return picked.cross_entropy(logits, targets, ignore_index)
@@ -169,22 +169,21 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets), with the logits never kept.
 
-    x (N, C), weight (V, C), targets (N,) int64 -> fp32 scalar. The logits exist once, in x's dtype,
-    or in chunks where they would take more than 2 GiB, and become their own gradient in one pass;
-    softmax, loss and the accumulated weight gradient are fp32. All other is as in cross_entropy.
+    x (N, C), weight (V, C), targets (N,) as there -> fp32 scalar. The logits exist once, in x's
+    dtype, or in chunks where they would take more than 2 GiB, and become their own gradient in one
+    pass; softmax, loss and the accumulated weight gradient are fp32. All else is cross_entropy's.
     """
     _check_tensors(x=x, weight=weight, targets=targets)
     if x.dim() != 2:
         raise ValueError(f"x is {tuple(x.shape)}, it must be (N, C)")
     _check_shape("weight", weight, weight.shape[0], x.shape[1])
-    _check_targets(targets, x.shape[0])
-    op = "linear_cross_entropy"
+    targets = _checked_targets(targets, x.shape[0])
+    op, dtype = "linear_cross_entropy", autocast_dtype(x)
     implementation = backend.choose(op, why_not, (x, weight, targets), {})
-    if implementation == "torch":
+    if implementation == "torch" or dtype != autocast_dtype(weight):  # which linear refuses
         return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
-    (x,) = _autocast(x)
-    in_place = _load(op, implementation).cross_entropy_
-    return in_place_loss(in_place, x, weight, weight.detach().to(x.dtype), targets, ignore_index)
+    in_place, low = _load(op, implementation).cross_entropy_, weight.detach().to(dtype)
+    return in_place_loss(in_place, x, weight, low, targets, ignore_index)
 
 
 def in_place_loss(
@@ -195,10 +194,15 @@ def in_place_loss(
     targets: Tensor,
     ignore_index: int,
 ) -> Tensor:
-    """linear_cross_entropy of checked inputs, by one of the in-place implementations.
+    """linear_cross_entropy of x and weight that fit, by one of the in-place implementations.
 
-    `low` is weight in x's dtype, as the matmuls read it.
+    `low` is weight as the matmuls read it.
     """
+    _check_tensors(x=x, targets=targets)
+    targets = _checked_targets(targets, x.shape[0])
+    if autocast_dtype(x) != low.dtype:  # as after a replaced norm, and for linear to refuse
+        return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
+    x = x.to(low.dtype)
     apply = LinearCrossEntropy.apply
     try:
         return apply(cross_entropy_, x, weight, low, targets, ignore_index)
@@ -296,10 +300,12 @@ def _check_shape(name: str, t: Tensor | None, *expected: int) -> None:
         raise ValueError(f"{name} is {tuple(t.shape)}, it must be {expected} to fit the others")
 
 
-def _check_targets(targets: Tensor, N: int) -> None:
+def _checked_targets(targets: Tensor, N: int) -> Tensor:
+    """targets (N,) in int64; uint8 is what F.cross_entropy takes beside it."""
     _check_shape("targets", targets, N)
-    if targets.dtype != torch.int64:
+    if targets.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
+    return targets.long()
 
 
 def _explained(error: IndexError, V: int, ignore_index: int) -> IndexError:

@@ -124,13 +124,11 @@ class _Skipped:
 
     def _judge(self, count: int) -> None:
         message = (
-            f"{count} steps in a row were skipped, as their gradients are not finite. Look for what "
-            "made them so: a learning rate too high, weights or data that are not finite"
+            f"{count} steps in a row were skipped, as their gradients are not finite. Look for "
+            "what made them so: a learning rate too high, weights or data that are not finite"
         )
         if 0 < self.most <= count:
-            raise FloatingPointError(
-                f"{message}. max_skipped={self.most} of TrainStep ends it here"
-            )
+            raise FloatingPointError(f"{message}. TrainStep's max_skipped={self.most} ends it here")
         if count >= self.WARN_AFTER and not self.warned:
             warnings.warn(f"fastgpt: {message}", stacklevel=4)
         self.warned = count >= self.WARN_AFTER

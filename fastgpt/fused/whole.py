@@ -57,7 +57,7 @@ class Path(NamedTuple):
 
     def loss(self, x: Tensor, alias: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """x (B, T, C), weight (V, C) and its alias, targets (B*T,) -> mean cross entropy."""
-        rows, low = x.view(-1, x.shape[-1]), self.low(weight)
+        rows, low = x.reshape(-1, x.shape[-1]), self.low(weight)
         return ops.in_place_loss(self.cross_entropy_, rows, alias, low, targets, -1)
 
 
