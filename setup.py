@@ -16,13 +16,17 @@ setup(
         "fastgpt.kernels",
     ],
     package_dir={"fastgpt.kernels": "kernels"},
+    package_data={"fastgpt.kernels": ["tuned.json"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "data": ["tiktoken", "numpy"],
         "hf": ["transformers", "safetensors"],
         "plot": ["matplotlib"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "numpy", "matplotlib"],
+        "dev": [
+            *("pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"),
+            *("numpy", "scipy", "matplotlib"),
+        ],
     },
     entry_points={"console_scripts": ["fastgpt=fastgpt.cli:main"]},
 )

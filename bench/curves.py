@@ -15,7 +15,6 @@ FOLDER is one that `fastgpt prepare` or nanoGPT's prepare.py wrote.
 
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import fit, record, trainee
+from bench.harness import memory_budget, nvidia_smi, record, training_variant
 from bench.peers import models
 from bench.peers.training import DTYPES, VARIANTS, Run, set_precision
+from bench.reports import terminal
 from bench.train import say
 from fastgpt import devices
 from fastgpt.data import load_split, random_batch
@@ -39,6 +39,7 @@ def measure(
     settings: dict[str, Any], tokens: Tensor, variants: list[str], device: torch.device
 ) -> record.Record:
     """`settings`: size, B, T, dtype, steps."""
+    before = nvidia_smi.reading()
     set_precision(settings["dtype"])
     first, *others = variants
     runs = [(first, SEEDS[0]), (first, SEEDS[1]), *((variant, SEEDS[0]) for variant in others)]
@@ -48,7 +49,8 @@ def measure(
         _compare(rows)
     digest = hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:12]
     settings = {**settings, "text": f"{len(tokens):,} tokens, sha256 {digest}"}
-    return record.new("curves", settings, rows, peers=models.versions())
+    gpu = nvidia_smi.since(before)
+    return record.new("curves", settings, rows, gpu, peers=models.versions())
 
 
 def _train(
@@ -56,8 +58,8 @@ def _train(
 ) -> Row:
     """{"variant", "losses"}, one per step, or a row that says why not."""
     config = models.config_of(settings["size"], settings["T"])
-    needed = fit.step_bytes(config, settings["B"], settings["dtype"])
-    if problem := fit.missing(needed, device):
+    needed = memory_budget.step_bytes(config, settings["B"], settings["dtype"])
+    if problem := memory_budget.missing(needed, device):
         return {"variant": variant, "problem": problem}
     try:
         weights = models.initial_weights(config, device, seed)
@@ -68,7 +70,7 @@ def _train(
             say(f"{variant}: step {i + 1}")
         return {"variant": variant, "losses": torch.stack(losses).float().tolist()}
     except Exception as error:
-        return {"variant": variant, "problem": trainee.describe(error)}
+        return {"variant": variant, "problem": training_variant.describe(error)}
 
 
 def _compare(rows: list[Row]) -> None:
@@ -87,23 +89,10 @@ def smooth(losses: list[float]) -> Tensor:
     return torch.tensor(losses).double().unfold(0, min(SMOOTH, len(losses)), 1).mean(1)
 
 
-def table(found: record.Record) -> str:
-    lines = [f"{'variant':32}{'final loss':>12}{'gap':>10}{'of a seed':>11}"]
-    for row in found["rows"]:
-        if "problem" in row:
-            lines.append(f"{row['variant']:32}{row['problem']}")
-        else:
-            share = format(row["of_a_seed"], ".3f") if "of_a_seed" in row else ""
-            lines.append(
-                f"{row['variant']:32}{row['final_loss']:12.4f}{row['gap']:10.5f}{share:>11}"
-            )
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.curves", description=__doc__)
     on_gpu = torch.cuda.is_available()
-    baseline = "nanogpt" if os.environ.get("NANOGPT_DIR") else "eager"
+    baseline = "nanogpt" if models.nanogpt_folder() else "eager"
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train.bin")
     add("--size", choices=models.SIZES, default="124M" if on_gpu else "char")
@@ -131,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {"size": args.size, "B": args.batch_size, "T": config.block_size}
     settings |= {"dtype": args.dtype, "steps": args.steps}
     found = measure(settings, tokens, args.variants, device)
-    print(f"\n{table(found)}\nrecord: {record.save(found, args.out)}")
+    print(f"\n{terminal.text(found)}\nrecord: {record.save(found, args.out)}")
     return 0
 
 

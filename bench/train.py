@@ -2,211 +2,112 @@
 
 Every variant starts from the same weights, sees the same batches and takes the same number of
 steps. Short rounds of the variants alternate, so that a machine that slows down slows all of them;
-only after the losses agreed are the medians over rounds compared. Where the variants' weights and
-optimizer states do not fit in memory together, each is built, timed and let go in turn, then once
-more in the opposite order (A B C, C B A). One record per size, batch size and dtype.
+what is compared are the ratios within a round. A variant whose losses are not eager's keeps its
+time, with a flag. Where the variants' weights and optimizer states do not fit in memory together,
+each is built, timed and let go in turn, then once more in the opposite order (A B C, C B A). One
+record per size, batch size and dtype, written whenever a variant has more to show.
 """
 
 import argparse
-import dataclasses
 import itertools
-import statistics
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import fit, machine, record
+from bench.harness import machine, memory_budget, nvidia_smi, record
 from bench.harness.ceilings import matmul_ceiling
-from bench.harness.trainee import Trainee, empty_caches
+from bench.harness.training_record import ALONE, IN_TURNS, Settings, TrainingRecord
+from bench.harness.training_variant import Variant, empty_caches
 from bench.peers import models
 from bench.peers.models import SIZES
 from bench.peers.training import DTYPES, VARIANTS, Run, batches, matmul_dtype, set_precision
-from fastgpt import GPT, GPTConfig, devices
-from fastgpt.environment import backend_report
-
-# Of what the loss fell by, or of 1 where that is more: two summation orders drift apart slowly, a
-# wrong gradient shows within a few steps.
-MAX_LOSS_GAP = {"float32": 0.002, "tf32": 0.01, "bfloat16": 0.01, "float16": 0.01}
-IN_TURNS, ALONE = "in turns", "one at a time, in two passes of opposite order"
-Row = dict[str, Any]
+from bench.reports import terminal
+from fastgpt import devices
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What one record is about; its fields are the record's `settings`."""
-
-    size: str
-    B: int
-    T: int
-    dtype: str
-    rounds: int
-    steps: int  # a round
-
-
-def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
-    quiet = machine.check()
-    say(machine.warning(quiet))
+def measure(
+    settings: Settings, device: torch.device, names: list[str], out: Path
+) -> tuple[TrainingRecord, list[str]]:
+    """The finished record, and the variants that a lost device left without a turn."""
+    before, host = nvidia_smi.reading(), machine.check()
+    say(machine.warning(host))
     set_precision(settings.dtype)
     ceiling = matmul_ceiling(device, matmul_dtype(settings.dtype))
-    config = models.config_of(settings.size, settings.T)
-    order = IN_TURNS
-    needed = fit.step_bytes(config, settings.B, settings.dtype)
-    if problem := fit.missing(needed, device):
-        rows = [{"variant": variant, "problem": problem} for variant in variants]
+    growing = TrainingRecord(settings, device, names, before, host, ceiling)
+    growing.save(out)
+    needed = memory_budget.step_bytes(growing.config, settings.B, settings.dtype)
+    untried: list[str] = []
+    if problem := memory_budget.missing(needed, device):
+        growing.refuse_all(problem)
     else:
-        order, trainees = _train(config, settings, device, variants)
-        flops = _flops(config, settings.B)
-        peak = devices.peak_flops(device)
-        rows = [_row(t, trainees, settings, flops, peak, ceiling) for t in trainees]
-    return record.new(
-        "train",
-        {**dataclasses.asdict(settings), "order": order},
-        rows,
-        machine=quiet,
-        peers=models.versions(),
-        backend={op: choice.implementation for op, choice in backend_report().items()},
-        matmul_ceiling=ceiling,
-    )
+        variants = _train(growing, device, names)
+        if any(variant.device_lost for variant in variants) and not variants[0].problem:
+            untried = [v.name for v in variants if not v.samples and not v.problem]
+    growing.end()
+    return growing, untried
 
 
-def _train(
-    config: GPTConfig, settings: Settings, device: torch.device, variants: list[str]
-) -> tuple[str, list[Trainee]]:
-    """The order of the rounds, and the variants after them."""
+def _train(growing: TrainingRecord, device: torch.device, names: list[str]) -> list[Variant]:
+    config, settings = growing.config, growing.settings
     run = Run(config, models.initial_weights(config, device), device, settings.dtype)
     data = batches(config, settings.B, settings.steps, device)
+    size = config, settings.B, settings.dtype
     with empty_caches() as caches:
 
-        def trainees() -> list[Trainee]:
-            return [Trainee(variant, run, data, caches) for variant in variants]
+        def variants() -> list[Variant]:
+            return [Variant(name, run, data, caches) for name in names]
 
-        if fit.all_at_once(config, settings.B, settings.dtype, device, len(variants)):
-            done = in_turns(trainees(), settings.rounds)
-            if not any(trainee.out_of_memory for trainee in done):
-                return IN_TURNS, done
-        return ALONE, one_at_a_time(trainees(), settings.rounds)
+        if memory_budget.all_at_once(*size, device, len(names)):
+            done = _in_turns(variants(), settings.rounds, growing)
+            if not any(variant.out_of_memory for variant in done):
+                return done
+        return _one_at_a_time(variants(), settings.rounds, growing)
 
 
-def in_turns(trainees: list[Trainee], rounds: int) -> list[Trainee]:
-    for trainee in trainees:
-        say(f"first steps of {trainee.variant}")
-        trainee.attempt(Trainee.build)
-    crowded = any(trainee.out_of_memory for trainee in trainees)
+def _in_turns(variants: list[Variant], rounds: int, growing: TrainingRecord) -> list[Variant]:
+    def all_try(action: Callable[..., None], *args: Any) -> None:
+        for variant in variants:
+            variant.attempt(action, *args)
+
+    for variant in variants:
+        say(f"first steps of {variant.name}")
+        variant.attempt(Variant.build)
+        variant.attempt(Variant.round, Variant.EARLY)
+        growing.update(IN_TURNS, variants)
+        if variant.device_lost:
+            return variants
+    crowded = any(variant.out_of_memory for variant in variants)
     for i in range(0 if crowded else rounds):
         say(f"round {i + 1} of {rounds}")
-        for trainee in trainees:
-            trainee.attempt(Trainee.round)
-    for trainee in trainees:
-        trainee.attempt(Trainee.look)
-    for trainee in trainees:
-        trainee.release()
-    return trainees
+        all_try(Variant.round, i)
+        growing.update(IN_TURNS, variants)
+    all_try(Variant.look)
+    growing.update(IN_TURNS, variants)
+    for variant in variants:
+        if not variant.device_lost:
+            variant.release()
+    return variants
 
 
-def one_at_a_time(trainees: list[Trainee], rounds: int) -> list[Trainee]:
+def _one_at_a_time(variants: list[Variant], rounds: int, growing: TrainingRecord) -> list[Variant]:
     """A machine that slows down steadily costs each the same: the passes' middles coincide."""
-    for trainee in [*trainees, *reversed(trainees)]:
-        say(f"{trainee.variant}, alone")
-        trainee.attempt(Trainee.build)
-        for _ in range(-(-rounds // 2)):
-            trainee.attempt(Trainee.round)
-        trainee.attempt(Trainee.look)
-        trainee.release()
-    return trainees
-
-
-def _flops(config: GPTConfig, batch_size: int) -> float:
-    """Of one step, as estimate_mfu counts them."""
-    with models.quietly(), torch.device("meta"):
-        return GPT(config).estimate_mfu(batch_size, dt=1.0, peak_flops=1.0)
-
-
-def _row(
-    trainee: Trainee, all_of_them: list[Trainee], settings: Settings, flops: float, peak: float,
-    ceiling: float,
-) -> Row:  # fmt: skip
-    gap, problem = _compare_losses(trainee, all_of_them, settings.dtype)
-    if problem:
-        return {"variant": trainee.variant, "problem": problem}
-    seconds = statistics.median(trainee.seconds)
-    is_16_bit = settings.dtype in ("bfloat16", "float16")  # what the datasheet's peak is for
-    return {
-        "variant": trainee.variant,
-        "seconds": trainee.seconds,
-        "tokens_per_second": settings.B * settings.T / seconds,
-        "ms": {name: 1e3 * _quantile(trainee.seconds, q) for name, q in _QUANTILES.items()},
-        "over_eager": _ratio(all_of_them[0], trainee),
-        "mfu": flops / seconds / peak if is_16_bit and peak == peak else None,
-        "of_matmul_ceiling": flops / seconds / ceiling,
-        "peak_bytes": trainee.peak_bytes,
-        "first_step_seconds": trainee.first_step,
-        "attention": trainee.attention,
-        "final_loss": trainee.losses[-1],
-        "loss_gap": gap,
-    }
-
-
-def _compare_losses(trainee: Trainee, all_of_them: list[Trainee], dtype: str) -> tuple[float, str]:
-    """The largest distance from eager's losses, and why there is no time, if so. Where eager could
-    not run, the first that could stands in."""
-    ran = [t for t in all_of_them if not t.problem]
-    if trainee.problem:
-        return 0.0, trainee.problem
-    if len(ran) < 2:
-        return 0.0, "no other variant ran to compare losses with: not timed"
-    wanted = ran[0].losses
-    gap = max(abs(a - b) for a, b in zip(trainee.losses, wanted, strict=True))
-    if gap < MAX_LOSS_GAP[dtype] * max(1.0, wanted[0] - min(wanted)):
-        return gap, ""
-    return gap, f"losses are up to {gap:.3g} from those of {ran[0].variant}: not timed"
-
-
-_QUANTILES = {"p10": 0.1, "median": 0.5, "p90": 0.9}
-
-
-def _quantile(samples: list[float], q: float) -> float:
-    """With few samples p10 and p90 are the extremes; nothing is interpolated beyond them."""
-    if q == 0.5:
-        return statistics.median(samples)
-    return sorted(samples)[round(q * (len(samples) - 1))]
-
-
-def _ratio(eager: Trainee, other: Trainee) -> float | None:
-    """How many times as fast as eager, turn by turn."""
-    if eager.problem:
-        return None
-    turns = zip(eager.seconds, other.seconds, strict=True)
-    return statistics.median(theirs / ours for theirs, ours in turns)
-
-
-def table(found: record.Record) -> str:
-    settings, rows = found["settings"], found["rows"]
-    lines = [
-        f"{found['environment']['device']}: training, "
-        f"{settings['size']} B={settings['B']} T={settings['T']} {settings['dtype']}, "
-        f"{settings['order']}; matmul ceiling {found['matmul_ceiling'] / 1e12:.3g} TFLOP/s",
-        f"{'variant':20}{'tokens/s':>10}{'x eager':>9}{'ms/step (p10 to p90)':>30}{'MFU':>6}"
-        f"{'ceiling':>9}{'peak GB':>9}{'1st step s':>12}{'loss':>9}  attention",
-    ]
-    for row in rows:
-        if "problem" in row:
-            lines.append(f"{row['variant']:20}{row['problem']}")
-            continue
-        ms = row["ms"]
-        spread = f"{ms['median']:.2f} ({ms['p10']:.2f} to {ms['p90']:.2f})"
-        lines.append(
-            f"{row['variant']:20}{row['tokens_per_second']:10,.0f}{_shown(row['over_eager'], 9)}"
-            f"{spread:>30}{_shown(row['mfu'], 6, '.0%')}{row['of_matmul_ceiling']:9.0%}"
-            f"{_shown(row['peak_bytes'] and row['peak_bytes'] / 1e9, 9, '.1f')}"
-            f"{row['first_step_seconds']:12.1f}{row['final_loss']:9.4f}  {row['attention']}"
-        )
-    return "\n".join([*lines, *filter(None, [machine.warning(found["machine"])])])
-
-
-def _shown(value: float | None, width: int, form: str = ".2f") -> str:
-    return f"{'' if value is None else format(value, form):>{width}}"
+    half = -(-rounds // 2)
+    passes = [(v, 0) for v in variants] + [(v, half) for v in reversed(variants)]
+    for variant, first in passes:
+        say(f"{variant.name}, alone")
+        variant.attempt(Variant.build)
+        for i in range(half):
+            variant.attempt(Variant.round, first + i)
+        variant.attempt(Variant.look)
+        growing.update(ALONE, variants)
+        if variant.device_lost:
+            break
+        variant.release()
+    return variants
 
 
 def say(what: str) -> None:
@@ -261,11 +162,24 @@ def main(argv: list[str] | None = None) -> int:
 
     for size, B, dtype in itertools.product(args.size, args.batch_size, args.dtype):
         T = models.config_of(size, args.block_size).block_size
-        found = measure(Settings(size, B, T, dtype, args.rounds, args.steps), device, args.variants)
-        path = record.save(found, args.out)
+        settings = Settings(size, B, T, dtype, args.rounds, args.steps)
+        done, untried = measure(settings, device, args.variants, args.out)
         say("")
-        print(f"\n{table(found)}\nrecord: {path}", flush=True)
+        print(f"\n{terminal.text(done.record)}\nrecord: {done.path}", flush=True)
+        if untried:
+            print(f"the device was lost; a new process runs {', '.join(untried)}", flush=True)
+            _in_a_new_process(settings, args, ["eager", *untried])
     return 0
+
+
+def _in_a_new_process(settings: Settings, args: argparse.Namespace, variants: list[str]) -> None:
+    """Where a fault has made this one's device useless. It takes a record of its own."""
+    options = {"size": settings.size, "batch-size": settings.B, "block-size": settings.T}
+    options |= {"dtype": settings.dtype, "rounds": settings.rounds, "steps": settings.steps}
+    options |= {"device": args.device, "out": args.out}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "bench.train", *words, "--variants", *variants]
+    subprocess.run(command, cwd=Path(__file__).parents[1])
 
 
 if __name__ == "__main__":

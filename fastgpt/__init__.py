@@ -5,3 +5,4 @@ from fastgpt.backend import use_backend as use_backend
 from fastgpt.environment import backend_report as backend_report
 from fastgpt.model import GPT as GPT
 from fastgpt.model import GPTConfig as GPTConfig
+from fastgpt.train_step import TrainStep as TrainStep

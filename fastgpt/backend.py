@@ -1,43 +1,67 @@
-"""Which implementation of an op runs: the only dispatch point.
+"""Every op's implementations, and which of them runs: the one table and the one dispatch point.
 
-    "auto"     the table's choice for this device (tables.py) if it can run, else PyTorch
+    "auto"     what was measured to win on this device, else the conservative choice, where it can
+               run; else PyTorch
     "triton"   our kernels; RuntimeError with the reason where they cannot run
-    "torch"    PyTorch; no kernel of ours is ever launched
+    "torch"    PyTorch; no fastgpt kernel is ever launched
 
 The mode is process-wide. It starts as $FASTGPT_BACKEND, or "auto".
 """
 
 import os
+import pkgutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from fastgpt import tables
+from fastgpt import reference
+from fastgpt.interception import interception, sdpa_is_restricted
+from fastgpt.kernels import _tuned
 
 MODES = ("auto", "triton", "torch")
 
-# Every op's implementations besides "torch" (reference.py). "triton" is always our own kernel;
-# "cublas" is PyTorch's GEMM followed by our elementwise kernels; "cudnn" and "flash" are SDPA held
-# to one of its own backends, "flash-attn" is the package of that name. "aten" is PyTorch's ops
-# under a backward of our own, which is what there is to win on a CPU; "block" is the fused path.
-KERNELS: Mapping[str, tuple[str, ...]] = {
-    "layer_norm": ("triton",),
-    "add_layer_norm": ("triton",),
-    "linear_gelu": ("triton", "cublas"),
-    "mlp": ("triton", "cublas"),
-    "causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
-    "packed_causal_attention": ("triton", "cudnn", "flash", "flash-attn"),
-    "cross_entropy": ("triton", "aten"),
-    "linear_cross_entropy": ("triton", "aten"),
-    "block": ("triton", "aten"),
-    "adamw": ("triton",),
-}
 
-WhyNot = Callable[[str, str, tuple[Tensor, ...], Mapping[str, Any]], str | None]
+class Op(NamedTuple):
+    # name -> the module, or module:object, that has a function called like the op, and
+    # `unsupported(tensors, **facts)`, which says why it cannot run. "torch" is reference.py.
+    implementations: Mapping[str, str]
+    unmeasured: str  # the choice on a GPU that nobody measured: GEMMs and attention from PyTorch
+    on_cpu: str = "torch"
+
+
+_KERNELS, _OTHERS = "fastgpt.kernels.", "fastgpt.implementations."
+_MLP = {"triton": _KERNELS + "mlp:own", "cublas": _KERNELS + "mlp:cublas"}
+_ATTENTION = {
+    "triton": _KERNELS + "attention",
+    "cudnn": _OTHERS + "sdpa:cudnn",
+    "flash": _OTHERS + "sdpa:flash",
+    "flash-attn": _OTHERS + "flash_attn",
+}
+_LOSS = {"triton": _KERNELS + "cross_entropy", "aten": _OTHERS + "aten"}
+
+# "triton" is always our own kernel; "cublas" is PyTorch's GEMM followed by our elementwise kernels;
+# "cudnn" and "flash" are SDPA held to one of its own backends; "aten" is PyTorch's ops under a
+# backward of our own, which is where a CPU can be faster.
+OPS: dict[str, Op] = {
+    "layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
+    "add_layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
+    "linear_gelu": Op(_MLP, "cublas"),
+    "mlp": Op(_MLP, "cublas"),
+    "causal_attention": Op(_ATTENTION, "torch"),
+    "packed_causal_attention": Op(_ATTENTION, "torch"),
+    "cross_entropy": Op(_LOSS, "triton", on_cpu="aten"),
+    "linear_cross_entropy": Op(_LOSS, "triton", on_cpu="aten"),
+    # the two that no public function is called like: a GPT's fused path, and TrainStep's optimizer
+    "block": Op(
+        {"triton": "fastgpt.fused.launchers:kernels", "aten": "fastgpt.fused.launchers:aten"},
+        "triton",
+        on_cpu="aten",
+    ),
+    "adamw": Op({"triton": _KERNELS + "adamw"}, "triton"),
+}
 
 
 class Choice(NamedTuple):
@@ -54,6 +78,7 @@ def _checked_mode(mode: str, source: str) -> str:
 _mode = _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
 _overrides: dict[str, str] = {}
 _warned: set[str] = set()
+_loaded: dict[str, Any] = {}  # path in OPS -> module or object, or the exception of its import
 
 
 class use_backend:
@@ -67,15 +92,17 @@ class use_backend:
     def __init__(self, mode: str = "auto", **implementations: str):
         global _mode, _overrides
         for op, name in implementations.items():
-            if op not in KERNELS:
-                raise ValueError(f"unknown op {op!r}; use one of {', '.join(KERNELS)}")
-            if name not in (*KERNELS[op], "torch"):
-                known = ", ".join((*KERNELS[op], "torch"))
+            if op not in OPS:
+                raise ValueError(f"unknown op {op!r}; use one of {', '.join(OPS)}")
+            if name not in (*OPS[op].implementations, "torch"):
+                known = ", ".join((*OPS[op].implementations, "torch"))
                 raise ValueError(f"unknown implementation {name!r} of {op}; use one of {known}")
             if (mode == "triton" and name == "torch") or (mode == "torch" and name != "torch"):
                 raise ValueError(f'{op}="{name}" contradicts "{mode}"; use "auto" to mix them')
         self._before = _mode, _overrides
         self._chosen = _checked_mode(mode, "use_backend"), implementations
+        if mode == "triton" or implementations:
+            load_all()
         _mode, _overrides = self._chosen
 
     def __enter__(self) -> "use_backend":
@@ -88,15 +115,58 @@ class use_backend:
         _mode, _overrides = self._before
 
 
-def choose(op: str, why_not: WhyNot, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> str:
-    """The implementation of `op` that will run on `tensors`.
+def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
+    """What will run `op` on these tensors: a module or object of OPS, or reference.py.
 
-    `why_not(op, implementation, tensors, facts)` says why that one cannot run, or None if it can.
+    `facts` are what else its implementations ask about, such as `width` and `head_dim`.
     """
-    choice = explain(op, why_not, tensors, facts)
-    if choice.implementation == "torch" and tensors[0].is_cuda and _mode == "auto":
+    given = tuple(t for t in tensors if t is not None)
+    choice = explain(op, given, facts)
+    if choice.implementation != "torch":
+        return implementation(op, choice.implementation)
+    if given[0].is_cuda and _mode == "auto":
         _warn_once(op, choice)
-    return choice.implementation
+    return reference
+
+
+def implementation(op: str, name: str) -> Any:
+    """The module or object of OPS; what importing it raised is raised again."""
+    path = OPS[op].implementations[name]
+    if path not in _loaded:
+        _loaded[path] = _imported(path)
+    if isinstance(_loaded[path], Exception):
+        raise _loaded[path]
+    return _loaded[path]
+
+
+def load_all() -> None:
+    """Import every implementation now: torch.compile cannot trace an import by name."""
+    for path in {path for op in OPS.values() for path in op.implementations.values()}:
+        if path not in _loaded:
+            _loaded[path] = _imported(path)
+
+
+def _imported(path: str) -> Any:
+    try:
+        return pkgutil.resolve_name(path)
+    except Exception as error:  # a broken install raises anything, not only ImportError
+        return error
+
+
+def why_not(
+    op: str, name: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
+) -> str | None:
+    """Why this implementation cannot run on these tensors, or None if it can."""
+    try:
+        chosen = implementation(op, name)
+    except Exception as error:
+        return f"importing it failed: {type(error).__name__}: {error}"
+    return chosen.unsupported(tensors, **facts)
+
+
+def asked_for(op: str) -> str | None:
+    """The implementation that use_backend names for `op`."""
+    return _overrides.get(op)
 
 
 def kernels_possible(tensor: Tensor) -> bool:
@@ -114,14 +184,14 @@ def casts_once(tensor: Tensor) -> bool:
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor lives; some devices have none."""
+    """Whether autocast is on where the tensor lives. Only these devices are asked about: elsewhere
+    every op is PyTorch's own, and torch.compile traces no question that all devices answer.
+    """
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in ("cuda", "cpu") and torch.is_autocast_enabled(device)
 
 
-def explain(
-    op: str, why_not: WhyNot, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
-) -> Choice:
+def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> Choice:
     """What `choose` will do and why. RuntimeError in mode "triton" where no kernel can run."""
     if _mode == "torch":
         return Choice("torch", "the backend is set to torch")
@@ -132,7 +202,9 @@ def explain(
         return Choice("torch", why)
     if _mode == "auto" and not tensors[0].is_cuda and wanted != "aten":
         return Choice("torch", _needs_cuda(tensors[0]))
-    problem = _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
+    if any(t.numel() == 0 for t in tensors):  # nothing to gain, and kernels divide by sizes
+        return Choice("torch", "an operand is empty")
+    problem = _interception(op) or _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
     if problem is None:
         return Choice(wanted, why)
     if _mode == "triton":
@@ -144,23 +216,43 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
     if op in _overrides:
         return _overrides[op], "asked for by use_backend"
     if _mode == "auto" and not tensor.is_cuda:
-        aten = tensor.device.type == "cpu" and op in tables.ATEN_ON_CPU
-        return ("aten", "PyTorch's ops, our backward") if aten else ("torch", _needs_cuda(tensor))
-    name = "cpu"
-    if tensor.is_cuda:  # not get_device_name: torch.compile cannot trace that
-        name = torch.cuda.get_device_properties(tensor.device).name
-    choice, source = tables.implementation(op, name)
+        name = OPS[op].on_cpu if tensor.device.type == "cpu" else "torch"
+        return name, _needs_cuda(tensor) if name == "torch" else "PyTorch's ops, our backward"
+    choice, source = OPS[op].unmeasured, "the conservative choice"
+    if tensor.is_cuda and not torch.compiler.is_compiling():  # which can read no file
+        device = torch.cuda.get_device_properties(tensor.device).name
+        choice, source = measured(op, device) or (choice, source)
     if _mode == "triton" and choice == "torch":
         return "triton", "the backend is set to triton"
     return choice, source
+
+
+def measured(op: str, device_name: str) -> tuple[str, str] | None:
+    """What won on such a device, and when (kernels/_tuned.py)."""
+    entry = _tuned.entry(device_name)
+    choice = entry.get("implementations", {}).get(op)
+    known = choice in (
+        *OPS[op].implementations,
+        "torch",
+    )  # a file of another release may name others
+    return (choice, f"measured on {device_name}, {entry['date']}") if known else None
 
 
 def _needs_cuda(tensor: Tensor) -> str:
     return f"tensors are on {tensor.device.type}, the kernels need CUDA"
 
 
+def _interception(op: str) -> str | None:
+    """Who must see PyTorch's own ops at work. torch.compile does not: it traces our choice."""
+    if torch.compiler.is_compiling():
+        return None
+    if op in ("causal_attention", "packed_causal_attention", "block") and sdpa_is_restricted():
+        return "SDPA is held to some of its backends"
+    return interception()
+
+
 def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
-    """What no kernel can take, whatever the op. No rows are fine, rows of nothing are not."""
+    """What no kernel can take, whatever the op."""
     for t in tensors:
         if type(t) not in (Tensor, nn.Parameter):
             return f"{type(t).__name__} is not a plain tensor"
@@ -170,12 +262,6 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
             return f"dtype {t.dtype} is not float32, float16 or bfloat16"
         if t.device != tensors[0].device:
             return f"tensors are on {tensors[0].device} and {t.device}"
-        if t.numel() == 0 and tensors[0].shape[:-1].numel() > 0:
-            return f"an operand is empty: {tuple(t.shape)}"
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(t):
-            return "torch.func transforms need PyTorch's own ops"
-        if forward_ad._current_level >= 0:
-            return "forward-mode differentiation needs PyTorch's own ops"
     return None
 
 

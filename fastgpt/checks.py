@@ -6,16 +6,17 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt import init
+from fastgpt.interception import interception
 
 
 def check_config(config: Any, known: type) -> None:
     """Complete `config` with the defaults of `known`, GPTConfig; ValueError names a bad field."""
-    for ours in fields(known):  # nanoGPT's own GPTConfig, or a fork's, lacks what is ours
-        if not hasattr(config, ours.name):
-            setattr(config, ours.name, ours.default)
+    for known_field in fields(known):  # nanoGPT's GPTConfig, or a fork's, lacks fastgpt's fields
+        if not hasattr(config, known_field.name):
+            setattr(config, known_field.name, known_field.default)
     for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, field)
         if not isinstance(value, Integral) or value < 1:  # numpy's integers are none of int
@@ -30,20 +31,60 @@ def check_config(config: Any, known: type) -> None:
     init.linear_std(config), init.residual_std(config)  # raise on an unknown scheme
 
 
-def check_tokens(idx: Tensor, block_size: int | None, weight: Tensor) -> None:
-    """Errors for what is no batch of ids. `block_size` None allows any length."""
+def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> None:
+    """Errors for what is no batch of ids: of at most `longest` tokens, from `wte`'s vocabulary.
+
+    `wte` None allows any id, for an embedding that is not a plain one. On a GPU, where looking
+    would wait for the device, an id outside the vocabulary is for PyTorch to notice.
+    """
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()"
         )
-    if idx.is_meta and not weight.is_meta:  # a CPU's embedding takes them, and returns noise
-        raise RuntimeError(f"idx is on meta, the model on {weight.device}; move one with .to()")
     if idx.dim() != 2:
         raise ValueError(
             f"idx must be (B, T), got shape {tuple(idx.shape)}; add a batch with idx[None]"
         )
-    if block_size is not None and idx.size(1) > block_size:
+    if longest is not None and idx.size(1) > longest:
         raise ValueError(
-            f"idx has T={idx.size(1)} tokens, block_size is {block_size}; crop it with "
+            f"idx has T={idx.size(1)} tokens, block_size is {longest}; crop it with "
             "idx[:, -block_size:] or build the model with a larger block_size"
         )
+    if wte is None:
+        return
+    if idx.is_meta and not wte.weight.is_meta:  # a CPU's embedding takes them, and returns noise
+        raise RuntimeError(f"idx is on meta, the model on {wte.weight.device}; move one with .to()")
+    if _can_be_read(idx):
+        low, high = (t.item() for t in idx.aminmax())
+        V = wte.num_embeddings
+        if low < 0 or high >= V:
+            raise IndexError(
+                f"idx holds ids from {low} to {high}, but vocab_size={V} allows 0 to {V - 1}; "
+                "check that the data and the model use the same tokenizer"
+            )
+
+
+def check_qkv(qkv: Tensor, C: int, n_embd: int) -> None:
+    """Queries, keys and values (B, T, 3C) of an attention whose `n_embd` may have been changed."""
+    if qkv.size(-1) != 3 * n_embd or n_embd != C:
+        raise ValueError(
+            f"c_attn gave {tuple(qkv.shape)} for inputs of width {C}, and n_embd={n_embd}; the "
+            "attention needs 3 * n_embd columns for inputs of width n_embd"
+        )
+
+
+def check_last_position(idx: Tensor) -> None:
+    if idx.size(1) == 0:
+        shape = tuple(idx.shape)
+        raise IndexError(f"idx {shape} has no last position; give at least one token")
+
+
+def _can_be_read(idx: Tensor) -> bool:
+    """Whether there are values on a CPU, and nobody is tracing what is done with them."""
+    return (
+        not torch.compiler.is_compiling()
+        and interception() is None
+        and type(idx) is Tensor
+        and idx.device.type == "cpu"
+        and idx.numel() > 0
+    )

@@ -14,7 +14,7 @@ import fastgpt
 from fastgpt.commands import run
 
 MODULES = {
-    "prepare": ("fastgpt.data", "turn a text into train.bin, val.bin and meta.pkl"),
+    "prepare": ("fastgpt.commands.prepare", "turn a text into train.bin, val.bin and meta.pkl"),
     "train": ("fastgpt.commands.train", "train a GPT on prepared data"),
     "sample": ("fastgpt.commands.sample", "write text with a trained GPT"),
     "convert": (
@@ -22,7 +22,7 @@ MODULES = {
         "turn a checkpoint into a Hugging Face folder, or back",
     ),
     "run": ("fastgpt.commands.run", "run an unmodified nanoGPT script on fastgpt's model"),
-    "info": ("fastgpt.environment", "say what each op would run on this machine, and why"),
+    "info": ("fastgpt.commands.info", "say what each op would run on this machine, and why"),
     "init-report": (
         "fastgpt.commands.init_report",
         "compare the initial weights with their specification",

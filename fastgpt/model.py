@@ -1,23 +1,24 @@
 """nanoGPT's GPT: the same names, shapes, initial bits, losses and samples, on the ops of ops.py.
 
-Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What differs is marked by a
-call to `ops`, or to `path`, the fused training path (whole.py). A fused op skips the forward of the
-modules whose weights it takes, so it asks whether they are `untouched`, and steps aside where one
-was hooked, replaced, parametrised or sharded.
+Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What differs is a call to
+`ops`; and one line in GPT.forward, which hands the whole of it to fused/ where the model allows
+that. The modules here are what runs otherwise, and what a fork changes.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as computed_again
+from torch.utils.checkpoint import checkpoint
 
-from fastgpt import checks, devices, init, ops, optim, sampling, weights
-from fastgpt.fused import whole
-from fastgpt.fused.untouched import FORWARDS, plain_lookup, untouched
+from fastgpt import checks, devices, init, ops, optim, reference, sampling, weights
+from fastgpt.fused.untouched import plain_lookup, plain_matmul, remember
+from fastgpt.fused.whole import fused_model
 
 
 class LayerNorm(nn.Module):
@@ -33,6 +34,8 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
+    bias: Tensor  # a causal mask, where a fork registers one and turns `flash` off
+
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -46,9 +49,21 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
-        dropout_p = self.dropout if self.training else 0.0
-        y = ops.packed_causal_attention(qkv, self.n_head, dropout_p)  # (B, T, C)
+        checks.check_qkv(qkv, x.size(-1), self.n_embd)
+        if self.flash:
+            dropout_p = self.dropout if self.training else 0.0
+            y = ops.packed_causal_attention(qkv, self.n_head, dropout_p)  # (B, T, C)
+        else:
+            y = self._masked_attention(qkv)
         return self.resid_dropout(self.c_proj(y))
+
+    def _masked_attention(self, qkv: Tensor) -> Tensor:
+        T = qkv.size(1)
+        q, k, v = reference.split_heads(qkv, self.n_head)  # (B, H, T, D)
+        att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+        att = self.attn_dropout(F.softmax(att, dim=-1))
+        return (att @ v).transpose(1, 2).flatten(2)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -60,11 +75,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc, gelu, proj = self.c_fc, self.gelu, self.c_proj
-        if untouched(fc, nn.Linear) and untouched(gelu, nn.GELU) and untouched(proj, nn.Linear):
-            x = ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, gelu.approximate)
-        else:
-            x = proj(gelu(fc(x)))
+        x = self.c_fc(x)
+        x = self.gelu(x)
+        x = self.c_proj(x)
         return self.dropout(x)
 
 
@@ -77,37 +90,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        delta = self.attn(self.ln_1(x))
-        if untouched(self.ln_2, LayerNorm):
-            normed, x = ops.add_layer_norm(delta, x, self.ln_2.weight, self.ln_2.bias)
-        else:
-            x = x + delta
-            normed = self.ln_2(x)
-        return x + self.mlp(normed)
-
-    def weights(self, settings: whole.Settings) -> whole.Weights | None:
-        """What the fused path reads, or None where running the modules might do something else."""
-        attn, mlp = self.attn, self.mlp
-        norms, dropouts = (self.ln_1, self.ln_2), (attn.resid_dropout, mlp.dropout)
-        linears = (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
-        as_built = [(self, Block), (attn, CausalSelfAttention), (mlp, MLP), (mlp.gelu, nn.GELU)]
-        for kind, modules in ((LayerNorm, norms), (nn.Linear, linears), (nn.Dropout, dropouts)):
-            as_built += [(m, kind) for m in modules]
-        if not all(untouched(m, kind) for m, kind in as_built):
-            return None
-        rates = {m.p if m.training else 0.0 for m in dropouts}
-        rates.add(attn.dropout if attn.training else 0.0)
-        tanh = mlp.gelu.approximate == "tanh"
-        if rates != {settings.dropout_p} or (attn.n_head, tanh) != settings[:2]:
-            return None
-        layers = (self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj)
-        tensors: Any = (t for layer in layers for t in (layer.weight, layer.bias))
-        return whole.Weights(*tensors)
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
 
 
 @dataclass
 class GPTConfig:
-    """nanoGPT's seven fields, then ours, whose defaults change nothing."""
+    """nanoGPT's seven fields, then fastgpt's own, whose defaults change nothing."""
 
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
@@ -125,6 +114,8 @@ class GPTConfig:
 
 class GPT(nn.Module):
     transformer: Any  # a ModuleDict of wte, wpe, drop, h and ln_f
+    # parameter -> its values in the matmuls' dtype, where somebody keeps them: TrainStep, in a step
+    matmul_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -160,83 +151,41 @@ class GPT(nn.Module):
         init.init_module(module, init.EMBEDDING_STD if tied else init.linear_std(self.config))
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, low: whole.Low | None = None
+        self, idx: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and loss of token ids idx (B, T), int64 or int32.
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets (B, T) int64:
         logits (B, T, V), or None under `return_logits=False`, and the mean cross entropy over the
-        targets other than -1, an fp32 scalar. `low` is for engine.py: a weight as matmuls read it.
+        targets other than -1, an fp32 scalar.
         """
-        checks.check_tokens(idx, self.config.block_size, next(self.parameters()))
-        cfg, T, p = self.config, idx.size(1), self.config.dropout if self.training else 0.0
-        path = whole.path(next(self.parameters()), cfg.n_head, T, cfg.gelu == "tanh", p, low)
-        x, head_weight = self._embed(idx, path)  # (B, T, C)
-        x, delta = self.transformer.drop(x), None  # the residual stream is x + delta
-        for block in self.transformer.h:
-            weights = block.weights(path.settings) if path else None
-            if path and weights and path.takes(x, *weights):
-                delta, x = self._stored_or_not(path.block, delta, x, weights)
-            else:
-                x, delta = self._stored_or_not(block, x if delta is None else x + delta), None
-        ln_f = self.transformer.ln_f
-        if path and untouched(ln_f, LayerNorm) and path.takes(x, ln_f.weight, ln_f.bias):
-            x = path.norm(delta, x, ln_f.weight, ln_f.bias)
-        else:
-            x = ln_f(x if delta is None else x + delta)
-
+        self._check_tokens(idx, self.config.block_size)
         if targets is None:
-            if T == 0:
-                shape = tuple(idx.shape)
-                raise IndexError(f"idx {shape} has no last position; give at least one token")
+            checks.check_last_position(idx)
+        if fused := fused_model(self, idx):
+            return fused(idx, targets)
+
+        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe(pos)  # (T, C)
+        x = self.transformer.drop(tok_emb + pos_emb)
+        recompute = self.config.checkpoint_blocks and torch.is_grad_enabled()
+        for block in self.transformer.h:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = self.transformer.ln_f(x)
+
+        if targets is None:  # only the last position's; a list, to keep the time dimension
             return self.lm_head(x[:, [-1], :]), None
-        return self._loss(path, x, head_weight, targets.reshape(-1))
-
-    def _embed(
-        self, idx: Tensor, path: whole.Path | None = None, start: int = 0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Token plus position embeddings (B, T, C) from position `start`; and the weight that the
-        head is to read, None for its own.
-        """
-        wte, wpe = self.transformer.wte, self.transformer.wpe
-        try:
-            if path and self._tied_and_plain() and path.takes(wte.weight, wpe.weight):
-                return path.embed(idx, wte.weight, wpe.weight)
-            pos = torch.arange(start, start + idx.size(1), device=idx.device)
-            return wte(idx) + wpe(pos), None
-        except IndexError:  # raised on a CPU; a GPU asserts on the device
-            V, low, high = wte.num_embeddings, idx.min().item(), idx.max().item()
-            raise IndexError(
-                f"idx holds ids from {low} to {high}, but vocab_size={V} allows 0 to {V - 1}; "
-                "check that the data and the model use the same tokenizer"
-            ) from None
-
-    def _tied_and_plain(self) -> bool:
-        """Whether the embeddings and the head are lookups and a matmul, on one weight."""
-        wte, wpe, head = self.transformer.wte, self.transformer.wpe, self.lm_head
-        return (
-            all(plain_lookup(m) for m in (wte, wpe))
-            and (untouched(head, nn.Linear) and head.bias is None)
-            and head.weight is wte.weight
-        )
-
-    def _loss(
-        self, path: whole.Path | None, x: Tensor, head_weight: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        """x (B, T, C), targets (B*T,) -> logits or None, loss."""
-        head, returned = self.lm_head, self.config.return_logits
-        if not returned and untouched(head, nn.Linear) and head.bias is None:
-            if path and head_weight is not None:
-                return None, path.loss(x, head_weight, head.weight, targets)
-            return None, ops.linear_cross_entropy(x.reshape(-1, x.size(-1)), head.weight, targets)
-        logits = head(x) if head_weight is None else F.linear(x, head_weight)
+        targets, head = targets.reshape(-1), self.lm_head
+        if not self.config.return_logits and plain_matmul(head):
+            return None, ops.linear_cross_entropy(x.flatten(0, 1), head.weight, targets)
+        logits = head(x)
         loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
-        return (logits if returned else None), loss
+        return (logits if self.config.return_logits else None), loss
 
-    def _stored_or_not(self, function: Callable[..., Any], *args: Any) -> Any:
-        if self.config.checkpoint_blocks and torch.is_grad_enabled():
-            return computed_again(function, *args, use_reentrant=False)
-        return function(*args)
+    def _check_tokens(self, idx: Tensor, longest: int | None) -> None:
+        wte = self.transformer.wte
+        checks.check_tokens(idx, longest, wte if plain_lookup(wte) else None)
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first `block_size` positions of a checkpoint with longer contexts."""
@@ -328,26 +277,9 @@ class GPT(nn.Module):
         stop_token: int | None = None,
     ) -> Iterator[Tensor]:
         """`generate`, one (B, 1) column of new ids at a time."""
-        checks.check_tokens(idx, None, next(self.parameters()))
+        self._check_tokens(idx, None)
         how = sampling.Sampling(temperature, top_k, top_p)
-        cacheable = _forwards_untouched(self)
-        return sampling.stream(self, idx, max_new_tokens, how, stop_token, cacheable)
+        return sampling.stream(self, idx, max_new_tokens, how, stop_token)
 
 
-FORWARDS |= {kind: kind.forward for kind in (LayerNorm, CausalSelfAttention, MLP, Block, GPT)}
-
-
-def _forwards_untouched(model: GPT) -> bool:
-    """Whether a decoding loop may stand in for GPT's, Block's and CausalSelfAttention's forward."""
-    blocks = model.transformer.h
-    dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-    draws = any(m.training and m.p > 0 for m in dropouts)  # a mask for every position, each time
-    draws = draws or any(block.attn.training and block.attn.dropout > 0 for block in blocks)
-    return (
-        not draws
-        and untouched(model, GPT)
-        and untouched(model.transformer.drop, nn.Dropout)
-        and all(untouched(block, Block) for block in blocks)
-        and all(untouched(block.attn, CausalSelfAttention) for block in blocks)
-        and all(untouched(block.attn.resid_dropout, nn.Dropout) for block in blocks)
-    )
+remember(LayerNorm, CausalSelfAttention, MLP, Block, GPT)

@@ -8,14 +8,13 @@ autocast, matmuls and attention run in the low precision, LayerNorm and the loss
 PyTorch's own do.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt import backend, reference
-from fastgpt.fused.embedding import LinearCrossEntropy
+from fastgpt.linear_cross_entropy import mean_loss, with_limits
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -28,7 +27,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     C = _width("x", x)
     _check_shape("weight", weight, C)
     _check_shape("bias", bias, C)
-    return _pick("layer_norm", x, weight, bias, width=C).layer_norm(x, weight, bias, eps)
+    return backend.choose("layer_norm", x, weight, bias, width=C).layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -45,7 +44,7 @@ def add_layer_norm(
     _check_shape("residual", residual, *delta.shape)
     _check_shape("weight", weight, C)
     _check_shape("bias", bias, C)
-    picked = _pick("add_layer_norm", delta, residual, weight, bias, width=C)
+    picked = backend.choose("add_layer_norm", delta, residual, weight, bias, width=C)
     return picked.add_layer_norm(delta, residual, weight, bias, eps)
 
 
@@ -54,13 +53,11 @@ def linear_gelu(
     weight: Tensor,
     bias: Tensor | None = None,
     approximate: str = "none",
-    *,
-    recompute: bool = False,
 ) -> Tensor:
     """gelu(x @ weight.T + bias), exact (erf) for approximate="none", OpenAI's for "tanh".
 
     x (..., K), weight (N, K), bias (N,) -> (..., N). Kernels keep the pre-activation for the
-    backward, or compute it again there (`recompute`); dGELU and the bias gradient are one pass.
+    backward; dGELU and the bias gradient are one pass.
     """
     _check_approximate(approximate)
     _check_tensors(x=x, weight=weight, bias=bias)
@@ -69,10 +66,7 @@ def linear_gelu(
     if backend.casts_once(x):
         return reference.linear_gelu(x, weight, bias, approximate)
     x, weight, bias = _autocast(x, weight, bias)
-    picked = _pick("linear_gelu", x, weight, bias)
-    if picked is reference:  # which leaves what to keep to autograd
-        return picked.linear_gelu(x, weight, bias, approximate)
-    return picked.linear_gelu(x, weight, bias, approximate, recompute)
+    return backend.choose("linear_gelu", x, weight, bias).linear_gelu(x, weight, bias, approximate)
 
 
 def mlp(
@@ -82,13 +76,11 @@ def mlp(
     proj_weight: Tensor,
     proj_bias: Tensor | None,
     approximate: str = "none",
-    *,
-    recompute: bool = False,
 ) -> Tensor:
     """GPT-2's MLP: gelu(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias.
 
     x (..., C), fc_weight (4C, C), proj_weight (C, 4C) -> (..., C); any hidden width. Kernels keep
-    x and the pre-activation, with `recompute` x alone; the activation itself is never stored.
+    x and the pre-activation; the activation itself is never stored.
     """
     _check_approximate(approximate)
     _check_tensors(
@@ -102,10 +94,7 @@ def mlp(
     if backend.casts_once(x):
         return reference.mlp(*given, approximate)
     args = _autocast(*given)
-    picked = _pick("mlp", *args)
-    if picked is reference:  # which leaves what to keep to autograd
-        return picked.mlp(*args, approximate)
-    return picked.mlp(*args, approximate, recompute)
+    return backend.choose("mlp", *args).mlp(*args, approximate)
 
 
 def causal_attention(
@@ -123,7 +112,7 @@ def causal_attention(
     if q.dim() != 4:
         raise ValueError(f"q is {tuple(q.shape)}, it must be (B, H, T, D)")
     q, k, v = _autocast(q, k, v)
-    picked = _pick("causal_attention", q, k, v, head_dim=q.shape[-1], dropout_p=dropout_p)
+    picked = backend.choose("causal_attention", q, k, v, head_dim=q.shape[-1], dropout_p=dropout_p)
     return picked.causal_attention(q, k, v, dropout_p, scale)
 
 
@@ -141,7 +130,7 @@ def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) ->
         )
     (qkv,) = _autocast(qkv)
     head_dim = qkv.shape[-1] // (3 * n_head)
-    picked = _pick("packed_causal_attention", qkv, head_dim=head_dim, dropout_p=dropout_p)
+    picked = backend.choose("packed_causal_attention", qkv, head_dim=head_dim, dropout_p=dropout_p)
     return picked.packed_causal_attention(qkv, n_head, dropout_p)
 
 
@@ -156,12 +145,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Te
     _check_tensors(logits=logits, targets=targets)
     if logits.dim() != 2:
         raise ValueError(f"logits are {tuple(logits.shape)}, they must be (N, V)")
-    targets = _checked_targets(targets, logits.shape[0])
-    picked = _pick("cross_entropy", logits, targets)
+    targets = checked_targets(logits, targets)
+    picked = backend.choose("cross_entropy", logits, targets)
     try:
         return picked.cross_entropy(logits, targets, ignore_index)
     except IndexError as error:
-        raise _explained(error, logits.shape[-1], ignore_index) from None
+        raise with_limits(error, logits.shape[-1], ignore_index) from None
 
 
 def linear_cross_entropy(
@@ -177,81 +166,16 @@ def linear_cross_entropy(
     if x.dim() != 2:
         raise ValueError(f"x is {tuple(x.shape)}, it must be (N, C)")
     _check_shape("weight", weight, weight.shape[0], x.shape[1])
-    targets = _checked_targets(targets, x.shape[0])
-    op, dtype = "linear_cross_entropy", autocast_dtype(x)
-    implementation = backend.choose(op, why_not, (x, weight, targets), {})
-    if implementation == "torch" or dtype != autocast_dtype(weight):  # which linear refuses
+    targets = checked_targets(x, targets)
+    chosen = backend.choose("linear_cross_entropy", x, weight, targets)
+    dtype = autocast_dtype(x)
+    # what works in place is no operator that torch.compile could keep whole; cross_entropy is.
+    # linear refuses two dtypes
+    torchs = chosen is reference or torch.compiler.is_compiling() or dtype != autocast_dtype(weight)
+    if torchs:
         return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
-    in_place, low = _load(op, implementation).cross_entropy_, weight.detach().to(dtype)
-    return in_place_loss(in_place, x, weight, low, targets, ignore_index)
-
-
-def in_place_loss(
-    cross_entropy_: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    low: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-) -> Tensor:
-    """linear_cross_entropy of x and weight that fit, by one of the in-place implementations.
-
-    `low` is weight as the matmuls read it.
-    """
-    _check_tensors(x=x, targets=targets)
-    targets = _checked_targets(targets, x.shape[0])
-    if autocast_dtype(x) != low.dtype:  # as after a replaced norm, and for linear to refuse
-        return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
-    x = x.to(low.dtype)
-    apply = LinearCrossEntropy.apply
-    try:
-        return apply(cross_entropy_, x, weight, low, targets, ignore_index)
-    except IndexError as error:
-        raise _explained(error, weight.shape[0], ignore_index) from None
-
-
-def _pick(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
-    """The module whose function called `op` will run on these tensors."""
-    given = tuple(t for t in tensors if t is not None)
-    return _load(op, backend.choose(op, why_not, given, facts))
-
-
-def _load(op: str, implementation: str) -> Any:
-    """The module of an implementation. Written as imports, which torch.compile can trace."""
-    module: Any = reference
-    if implementation in ("cudnn", "flash"):
-        from fastgpt.implementations import sdpa
-
-        module = getattr(sdpa, implementation)
-    elif implementation == "flash-attn":
-        from fastgpt.implementations import flash_attn as module
-    elif implementation == "aten":
-        from fastgpt.implementations import aten as module
-    elif implementation == "cublas":
-        from fastgpt.kernels import gelu_mlp as module
-    elif implementation == "triton":
-        if "layer_norm" in op:
-            from fastgpt.kernels import layer_norm as module
-        elif "attention" in op:
-            from fastgpt.kernels import attention as module
-        elif op == "adamw":
-            from fastgpt.kernels import adamw as module
-        elif "cross_entropy" in op:
-            from fastgpt.kernels import cross_entropy as module
-        else:
-            from fastgpt.kernels import gemm_gelu as module
-    return module
-
-
-def why_not(
-    op: str, implementation: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
-) -> str | None:
-    """Why this implementation cannot run here, or None. Imports the kernels, which need triton."""
-    try:
-        module = _load(op, implementation)
-    except Exception as error:  # a broken install raises anything, not only ImportError
-        return f"importing it failed: {type(error).__name__}: {error}"
-    return module.unsupported(tensors, **facts)
+    low = weight.detach().to(dtype)
+    return mean_loss(chosen.cross_entropy_, x.to(dtype), weight, low, targets, ignore_index)
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
@@ -300,18 +224,13 @@ def _check_shape(name: str, t: Tensor | None, *expected: int) -> None:
         raise ValueError(f"{name} is {tuple(t.shape)}, it must be {expected} to fit the others")
 
 
-def _checked_targets(targets: Tensor, N: int) -> Tensor:
-    """targets (N,) in int64; uint8 is what F.cross_entropy takes beside it."""
-    _check_shape("targets", targets, N)
+def checked_targets(x: Tensor, targets: Tensor) -> Tensor:
+    """targets (N,) of x (N, ...) in int64; uint8 is what F.cross_entropy takes beside it."""
+    _check_tensors(x=x, targets=targets)
+    _check_shape("targets", targets, x.shape[0])
     if targets.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
     return targets.long()
-
-
-def _explained(error: IndexError, V: int, ignore_index: int) -> IndexError:
-    """PyTorch says which target is wrong, but not what would be right."""
-    allowed = f"Targets must lie in [0, {V}), the vocabulary, or be ignore_index={ignore_index}"
-    return IndexError(f"{error} {allowed}")
 
 
 def _check_approximate(approximate: str) -> None:

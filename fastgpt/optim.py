@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, ops
+from fastgpt import backend, reference
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -166,8 +166,9 @@ class AdamW(CheckedAdamW):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
-        if self._one_launch_can(params):
-            self._step_in_kernels(params)
+        kernels = self._one_launch(params)
+        if kernels is not reference:
+            self._step_in_kernels(kernels, params)
         elif all(p.dtype == torch.float32 for p in params) and self._all_groups("fused"):
             self._step_in_pytorch(params)
         else:
@@ -181,20 +182,20 @@ class AdamW(CheckedAdamW):
     def _all_groups(self, option: str) -> bool:
         return all(group[option] for group in self.param_groups)
 
-    def _one_launch_can(self, params: list[Tensor]) -> bool:
-        """Whether the kernel knows all that the groups ask for, and they ask for the same."""
+    def _one_launch(self, params: list[Tensor]) -> Any:
+        """The kernels, if they know all that the groups ask for, and these ask for the same."""
         ways = [(g["lr"], *g["betas"], g["eps"]) for g in self.param_groups]
         unknown = ("amsgrad", "maximize", "capturable", "differentiable")
         if not all(isinstance(number, (int, float)) for way in ways for number in way):
-            return False
+            return reference
         if len(set(ways)) > 1 or any(g.get(name) for g in self.param_groups for name in unknown):
-            return False
+            return reference
         if not self._all_groups("fused") or not all(p.is_contiguous() for p in params):
-            return False
+            return reference
         copies = ((p, self.copies[p]) for p in params if p in self.copies)
         if not all(_alike(copy, p) for p, copy in copies):
-            return False
-        return backend.choose("adamw", ops.why_not, tuple(params), {}) == "triton"
+            return reference
+        return backend.choose("adamw", *params)
 
     def _divisor(self, norm: Tensor) -> Tensor:
         """What to divide the gradients of this (scaled) norm by: the loss scale, and more to clip.
@@ -240,10 +241,8 @@ class AdamW(CheckedAdamW):
             vars(self).update({name: t for name, t in before.items() if t is not None})
         self._after_update()
 
-    def _step_in_kernels(self, params: list[Tensor]) -> None:
-        from fastgpt.kernels import adamw
-
-        table, chunks, decay = self._tables(params)
+    def _step_in_kernels(self, adamw: Any, params: list[Tensor]) -> None:
+        table, chunks, decay = self._tables(adamw, params)
         divisor = self._divisor(adamw.sum_of_squares(table, chunks).sqrt())
         steps = [self.state[p]["step"] for p in params]
         torch._foreach_add_(steps, (~divisor.isnan()).float())
@@ -255,12 +254,10 @@ class AdamW(CheckedAdamW):
                      group["lr"], group["betas"], group["eps"], dtype)  # fmt: skip
         self._note_copied(params)
 
-    def _tables(self, params: list[Tensor]) -> tuple[Tensor, ...]:
+    def _tables(self, adamw: Any, params: list[Tensor]) -> tuple[Tensor, ...]:
         """The kernels' view of the parameters and their state. Gradients move from step to step:
         what is sent then must be little, and must not wait for the device.
         """
-        from fastgpt.kernels import adamw
-
         device = params[0].device
         for p in params:
             state = self.state[p]

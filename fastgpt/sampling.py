@@ -3,8 +3,8 @@ valid.
 
 Positions are absolute, so cached keys hold only while the context fits in block_size. Past that
 nanoGPT drops the oldest token and embeds every other one a position earlier; the window is then
-computed anew, as there. In fp32 cached logits equal the uncached ones to rounding (different GEMM
-shapes); in bf16 they are as far apart as two runs of differently shaped GEMMs are.
+computed anew, as nanoGPT does. In fp32 cached logits equal the uncached ones to rounding (different
+GEMM shapes); in bf16 they are as far apart as two runs of differently shaped GEMMs are.
 """
 
 import math
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastgpt.fused.untouched import decodable
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,10 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     stop_token: int | None,
-    cacheable: bool,
 ) -> Iterator[Tensor]:
-    """Columns (B, 1) of new ids after the prompt idx (B, T). `cacheable`: see `_NextLogits`."""
+    """Columns (B, 1) of new ids after the prompt idx (B, T)."""
     done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-    next_logits = _NextLogits(model, cacheable)
+    next_logits = _NextLogits(model)
     for _ in range(max_new_tokens):
         new = sampling.draw(next_logits(idx))
         if stop_token is not None:
@@ -78,29 +79,29 @@ def stream(
 class _NextLogits:
     """The logits (B, V) after idx (B, T), whose earlier columns were given in the call before.
 
-    The cache is only for a model in which nothing hooks or replaces what it bypasses: the forwards
-    of GPT, Block and CausalSelfAttention. Without it every call is a whole forward.
+    The cache is only for a model as it was built (fused/untouched.py). Without it every call is a
+    whole forward.
     """
 
-    def __init__(self, model: Any, cacheable: bool):
+    def __init__(self, model: Any):
         self.model = model
-        self.cacheable = cacheable
         self.cache: list[tuple[Tensor, Tensor]] = []  # per layer k, v (B, H, block_size, D)
         self.filled = 0  # positions in it
 
     def __call__(self, idx: Tensor) -> Tensor:
         block_size = self.model.config.block_size
-        if idx.size(1) > block_size or idx.size(1) == 0 or not self.cacheable:
-            logits, _ = self.model(idx[:, -block_size:])
-        else:
-            logits = self._extend(idx)
+        if 0 < idx.size(1) <= block_size and decodable(self.model):
+            return self._extend(idx)[:, -1, :]
+        self.cache, self.filled = [], 0
+        logits, _ = self.model(idx[:, -block_size:])
         return logits[:, -1, :]
 
     def _extend(self, idx: Tensor) -> Tensor:
         """Forward only the columns that are not cached yet."""
         transformer = self.model.transformer
         start, end = self.filled, idx.size(1)
-        x, _ = self.model._embed(idx[:, start:], start=start)
+        pos = torch.arange(start, end, device=idx.device)
+        x = transformer.drop(transformer.wte(idx[:, start:]) + transformer.wpe(pos))
         for layer, block in enumerate(transformer.h):
             x = x + self._attend(layer, block.attn, block.ln_1(x))
             x = x + block.mlp(block.ln_2(x))

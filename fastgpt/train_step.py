@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
-from fastgpt.ops import autocast_dtype
 from fastgpt.optim import AdamW
 
 Batch = tuple[Tensor, Tensor]  # idx and targets, (B, T) int64 on the model's device
@@ -27,7 +26,7 @@ class TrainStep:
 
     `capture` records forward and backward of a batch in a CUDA graph at the first call and replays
     it from then on, for batches of that shape: no Python between kernels, which is what small
-    batches wait for.
+    batches wait for. `compile` runs the model under torch.compile.
 
     A step whose gradients are not all finite changes nothing. After `max_skipped` of them in a row
     FloatingPointError ends the training, 0 never does; a warning comes earlier.
@@ -42,10 +41,11 @@ class TrainStep:
         max_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         capture: bool = False,
+        compile: bool = False,
         max_skipped: int = 100,
     ):
         self.model, self.dtype = model, dtype
-        self.forward: Callable[..., Any] = model  # or compiled
+        self.forward: Callable[..., Any] = torch.compile(model) if compile else model
         self.device = model.lm_head.weight.device
         if capture and self.device.type != "cuda":
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
@@ -84,15 +84,14 @@ class TrainStep:
 
     def micro_step(self, x: Tensor, y: Tensor, count: int) -> Tensor:
         """Add the gradients of one of `count` batches -> its share of the loss."""
-        with autocast(self.device, self.dtype):
-            loss = self.forward(x, y, low=self._low)[1] / count
-        self.scaler.scale(loss).backward()
+        self.model.matmul_copies = self.copies  # within a step only: others may change the weights
+        try:
+            with autocast(self.device, self.dtype):
+                loss = self.forward(x, y)[1] / count
+            self.scaler.scale(loss).backward()
+        finally:
+            del self.model.matmul_copies
         return loss.detach()
-
-    def _low(self, p: Tensor) -> Tensor:
-        """A parameter as the matmuls read it, also one that the model got since."""
-        copy = self.copies.get(p)
-        return p.detach().to(autocast_dtype(p)) if copy is None else copy
 
 
 class _Skipped:

@@ -29,11 +29,11 @@ def accept_wrapped_names(
     The dict is load_state_dict's own shallow copy; the caller's stays as it is.
     """
     own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
-    ours = {_bare(name): name for name, _ in own}
+    names = {_bare(name): name for name, _ in own}
     for name in [name for name in state_dict if name.startswith(prefix)]:
         value, bare = state_dict.pop(name), _bare(name[len(prefix) :])
-        if bare in ours or not name.endswith(_MASKS):
-            state_dict[prefix + ours.get(bare, bare)] = value
+        if bare in names or not name.endswith(_MASKS):
+            state_dict[prefix + names.get(bare, bare)] = value
 
 
 def _bare(name: str) -> str:
@@ -63,17 +63,19 @@ def from_hugging_face(
 def load_hugging_face(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy a GPT2LMHeadModel's state dict into a GPT; its Conv1D weights are stored transposed."""
     weights = {name: w for name, w in weights.items() if not name.endswith(_MASKS)}
-    ours = model.state_dict()
-    if weights.keys() != ours.keys():
-        raise ValueError(f"parameter names differ: {sorted(weights.keys() ^ ours.keys())[:4]}, ...")
+    parameters = model.state_dict()
+    if weights.keys() != parameters.keys():
+        raise ValueError(
+            f"parameter names differ: {sorted(weights.keys() ^ parameters.keys())[:4]}, ..."
+        )
     for name, weight in weights.items():
         weight = weight.t() if name.endswith(_CONV1D) else weight
-        if weight.shape != ours[name].shape:
-            ours_shape = tuple(ours[name].shape)
+        if weight.shape != parameters[name].shape:
+            shape = tuple(parameters[name].shape)
             raise ValueError(
-                f"{name} is {tuple(weight.shape)} there and {ours_shape} in this model"
+                f"{name} is {tuple(weight.shape)} in the source and {shape} in this model"
             )
-        ours[name].copy_(weight)
+        parameters[name].copy_(weight)
 
 
 def to_hugging_face(model: nn.Module) -> dict[str, Tensor]:

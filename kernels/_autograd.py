@@ -4,16 +4,31 @@ import torch
 
 
 def differentiable_once() -> None:
-    """For the first line of a backward: refuse create_graph, as there is no second derivative.
+    """For the first line of a backward: refuse create_graph, as there is no second derivative, and
+    batched gradients, which no kernel takes.
 
     PyTorch's once_differentiable notices only incoming gradients that need a gradient themselves;
     with the constant one of loss.backward(create_graph=True) it would let a wrong constant through.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if torch.is_grad_enabled():
         raise RuntimeError(
             "fastgpt's kernels can be differentiated only once, create_graph=True asks for more; "
             'use fastgpt.use_backend("torch") for higher derivatives'
         )
+    if _gradients_are_batched():
+        raise RuntimeError(
+            "fastgpt's kernels take one incoming gradient at a time, is_grads_batched=True gives "
+            'several; use fastgpt.use_backend("torch"), around the forward too, or a loop'
+        )
+
+
+def _gradients_are_batched() -> bool:
+    """Whether torch.autograd.grad runs this backward under its vmap (torch/_vmap_internals.py)."""
+    level = torch._C._vmapmode_increment_nesting()
+    torch._C._vmapmode_decrement_nesting()
+    return level > 1
 
 
 def graph_is_kept() -> bool:

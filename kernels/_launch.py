@@ -17,6 +17,7 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton.jit too, once per process
 MIN_ARCH = 80
+DESCRIPTORS = hasattr(tl, "make_tensor_descriptor")  # Triton 3.4's way to TMA
 
 
 class Launch(NamedTuple):
@@ -60,7 +61,11 @@ def multiprocessors(t: Tensor) -> int:
 
 
 def has_tma(t: Tensor) -> bool:
-    """Whether kernels on `t` can describe tensors to the hardware; the interpreter plays it."""
+    """Whether kernels on `t` can describe tensors to the hardware, in this Triton on this GPU; the
+    interpreter plays it.
+    """
+    if not DESCRIPTORS:
+        return False
     if _recorded is not None:
         return _recorded_arch >= 90
     return not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] >= 9

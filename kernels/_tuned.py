@@ -1,8 +1,8 @@
-"""What was measured on a device goes before what the kernel files and tables.py guess.
+"""What was measured on a device goes before what the kernel files and backend.py guess.
 
 A device's entry holds "implementations", op -> name, and "configs", kernel and shape -> launch
-configuration. SHIPPED entries come from records under bench/results/; `fastgpt tune` writes a file
-for the user's own device, which all processes of a machine read alike.
+configuration. SHIPPED, in tuned.json, comes from GPU sessions (`bench.gpu --install`); `fastgpt
+tune` writes a file for the user's own device, which all processes of a machine read alike.
 """
 
 import functools
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHIPPED: dict[str, dict[str, Any]] = {}  # torch.cuda.get_device_name() -> entry, with its "date"
+# torch.cuda.get_device_name() -> entry, with its "date"
+SHIPPED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tuned.json").read_text())
 _trial: dict[str, Any] = {}
 
 

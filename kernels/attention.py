@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import attention_backward, attention_forward
 from fastgpt.kernels._attention import head_and_block, kept_scores
 from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import device_problem, launch, register
+from fastgpt.kernels.attention_backward import launch_backward
+from fastgpt.kernels.attention_forward import launch_forward
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
@@ -71,7 +72,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q, k, v (B, H, T, D) -> o (B, H, T, D), lse (B, H, T) fp32."""
     o, lse = _outputs(q, k, v, seed, scale, dropout_p)
-    attention_forward.forward(q, k, v, seed, o, lse, scale, dropout_p)
+    launch_forward(q, k, v, seed, o, lse, scale, dropout_p)
     return o, lse
 
 
@@ -85,7 +86,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv (B, H, T, D)."""
     dq, dk, dv = _gradients(do, q, k, v, o, lse, seed, scale, dropout_p)
-    attention_backward.backward(do, q, k, v, o, lse, seed, dq, dk, dv, scale, dropout_p)
+    launch_backward(do, q, k, v, o, lse, seed, dq, dk, dv, scale, dropout_p)
     return dq, dk, dv
 
 
@@ -102,7 +103,7 @@ def packed_forward(
     y, lse = _packed_outputs(qkv, n_head, seed, dropout_p)
     q, k, v = _split_heads(qkv, n_head)
     o = _heads(y, n_head)
-    attention_forward.forward(q, k, v, seed, o, lse, q.shape[-1] ** -0.5, dropout_p)
+    launch_forward(q, k, v, seed, o, lse, q.shape[-1] ** -0.5, dropout_p)
     return y, lse
 
 
@@ -119,10 +120,34 @@ def packed_backward(
     q, k, v = _split_heads(qkv, n_head)
     do, o = _heads(dy, n_head), _heads(y, n_head)
     scale = q.shape[-1] ** -0.5
-    attention_backward.backward(
-        do, q, k, v, o, lse, seed, *_split_heads(dqkv, n_head), scale, dropout_p
-    )
+    launch_backward(do, q, k, v, o, lse, seed, *_split_heads(dqkv, n_head), scale, dropout_p)
     return dqkv
+
+
+def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
+    """A draw from the device's generator, or None without dropout, which must not consume one."""
+    return torch.randint(2**62, (1,), device=like.device) if dropout_p > 0 else None
+
+
+def seeded_forward(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[Tensor, tuple]:
+    """packed_forward with a seed of its own -> y, what seeded_backward needs besides."""
+    seed = _seed(dropout_p, qkv)
+    y, lse = packed_forward(qkv, n_head, seed, dropout_p)
+    return y, (lse, seed)
+
+
+def seeded_backward(
+    dy: Tensor, qkv: Tensor, y: Tensor, state: tuple, n_head: int, dropout_p: float
+) -> Tensor:
+    lse, seed = state
+    return packed_backward(dy, qkv, y, lse, seed, n_head, dropout_p)
+
+
+def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
+    """The (B, H, T, T) bool mask of the scores that attention with this seed (1,) int64 keeps."""
+    mask = torch.empty(B, H, T, T, device=seed.device, dtype=torch.bool)
+    launch(_mask_kernel, B * H * triton.cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
+    return mask
 
 
 _forward = register(
@@ -181,11 +206,6 @@ def unsupported(tensors: tuple[Tensor, ...], head_dim: int, dropout_p: float) ->
     return device_problem(tensors[0])
 
 
-def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
-    """A draw from the device's generator, or None without dropout, which must not consume one."""
-    return torch.randint(2**62, (1,), device=like.device) if dropout_p > 0 else None
-
-
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
@@ -195,24 +215,3 @@ def causal_attention(
 
 def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
     return _PackedAttention.apply(qkv, n_head, _seed(dropout_p, qkv), dropout_p)
-
-
-def seeded_forward(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[Tensor, tuple]:
-    """packed_forward with a seed of its own -> y, what seeded_backward needs besides."""
-    seed = _seed(dropout_p, qkv)
-    y, lse = packed_forward(qkv, n_head, seed, dropout_p)
-    return y, (lse, seed)
-
-
-def seeded_backward(
-    dy: Tensor, qkv: Tensor, y: Tensor, state: tuple, n_head: int, dropout_p: float
-) -> Tensor:
-    lse, seed = state
-    return packed_backward(dy, qkv, y, lse, seed, n_head, dropout_p)
-
-
-def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
-    """The (B, H, T, T) bool mask of the scores that attention with this seed (1,) int64 keeps."""
-    mask = torch.empty(B, H, T, T, device=seed.device, dtype=torch.bool)
-    launch(_mask_kernel, B * H * triton.cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
-    return mask

@@ -192,7 +192,7 @@ def _config(D: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]
     )
 
 
-def backward(
+def launch_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor, scale: float, dropout_p: float,
 ) -> None:  # fmt: skip

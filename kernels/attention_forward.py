@@ -97,7 +97,7 @@ def _config(D: int, dtype: torch.dtype) -> dict[str, int]:
     )
 
 
-def forward(
+def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, o: Tensor, lse: Tensor,
     scale: float, dropout_p: float,
 ) -> None:  # fmt: skip

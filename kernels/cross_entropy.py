@@ -164,7 +164,7 @@ def cross_entropy_(x: Tensor, targets: Tensor, ignore_index: int, factor: float)
     if targets.device.type == "cpu":
         _check_targets(targets, V, ignore_index)
     losses = torch.empty(M, device=x.device, dtype=torch.float32)
-    config = configured(x, "cross_entropy", _config, V)
+    config = configured(x, "cross_entropy_", _config, V)
     launch(_in_place_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, losses,
            *x.stride(), *targets.stride(), M, V, ignore_index, factor, **config)  # fmt: skip
     return losses

@@ -2,26 +2,24 @@
 
     h = x @ w.T + b        y = gelu(h)
 
-Where there is TMA and the tensors suit it, gemm_tma.py has better ones, for the MLP's dgrad too.
+On GPUs with TMA gemm_tma.py has better kernels, also for the MLP's dgrad, for tensors that suit it.
 This one takes any strides and every GPU.
 
 Each program owns one (BLOCK_M, BLOCK_N) tile of the output and accumulates over K in fp32. h is
-rounded to its dtype before GELU reads it, so the backward (gelu_mlp.py) differentiates exactly what
+rounded to its dtype before GELU reads it, so the backward (gelu.py) differentiates exactly what
 the forward did.
 """
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import gelu_mlp, gemm_tma
+from fastgpt.kernels import gemm_tma
 from fastgpt.kernels._launch import dot_precision, launch, register
 from fastgpt.kernels._math import gelu
 from fastgpt.kernels._tuned import configured
-from fastgpt.kernels.gelu_mlp import unsupported as unsupported
+from fastgpt.kernels.gelu import gelu_backward, gelu_gradients
 from fastgpt.kernels.gemm_tma import tile_at
 
 
@@ -93,20 +91,16 @@ def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_ou
     """dy (M, K), w (K, N) any strides, h (M, N) contiguous -> gelu_backward's results of dy @ w."""
     if gemm_tma.takes(dy, w, h):
         return gemm_tma.dgrad(dy, w, h, tanh, with_bias, with_output)
-    return gelu_mlp.gelu_backward(dy @ w, h, tanh, with_bias, with_output)
+    return gelu_backward(dy @ w, h, tanh, with_bias, with_output)
 
 
 def _dgrad_outputs(dy, w, h, tanh, with_bias, with_output):
-    return gelu_mlp.gelu_gradients(h, h, tanh, with_bias, with_output)
+    return gelu_gradients(h, h, tanh, with_bias, with_output)
 
 
-_forward = register(
+registered_forward = register(
     "gemm_gelu_forward(Tensor x, Tensor w, Tensor? b, bool tanh) -> (Tensor, Tensor)",
     forward, _outputs)  # fmt: skip
-_dgrad = register(
+registered_dgrad = register(
     "gemm_gelu_dgrad(Tensor dy, Tensor w, Tensor h, bool tanh, bool with_bias, bool with_output)"
     " -> (Tensor, Tensor, Tensor)", dgrad, _dgrad_outputs)  # fmt: skip
-
-_own = gelu_mlp.Gemms(_forward, _dgrad)
-linear_gelu = functools.partial(gelu_mlp.linear_gelu, gemms=_own)
-mlp = functools.partial(gelu_mlp.mlp, gemms=_own)

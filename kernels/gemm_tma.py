@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgpt.kernels._launch import has_tma, launch, multiprocessors
 from fastgpt.kernels._math import gelu, gelu_grad
 from fastgpt.kernels._tuned import configured
-from fastgpt.kernels.gelu_mlp import gelu_gradients
+from fastgpt.kernels.gelu import gelu_gradients
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops, reference
-from fastgpt.kernels import gelu_mlp, gemm_gelu
+from fastgpt.kernels import mlp
 from tests.close import DEVICE, LAYOUTS, randn
 
 SIZES = {  # a letter each, as in the docstrings of ops.py
@@ -61,7 +61,7 @@ OPS = {
     "add_layer_norm": op("add_layer_norm", "B T C, B T C, C, C?", "B T C, B T C"),
     **{
         f"{name}, {gemm} GEMM": op(name, inputs, outputs, module, approximate=["none", "tanh"])
-        for gemm, module in (("cuBLAS", gelu_mlp), ("Triton", gemm_gelu))
+        for gemm, module in (("cuBLAS", mlp.cublas), ("Triton", mlp.own))
         for name, inputs, outputs in (
             ("linear_gelu", "B T K, N K, N?", "B T N"),
             ("mlp", "B T K, N K, N?, K N, K?", "B T K"),

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,63 +13,49 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt import backend
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("fastgpt", "kernels", "bench", "tests")
 FILES = sorted(
     path.relative_to(ROOT) for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py")
 )
-MAX_LINES = 350  # one idea per file
 
-# What a file may import besides the standard library. ops.py reaches kernels inside a function, so
-# that importing fastgpt needs no triton; everything else reaches them through ops.
-ALLOWED = {
-    "fastgpt/reference.py": ["torch"],
-    "fastgpt/tables.py": ["torch", "fastgpt.kernels._tuned"],
-    "fastgpt/backend.py": ["torch", "fastgpt.tables"],
-    "fastgpt/ops.py": ["torch", "fastgpt.backend", "fastgpt.reference", "fastgpt.fused.embedding"],
-    "fastgpt/implementations/aten.py": ["torch", "fastgpt.reference", "fastgpt.kernels._autograd"],
-    "fastgpt/implementations/sdpa.py": ["torch", "fastgpt.reference"],
-    "fastgpt/fused/block.py": [
-        "torch",
-        "fastgpt.implementations.aten",
-        "fastgpt.kernels._autograd",
-    ],
-    "fastgpt/fused/embedding.py": [
-        "torch",
-        "fastgpt.implementations.aten",
-        "fastgpt.kernels._autograd",
-    ],
-    "fastgpt/fused/whole.py": ["torch"]
-    + [f"fastgpt.{n}" for n in ("implementations", "backend", "fused", "ops")],
-    "fastgpt/fused/untouched.py": ["torch"],
-    "fastgpt/init.py": ["torch"],
-    "fastgpt/devices.py": ["torch"],
-    "fastgpt/sampling.py": ["torch"],
-    "fastgpt/weights.py": ["torch", "transformers"],
-    "fastgpt/model.py": ["torch"]
-    + [f"fastgpt.{n}" for n in ("weights", "checks", "sampling", "devices", "fused", "init")]
-    + ["fastgpt.ops", "fastgpt.fused.untouched"],
-}
-# bench is no part of the package: only its own tests import it
-ALLOWED |= {
-    f"tests/bench/test_{name}.py": ["pytest", "torch", "bench", "fastgpt"]
-    for name in ("train", "decode", "ops", "records")
-}
-LAZILY = {  # inside functions
-    "fastgpt/ops.py": [
-        "fastgpt.kernels",
-        "fastgpt.implementations.aten",
-        "fastgpt.implementations.flash_attn",
-        "fastgpt.implementations.sdpa",
-    ],
-    "fastgpt/fused/whole.py": ["fastgpt.kernels"],
-}
-KERNELS = ["torch", "triton", "fastgpt.kernels"]
-NEVER = {  # for what is not listed above
-    "fastgpt": ["kernels", "bench", "tests"],
-    "bench": ["kernels", "tests"],
-    "tests": ["kernels", "bench"],
-}
+# A file imports from lines above its own, and may import others of its own line where that closes
+# no circle. What is in brackets is imported inside functions: importing fastgpt needs no triton.
+LAYERS = """
+    reference interception kernels._tuned kernels._autograd timing init devices data weights
+    checks implementations.sdpa implementations.flash_attn implementations.aten
+    linear_cross_entropy
+    backend
+    ops
+    fused.launchers [kernels]
+    fused.block fused.embedding
+    fused.untouched
+    fused.whole
+    sampling
+    model
+    optim examples
+    train_step environment checkpoint
+    commands
+    cli
+    __init__ __main__
+"""
+KERNELS = """
+    _launch _tuned _autograd _math
+    _attention
+    gelu attention_forward attention_backward layer_norm cross_entropy embedding adamw
+    gemm_tma attention
+    gemm_gelu
+    mlp
+"""
+OTHERS = {"bench": ["bench", "fastgpt"], "tests": ["tests", "fastgpt"]}
+OTHERS["tests/bench"] = ["tests", "fastgpt", "bench"]  # bench is no part of the package
+
+
+def ranks(layers: str) -> dict[str, int]:
+    lines = [line.split(" [")[0].split() for line in layers.strip().splitlines()]
+    return {name: rank for rank, names in enumerate(lines) for name in names}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -80,43 +67,90 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def within(name: str, packages: list[str]) -> bool:
-    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+def place(name: str, layers: dict[str, int]) -> str | None:
+    """The longest prefix of a dotted name that has a layer."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in layers), None)
+
+
+def climbs(path: Path, package: str, layers: dict[str, int]) -> list[str]:
+    """The imports of a file that do not point down, into the same package."""
+    own = ".".join(path.with_suffix("").parts[1:])
+    rank = layers[place(own, layers) or own]
+    tree = ast.parse((ROOT / path).read_text())
+    inner = [name[len(package) + 1 :] for name in imported(tree) if name.startswith(package + ".")]
+    if "[kernels]" in next((line for line in LAYERS.splitlines() if f" {own} " in line), ""):
+        inner = [name for name in inner if not name.startswith("kernels.")]
+    return [name for name in inner if layers[place(name, layers) or "model"] > rank]
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_point_one_way(path):
+    folder = path.parts[0]
     tree = ast.parse((ROOT / path).read_text())
-    names = {name for name in imported(tree) if name.split(".")[0] not in sys.stdlib_module_names}
-    folder, allowed = path.parts[0], ALLOWED.get(path.as_posix())
-    if folder == "kernels":
-        allowed = KERNELS
-    if allowed is None:
-        assert not [name for name in names if within(name, NEVER[folder])]
+    names = {name for name in imported(tree) if name.split(".")[0] in FOLDERS}
+    if path.name == "__init__.py" and path.parent.name != "fastgpt":
+        assert not names
+    elif folder == "fastgpt":
+        assert all(name.startswith("fastgpt") for name in names)
+        assert climbs(path, "fastgpt", ranks(LAYERS)) == []
+    elif folder == "kernels":
+        assert all(name.startswith("fastgpt.kernels.") for name in names)
+        assert climbs(path, "fastgpt.kernels", ranks(KERNELS)) == []
     else:
-        allowed = allowed + LAZILY.get(path.as_posix(), [])
-        assert not [name for name in names if not within(name, allowed)]
+        allowed = OTHERS.get(path.parent.as_posix(), OTHERS[folder])
+        assert {name.split(".")[0] for name in names} <= set(allowed)
 
 
-def test_ops_reaches_kernels_inside_a_function_only():
-    tree = ast.parse((ROOT / "fastgpt/ops.py").read_text())
-    top = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
-    assert not [
-        name
-        for node in top
-        for name in imported(node)
-        if within(name, [*LAZILY["fastgpt/ops.py"], "triton"])
-    ]
+def test_no_circle():
+    """Two files that import each other, also through others, cannot be read one after the other."""
+    edges: dict[str, set[str]] = {}
+    for path in FILES:
+        dotted = ".".join(path.with_suffix("").parts)
+        dotted = dotted.replace("kernels.", "fastgpt.kernels.", path.parts[0] == "kernels")
+        edges[dotted] = set(imported(ast.parse((ROOT / path).read_text())))
+    edges = {
+        name: {place(other, dict.fromkeys(edges, 0)) for other in others} - {None, name}
+        for name, others in edges.items()
+    }
+    while leaves := {name for name, others in edges.items() if not others & edges.keys()}:
+        edges = {name: others for name, others in edges.items() if name not in leaves}
+    assert not edges
 
 
-def test_the_rules_name_files_that_exist():
-    assert set(ALLOWED) <= {path.as_posix() for path in FILES}
+def test_importing_fastgpt_needs_no_triton():
+    """Only two files of kernels/ do without it: the others are imported inside functions."""
+    for path in ROOT.glob("fastgpt/**/*.py"):
+        if "commands" in path.parts or "kernels" in path.relative_to(ROOT).parts:
+            continue
+        top = [node for node in ast.parse(path.read_text()).body if not _is_definition(node)]
+        kernels = {n for node in top for n in imported(node) if n.startswith("fastgpt.kernels")}
+        free = ("fastgpt.kernels._tuned", "fastgpt.kernels._autograd")
+        assert all(name.startswith(free) for name in kernels), path
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_is_no_longer_than_one_idea(path):
-    lines = (ROOT / path).read_text().count("\n")
-    assert lines <= MAX_LINES
+def _is_definition(node: ast.stmt) -> bool:
+    return isinstance(node, (ast.FunctionDef, ast.ClassDef))
+
+
+def test_the_layers_name_files_that_exist():
+    for layers, folder in ((LAYERS, "fastgpt"), (KERNELS, "kernels")):
+        for name in ranks(layers):
+            path = ROOT / folder / name.replace(".", "/")
+            assert path.with_suffix(".py").exists() or path.is_dir(), name
+
+
+def test_the_table_of_ops_names_what_is_there():
+    for op, entry in backend.OPS.items():
+        assert {entry.unmeasured, entry.on_cpu} <= {*entry.implementations, "torch"}
+        for name in entry.implementations:
+            assert callable(backend.implementation(op, name).unsupported)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=str)
+def test_a_folder_is_taken_in_at_a_glance(folder):
+    assert sum(path.parent == folder for path in FILES) <= 20
 
 
 def test_kernels_is_no_package_and_is_linked_into_fastgpt():
@@ -181,8 +215,39 @@ def test_the_wheel_holds_the_kernels_under_fastgpt_only(tmp_path, link):
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("fastgpt/**/*.py")}
     sources |= {f"fastgpt/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
-    assert sources <= names
+    assert sources | {"fastgpt/kernels/tuned.json"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastgpt"}
+    if link:
+        _works_when_installed(wheel, tmp_path)
+
+
+def _works_when_installed(wheel: Path, tmp_path: Path) -> None:
+    """`fastgpt info`, a training step and a sample, from a folder that is no checkout."""
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target"]
+    subprocess.run([*install, str(site), str(wheel)], check=True, capture_output=True)
+    train_and_sample = (
+        "import torch, fastgpt; assert 'site' in fastgpt.__file__, fastgpt.__file__;"
+        "from fastgpt import GPT, GPTConfig, TrainStep;"
+        "model = GPT(GPTConfig(8, 11, 1, 2, 16, return_logits=False));"
+        "idx = torch.randint(11, (2, 8));"
+        "step = TrainStep(model, weight_decay=0.1, lr=1e-3, betas=(0.9, 0.95));"
+        "assert step([(idx, idx)]).isfinite();"
+        "print(model.generate(idx[:, :3], 9).shape)"
+    )
+    for arguments, expected in (
+        (["-m", "fastgpt", "info"], "packed_causal_attention"),
+        (["-c", train_and_sample], "torch.Size([2, 12])"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=elsewhere,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
 
 
 def test_fastgpt_is_found_where_these_tests_are():
@@ -190,3 +255,19 @@ def test_fastgpt_is_found_where_these_tests_are():
     spec = find_spec("fastgpt")
     assert spec is not None and spec.origin is not None
     assert Path(spec.origin).resolve() == ROOT / "fastgpt/__init__.py"
+
+
+def test_the_map_shows_the_tree():
+    """docs/architecture.md names every folder with Python files and every file of fastgpt/."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    tree = page.split("```")[1].splitlines()[1:]
+    shown, top = set(), ""
+    for line in tree:
+        name = line.split()[0].rstrip("/")
+        top = name if not line.startswith(" ") else top
+        shown.add(name if name == top else f"{top}/{name}")
+    assert all((ROOT / folder).is_dir() for folder in shown)
+    assert {path.parent.as_posix() for path in FILES} <= shown
+    files = set(re.findall(r"^\| (.+?) \|", page, re.MULTILINE))
+    named = {name for cell in files for name in re.findall(r"`(\w+\.py)`", cell)}
+    assert named == {p.name for p in FILES if p.parent.name == "fastgpt" and p.name[:2] != "__"}

@@ -1,4 +1,4 @@
-"""The ops of a GPT at one size: their inputs, and the work that no implementation avoids."""
+"""The public ops at one size: fastgpt/examples.py's inputs, and the work nothing avoids."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,55 +8,44 @@ import torch
 from torch import Tensor
 
 from bench.harness.roofline import Work, attention, gemm
+from fastgpt import backend, ops, reference
+from fastgpt.examples import Sizes, example, outline
 
 
 @dataclass(frozen=True)
 class Case:
     op: str
-    shape: str
+    shape: str  # of the first input
     inputs: Callable[[], list[Tensor]]  # floating ones need a gradient
     options: dict[str, Any]
-    work: dict[str, Work]  # direction -> what nothing avoids
+    work: dict[str, Work]  # direction -> what no implementation avoids
 
 
 def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> Iterator[Case]:
-    """GPT-2's ops on M tokens of width C, heads of 64, T = min(M, 1024)."""
-    K, T, D = 4 * C, min(M, 1024), 64
-    B, H = M // T, C // D
+    """Every op on M tokens of width C, heads of 64, T = min(M, 1024)."""
+    T, D = min(M, 1024), 64
+    sizes = Sizes(M // T, T, C, C // D, V)
+    work = _work(M, C, V, M // T, T, C // D, dtype.itemsize)
+    for op in (op for op in backend.OPS if hasattr(ops, op)):
+        given = outline(op, sizes, "meta", dtype)
+        tensors = [t for t in given.inputs if t is not None]
 
-    def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
+        def inputs(op: str = op) -> list[Tensor]:
+            return [t for t in example(op, sizes, device, dtype).inputs if t is not None]
 
-    def targets() -> Tensor:
-        return torch.randint(V, (M,), device=device)
+        shape = "x".join(map(str, tensors[0].shape))
+        least = work.get(op) or _moves_once(op, tensors, given.options)
+        yield Case(op, shape, inputs, given.options, least)
 
-    def norm() -> list[Tensor]:
-        return [rand(M, C), rand(C), rand(C)]
 
-    def fc() -> list[Tensor]:
-        return [rand(M, C), rand(K, C, scale=C**-0.5), rand(K)]
-
-    def proj() -> list[Tensor]:
-        return [rand(C, K, scale=K**-0.5), rand(C)]
-
-    work = _work(M, C, V, B, T, H, dtype.itemsize)
-
-    def case(op: str, shape: str, inputs: Callable[[], list[Tensor]], **options: Any) -> Case:
-        return Case(op, shape, inputs, options, work[op])
-
-    yield case("layer_norm", f"{M}x{C}", norm)
-    yield case("add_layer_norm", f"{M}x{C}", lambda: [rand(M, C), *norm()])
-    yield case("linear_gelu", f"{M}x{C}x{K}", fc)
-    yield case("mlp", f"{M}x{C}x{K}", lambda: fc() + proj())
-    heads = f"{B}x{H}x{T}x{D}"
-    yield case("causal_attention", heads, lambda: [rand(B, H, T, D) for _ in range(3)])
-    packed = f"{B}x{T}x3x{H}x{D}"
-    yield case("packed_causal_attention", packed, lambda: [rand(B, T, 3 * C)], n_head=H)
-    yield case("cross_entropy", f"{M}x{V}", lambda: [rand(M, V), targets()])
-    head = f"{M}x{C}x{V}"
-    yield case(
-        "linear_cross_entropy", head, lambda: [rand(M, C), rand(V, C, scale=C**-0.5), targets()]
-    )
+def _moves_once(op: str, tensors: list[Tensor], options: dict[str, Any]) -> dict[str, Work]:
+    """Of an op without arithmetic to speak of: each input read and each output written once;
+    backward the inputs, their gradients and those of the outputs.
+    """
+    out = getattr(reference, op)(*tensors, **options)
+    read = sum(t.nbytes for t in tensors)
+    written = sum(t.nbytes for t in (out if isinstance(out, tuple) else (out,)))
+    return {"forward": Work(bytes=read + written), "backward": Work(bytes=2 * read + written)}
 
 
 def _work(

@@ -1,17 +1,20 @@
 """A benchmark run as a JSON record: what ran, where, when, from which commit, with every sample.
 
     schema       the version of this layout: SCHEMA
-    bench        "train", "decode", "memory", "ops" or "gpu"
+    bench        "train", "decode", "memory", "ops" or "curves"
     date         ISO 8601, UTC
-    environment  device, driver, versions (fastgpt.report.versions)
+    environment  device and versions (fastgpt.environment.versions)
     commit       of the checkout; "-dirty" where files differed from it
     settings     what was asked for: sizes, dtype, rounds
-    machine      load and spread of the host's speed before the run (quiet.py)
+    gpu          clocks, temperature and power before and after the run (nvidia_smi.py); empty
+                 without nvidia-smi, and without "after" where the run was ended early
+    machine      load and spread of the host's speed before the run (machine.py); not of all benches
     rows         one per variant (and op, and direction): "variant" and either "problem", why it has
-                 no time, or "seconds", a list with one sample per round, and what follows from it
+                 no figures, or the figures, such as "seconds", a list with one sample per round;
+                 "flag" beside the figures is why they are to be doubted
 
-Records lie in bench/results/<device>/ and are only ever added to. What is shown (tables,
-pictures, the README) is computed from them.
+Records lie in bench/results/<device>/, one file per run; runs only ever add files. What is shown
+(tables, pictures, the README) is computed from them.
 """
 
 import datetime
@@ -21,6 +24,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from bench.harness import nvidia_smi
 from fastgpt.environment import versions
 
 SCHEMA = 1
@@ -28,7 +32,13 @@ RESULTS = Path(__file__).parents[1] / "results"
 Record = dict[str, Any]
 
 
-def new(bench: str, settings: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> Record:
+def new(
+    bench: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    gpu: dict[str, nvidia_smi.Reading],
+    **more: Any,
+) -> Record:
     return {
         "schema": SCHEMA,
         "bench": bench,
@@ -36,20 +46,33 @@ def new(bench: str, settings: dict[str, Any], rows: list[dict[str, Any]], **more
         "environment": versions(),
         "commit": commit(),
         "settings": settings,
+        "gpu": gpu,
         **more,
         "rows": rows,
     }
 
 
-def save(record: Record, results: Path = RESULTS) -> Path:
-    """Write it to results/<device>/<bench>-<date>.json; a record is never overwritten."""
-    folder = results / slug(record["environment"]["device"])
-    folder.mkdir(parents=True, exist_ok=True)
+def path_of(record: Record, results: Path = RESULTS) -> Path:
+    """results/<device>/<bench>-<date>.json, or the next name that is free: none is overwritten."""
     stem = f"{record['bench']}-{re.sub('[^0-9T]', '', record['date'][:19])}"
+    folder = results / slug(record["environment"]["device"])
     paths = (folder / f"{stem}{f'-{n}' if n else ''}.json" for n in range(10**6))
-    path = next(p for p in paths if not p.exists())
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    return next(p for p in paths if not p.exists())
+
+
+def save(record: Record, results: Path = RESULTS) -> Path:
+    """Write it to its path, which is returned."""
+    path = path_of(record, results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(record, path)
     return path
+
+
+def write(record: Record, path: Path) -> None:
+    """In one step: whatever ends this process leaves all of the file's last content, or the new."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(path)
 
 
 def load(path: Path) -> Record:

@@ -32,6 +32,7 @@ SIZES = {  # n_layer, n_head, n_embd, vocab_size, block_size
     "774M": (36, 20, 1280, 50304, 1024),
     "1.5B": (48, 25, 1600, 50304, 1024),
 }
+LOCAL_NANOGPT = Path(__file__).parents[2] / ".local" / "nanoGPT"
 Weights = Mapping[str, Tensor]
 
 
@@ -63,7 +64,7 @@ def gpt(config: GPTConfig, weights: Weights, device: torch.device, **changes: An
 
 
 def nanogpt(config: GPTConfig, weights: Weights, device: torch.device) -> Any:
-    """The GPT of the checkout that NANOGPT_DIR names."""
+    """The checkout's GPT."""
     module = load_nanogpt()
     sizes = {name: getattr(config, name) for name in module.GPTConfig.__dataclass_fields__}
     with quietly(), device:
@@ -72,12 +73,21 @@ def nanogpt(config: GPTConfig, weights: Weights, device: torch.device) -> Any:
     return model
 
 
+def nanogpt_folder() -> Path | None:
+    """The checkout of nanoGPT to compare with, from NANOGPT_DIR or else in .local; None without."""
+    if named := os.environ.get("NANOGPT_DIR"):
+        return Path(named)
+    return LOCAL_NANOGPT if (LOCAL_NANOGPT / "model.py").is_file() else None
+
+
 def load_nanogpt() -> ModuleType:
     """The checkout's model.py, under a name of ours: nothing else can import it by accident."""
-    folder = os.environ.get("NANOGPT_DIR")
-    if not folder:
-        raise Absent("no nanoGPT: set NANOGPT_DIR to a checkout of it")
-    path, name = Path(folder) / "model.py", "bench._nanogpt"
+    folder = nanogpt_folder()
+    if folder is None:
+        raise Absent(
+            "no nanoGPT: set NANOGPT_DIR to a checkout of it, or put one in .local/nanoGPT"
+        )
+    path, name = folder / "model.py", "bench._nanogpt"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # for any path that ends in .py
     module = importlib.util.module_from_spec(spec)
@@ -86,15 +96,16 @@ def load_nanogpt() -> ModuleType:
         spec.loader.exec_module(module)
         _ = module.GPT, module.GPTConfig.__dataclass_fields__
     except Exception as error:
+        named = "NANOGPT_DIR=" if os.environ.get("NANOGPT_DIR") else ""
         raise ValueError(
-            f"NANOGPT_DIR={folder} is not a checkout of nanoGPT: importing its model.py gives "
+            f"{named}{folder} is not a checkout of nanoGPT: importing its model.py gives "
             f"{type(error).__name__}: {error}"
         ) from None
     return module
 
 
 def check_nanogpt() -> None:
-    """ValueError if NANOGPT_DIR is set and wrong; unset it is a peer that is absent."""
+    """ValueError if there is a folder and it is not nanoGPT's; without one the peer is absent."""
     with contextlib.suppress(Absent):
         load_nanogpt()
 
@@ -174,8 +185,8 @@ class Liger(nn.Module):
 def versions() -> dict[str, str]:
     """Of the peers that fastgpt.environment.versions does not know."""
     found = {"nanogpt": "not installed"}
-    model = Path(os.environ.get("NANOGPT_DIR", "")) / "model.py"
-    if os.environ.get("NANOGPT_DIR") and model.is_file():
+    folder = nanogpt_folder()
+    if folder and (model := folder / "model.py").is_file():
         found["nanogpt"] = f"model.py sha256 {hashlib.sha256(model.read_bytes()).hexdigest()[:12]}"
     try:
         found["liger-kernel"] = importlib.metadata.version("liger-kernel")

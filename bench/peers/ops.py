@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import ops, reference, tables, use_backend
+from fastgpt import backend, ops, reference, use_backend
 from fastgpt.implementations import flash_attn, sdpa
 
 
@@ -67,7 +67,7 @@ def _ours(function: Callable, choice: dict[str, str], *inputs: Any, **options: A
     RuntimeError says why.
     """
     on_cpu = inputs[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
-    mode = "auto" if on_cpu and function.__name__ in tables.ATEN_ON_CPU else "triton"
+    mode = "auto" if on_cpu and backend.OPS[function.__name__].on_cpu != "torch" else "triton"
     with use_backend(mode, **choice):
         return function(*inputs, **options)
 

@@ -85,7 +85,7 @@ def _summary(what: str, rows: list[tuple[str, Record | None]]) -> str:
 
 def _cells(run: Record, shown: Sequence[str]) -> list[str]:
     rows = {row["variant"]: row for row in run["rows"] if _timed(row)}
-    ours = [row for name, row in rows.items() if name.startswith("fastgpt")]
+    ours = [row for name, row in rows.items() if name.startswith("fastgpt") and "flag" not in row]
     fastest = ""
     if ours:
         best = max(ours, key=lambda row: row["tokens_per_second"])
@@ -97,7 +97,8 @@ def _cells(run: Record, shown: Sequence[str]) -> list[str]:
 def _tokens(row: dict[str, Any]) -> str:
     ratio = f" ({row['over_eager']:.2f})" if row.get("over_eager") else ""
     rate = row["tokens_per_second"]
-    return f"{rate:{',.0f' if rate >= 100 else '.1f'}}{ratio}"
+    doubt = " (!)" if "flag" in row else ""  # docs/performance.md says why
+    return f"{rate:{',.0f' if rate >= 100 else '.1f'}}{ratio}{doubt}"
 
 
 def _timed(row: dict[str, Any]) -> bool:
@@ -128,6 +129,9 @@ def _section(run: Record, records: Sequence[Record]) -> Iterator[str]:
     yield markdown.figures(run) + "\n"
     if limits := markdown.limits(run, records):
         yield limits + "\n"
+    if doubted := [row for row in run["rows"] if "flag" in row and "problem" not in row]:
+        yield "To be doubted:\n"
+        yield "\n".join(f"- {markdown.name(row)}: {row['flag']}" for row in doubted) + "\n"
     refused = [row for row in run["rows"] if "problem" in row]
     if refused:
         yield "Without a time:\n"

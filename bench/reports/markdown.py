@@ -36,11 +36,15 @@ def how(run: Record) -> str:
     return ", ".join(f"{key}: {settings[key]}" for key in HOW if key in settings)
 
 
-def figures(run: Record) -> str:
-    """The table of a record's rows that have any."""
+def cells(run: Record) -> tuple[list[str], list[list[str]]]:
+    """The header, and a line of cells for every row of a record that has figures."""
     columns = COLUMNS.get(run["bench"], OTHERWISE)
     timed = [row for row in run["rows"] if "problem" not in row]
-    return table(list(columns), [[cell(row) for cell in columns.values()] for row in timed])
+    return list(columns), [[cell(row) for cell in columns.values()] for row in timed]
+
+
+def figures(run: Record) -> str:
+    return table(*cells(run))
 
 
 def _field(name: str, form: str, scale: float = 1.0) -> Cell:
@@ -67,13 +71,18 @@ def rate(row: Row) -> str:
     return f"{row['gigabytes_per_second']:,.1f} GB/s"
 
 
+def variant(row: Row) -> str:
+    """Its name; "(!)" where the figures are to be doubted: the row's "flag" says why."""
+    return f"{row['variant']} (!)" if "flag" in row else row["variant"]
+
+
 OTHERWISE: dict[str, Cell] = {
-    "variant": lambda row: row["variant"],
+    "variant": variant,
     "x eager": _field("over_eager", ".2f"),
 }
 COLUMNS: dict[str, dict[str, Cell]] = {
     "train": {
-        "variant": lambda row: row["variant"],
+        "variant": variant,
         "tokens/s": _field("tokens_per_second", ",.0f"),
         "x eager": _field("over_eager", ".2f"),
         "ms/step": lambda row: number(row.get("ms", {}).get("median"), ",.2f"),
@@ -86,19 +95,19 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "attention": lambda row: str(row.get("attention") or ""),
     },
     "decode": {
-        "variant": lambda row: row["variant"],
+        "variant": variant,
         "tokens/s": _field("tokens_per_second", ",.1f"),
         "x eager": _field("over_eager", ".2f"),
         "of bandwidth floor": _field("of_floor", ".1%"),
         "first token ms": _first_token,
     },
     "memory": {
-        "variant": lambda row: row["variant"],
+        "variant": variant,
         "peak GiB": _field("peak_bytes", ".2f", 2**-30),
         "x eager's": _field("over_eager", ".2f"),
     },
     "curves": {
-        "variant": lambda row: row["variant"],
+        "variant": variant,
         "final loss": _field("final_loss", ".4f"),
         "gap to the first": _field("gap", ".5f"),
         "of a seed's gap": _field("of_a_seed", ".3f"),
@@ -106,7 +115,7 @@ COLUMNS: dict[str, dict[str, Cell]] = {
     "ops": {
         "op": lambda row: row["op"],
         "direction": lambda row: row["direction"],
-        "variant": lambda row: row["variant"],
+        "variant": variant,
         "us": _field("microseconds", ",.1f"),
         "x eager": _field("over_eager", ".2f"),
         "rate": rate,

@@ -1,20 +1,18 @@
-"""Checkpoint files: nanoGPT's ckpt.pt, read and written, and `fastgpt convert`, to Hugging Face's.
+"""`fastgpt convert`: a checkpoint into a Hugging Face folder, or back.
 
-Only tensors and plain types are read from a file, nothing that could run. Converting keeps the
-logits; what Hugging Face has no place for (optimizer state, characters) is dropped.
+Converting keeps the logits; what Hugging Face has no place for (optimizer state, characters) is
+dropped.
 """
 
 import argparse
 import math
-import os
-import pickle
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt import weights
+from fastgpt.checkpoint import load_checkpoint, load_model, model_args, save_checkpoint
 from fastgpt.model import GPT, GPTConfig
 
 _ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -26,40 +24,6 @@ _FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a ckpt.pt, nanoGPT's or ours, on the CPU."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; `fastgpt train` writes one")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
-        raise ValueError(f"{path} is no checkpoint of a GPT: it lacks `model` or `model_args`")
-    return saved
-
-
-def save_checkpoint(saved: dict[str, Any], path: Path) -> None:
-    """Write all of it or leave what was there: a full disk must not cost the checkpoint before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    torch.save(saved, unfinished)
-    os.replace(unfinished, path)
-
-
-def load_model(saved: dict[str, Any]) -> GPT:
-    model = GPT(GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
-    return model
-
-
-def model_args(config: GPTConfig) -> dict[str, Any]:
-    """The fields nanoGPT knows, and those of ours that are not at nanoGPT's choice."""
-    ours = ("return_logits", "gelu", "residual_init", "linear_init")
-    args = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {k: v for k, v in args.items() if k not in ours or v != getattr(GPTConfig, k)}
 
 
 def to_hugging_face(source: Path, folder: Path) -> None:
@@ -83,9 +47,9 @@ def to_hugging_face(source: Path, folder: Path) -> None:
     )
     hf_model = transformers.GPT2LMHeadModel(hf_config)
     exported = weights.to_hugging_face(model)
-    for name, there in hf_model.state_dict().items():
-        if name.endswith(".bias"):  # bias=False is bias 0 there
-            exported.setdefault(name, torch.zeros_like(there))
+    for name, parameter in hf_model.state_dict().items():
+        if name.endswith(".bias"):  # transformers has no bias=False: 0
+            exported.setdefault(name, torch.zeros_like(parameter))
     hf_model.load_state_dict(exported)
     hf_model.save_pretrained(folder)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend_report, data, environment, use_backend
+from fastgpt.commands.prepare import prepare
 from fastgpt.commands.sample import write_sample
 from fastgpt.commands.train import TrainConfig, Trainer, train
 from fastgpt.devices import autocast
@@ -30,7 +31,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="of training (%(default)s)")
     args = parser.parse_args()
 
-    vocab_size = data.prepare(data.read_text(args.data), OUT / "data").vocab_size
+    vocab_size = prepare(data.read_text(args.data), OUT / "data").vocab_size
     config = TrainConfig(
         data=str(OUT / "data"),
         out=str(OUT),
@@ -71,7 +72,7 @@ def _unigram_loss(vocab_size: int) -> float:
 def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
     """Training steps of fastgpt and of eager PyTorch in turns: a busy machine slows both."""
     ours, eager = _quiet_trainer(config), _quiet_trainer(config)
-    eager.engine = _nanogpts_step(eager)
+    eager.take_step = _nanogpts_step(eager)
     tokens = steps * config.batch_size * config.block_size
     rates: dict[str, list[float]] = {"auto": [], "torch": []}
     end = time.perf_counter() + seconds

@@ -37,12 +37,12 @@ def specified(model: GPT) -> dict[str, tuple[float, float]]:
     linear, residual = init.linear_std(model.config), init.residual_std(model.config)
     drawn = {"wte": init.EMBEDDING_STD, "wpe": init.EMBEDDING_STD}
     drawn |= {"c_attn": linear, "c_fc": linear, "c_proj": residual}
-    found = {}
+    expected = {}
     for name, _ in model.named_parameters():
         layer, kind = name.split(".")[-2:]
         mean = 1.0 if layer.startswith("ln_") and kind == "weight" else 0.0
-        found[name] = mean, drawn.get(layer, 0.0) if kind == "weight" else 0.0
-    return found
+        expected[name] = mean, drawn.get(layer, 0.0) if kind == "weight" else 0.0
+    return expected
 
 
 def deviations(x: Tensor, std: float) -> tuple[float, float, float]:

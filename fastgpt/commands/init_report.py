@@ -270,8 +270,8 @@ def main(args: argparse.Namespace) -> int:
         parts.append(part)
         print(part + "\n", flush=True)
 
-    found, today = environment.versions(), datetime.date.today().isoformat()
-    show(f"Measured {today}, seed {args.seed}: {found['device']}, torch {found['torch']}.")
+    installed, today = environment.versions(), datetime.date.today().isoformat()
+    show(f"Measured {today}, seed {args.seed}: {installed['device']}, torch {installed['torch']}.")
     table, passed = parameter_section(config, args.seed)
     chosen = f"linear_init {config.linear_init}, residual_init {config.residual_init}"
     show(f"### Every parameter ({chosen})\n\n{table}")

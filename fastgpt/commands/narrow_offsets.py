@@ -14,7 +14,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     from the program id. What // and % make of a program id is bounded by the tensors' sizes.
     """
     made: dict[str, tuple[str, list[str], bool]] = {}  # name -> operation, operands, is it 32 bits
-    found = []
+    suspects = []
     for line in ttir.splitlines():
         text = line.split(" loc(")[0]
         if "scf." in text or "^bb" in text:  # loop variables, whose names an earlier loop may use
@@ -28,11 +28,11 @@ def narrow_offsets(ttir: str) -> list[str]:
         if operation == "tt.addptr":
             offset = operands[1]
             if _multiplies(offset, made) or _counts_programs(offset, made):
-                found.append(text.strip())
+                suspects.append(text.strip())
         if operation.startswith("scf."):  # what a loop or a branch leaves is its own
             operands = []
         made[name] = operation, operands, bool(re.search(r"\bi32>?$|xi32>?$", rest.strip()))
-    return found
+    return suspects
 
 
 _Made = dict[str, tuple[str, list[str], bool]]

@@ -3,41 +3,36 @@
 import math
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from fastgpt.commands.train import Trainer
 
 
 class Progress:
     """One line that is rewritten on a terminal, and a new one every ten seconds elsewhere."""
 
-    def __init__(self, trainer: "Trainer"):
-        self.trainer = trainer
+    def __init__(self, tokens_per_step: int, fraction: float):
+        self.tokens_per_step = tokens_per_step
         self.live = sys.stdout.isatty()
         self.losses: list[Tensor] = []  # of the steps since the line before
         self.shown = self.started = time.perf_counter()
-        self.fraction_before = trainer.fraction()
+        self.fraction_before = fraction  # of the run that was done at the start
 
-    def add(self, loss: Tensor) -> None:
+    def add(self, loss: Tensor, step: int, fraction: float) -> None:
+        """`step` steps are done, `fraction` of the run; the last one's loss may be on a device."""
         self.losses.append(loss)
         if time.perf_counter() - self.shown > (0.5 if self.live else 10):
-            self.show()
+            self.show(step, fraction)
 
-    def show(self) -> None:
+    def show(self, step: int, fraction: float) -> None:
         if not self.losses:
             return
-        trainer, cfg = self.trainer, self.trainer.config
-        loss = _last_if_finite(self.losses, trainer.step)  # waits for the device: before the clock
-        now, done = time.perf_counter(), trainer.fraction()
-        tokens_per_step = cfg.batch_size * cfg.grad_accum * trainer.model.config.block_size
-        rate = len(self.losses) * tokens_per_step / (now - self.shown)
-        eta = (now - self.started) * max(1 - done, 0) / (done - self.fraction_before)
-        bar = "#" * round(20 * min(done, 1))
-        text = f"[{bar:.<20}] step {trainer.step:,}  loss {loss:.4f}  {rate:,.0f} tok/s"
+        loss = _last_if_finite(self.losses, step)  # waits for the device: before the clock
+        now = time.perf_counter()
+        rate = len(self.losses) * self.tokens_per_step / (now - self.shown)
+        eta = (now - self.started) * max(1 - fraction, 0) / (fraction - self.fraction_before)
+        bar = "#" * round(20 * min(fraction, 1))
+        text = f"[{bar:.<20}] step {step:,}  loss {loss:.4f}  {rate:,.0f} tok/s"
         self._write(f"{text}  ETA {eta // 60:.0f}:{eta % 60:02.0f}", end="" if self.live else "\n")
         self.losses, self.shown = [], now
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import data
-from fastgpt.commands import convert
+from fastgpt import checkpoint, data
 from fastgpt.devices import autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
 from fastgpt.weights import SIZES
@@ -21,7 +20,7 @@ def write_sample(
     stop: str | None = None,
     **sampling: Any,
 ) -> None:
-    """Print `prompt` and its continuation up to the text `stop`, each piece as soon as it is there.
+    """Print `prompt` and its continuation up to the text `stop`, each piece when it is sampled.
 
     `sampling`: temperature, top_k and top_p as GPT.generate takes them.
     """
@@ -43,7 +42,7 @@ def write_sample(
 
 
 def tokenizer_of(saved: dict[str, Any], out: Path) -> data.Tokenizer:
-    """The tokenizer a checkpoint was trained with: in ours it is inside, for nanoGPT's in data/."""
+    """The tokenizer a checkpoint was trained with: in fastgpt's file, or in data/ for nanoGPT's."""
     if "fastgpt" in saved:
         characters = saved["fastgpt"]["characters"]
         return data.GPT2() if characters is None else data.Characters(characters)
@@ -64,7 +63,7 @@ def tokenizer_of(saved: dict[str, Any], out: Path) -> data.Tokenizer:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default="out", help="folder of ckpt.pt (%(default)s)")
     parser.add_argument(
-        "--data", type=Path, help="folder of meta.pkl, if it is not found by itself"
+        "--data", type=Path, help="folder of meta.pkl, where the checkpoint does not tell"
     )
     parser.add_argument("--pretrained", choices=SIZES, help="OpenAI's weights instead of --out")
     prompt = parser.add_mutually_exclusive_group()
@@ -89,8 +88,8 @@ def main(args: argparse.Namespace) -> int:
         model = GPT.from_pretrained(args.pretrained, {"gelu": "tanh"})
         tokenizer = data.GPT2()
     else:
-        saved = convert.load_checkpoint(args.out / "ckpt.pt")
-        model = convert.load_model(saved)
+        saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
+        model = checkpoint.load_model(saved)
         tokenizer = data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
     model.to(device).eval()
 

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import data
-from fastgpt.commands import convert
+from fastgpt import checkpoint, data
 from fastgpt.commands.progress import Progress
 from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
 from fastgpt.model import GPT, GPTConfig
@@ -81,19 +80,21 @@ class Result:
 def train(config: TrainConfig) -> Result:
     """Train until `config` is met or Ctrl-C. What is returned is also saved."""
     trainer = Trainer(config)
-    progress = Progress(trainer)
+    progress = Progress(trainer.tokens_per_step(), trainer.fraction())
     with _ctrl_c_noted() as pressed:
         while True:
             over = trainer.fraction() >= 1 or bool(pressed)
-            if over or trainer.step % config.eval_every == 0:
-                progress.show()  # first: a loss that is not finite must not be saved
+            if over or trainer.steps_done % config.eval_every == 0:
+                # first: a loss that is not finite must not be saved
+                progress.show(trainer.steps_done, trainer.fraction())
                 val_loss = trainer.validate()
-                progress.note(f"step {trainer.step:,}: validation loss {val_loss:.4f}")
-                if trainer.step > 0:
+                progress.note(f"step {trainer.steps_done:,}: validation loss {val_loss:.4f}")
+                if trainer.steps_done > 0:
                     trainer.save()
             if over:
-                return Result(trainer.model, trainer.step, val_loss, bool(pressed))
-            progress.add(trainer.train_step())
+                return Result(trainer.model, trainer.steps_done, val_loss, bool(pressed))
+            loss = trainer.train_step()
+            progress.add(loss, trainer.steps_done, trainer.fraction())
 
 
 class Trainer:
@@ -107,7 +108,7 @@ class Trainer:
         self.train_ids = data.load_split(Path(config.data), "train")
         self.val_ids = data.load_split(Path(config.data), "val")
         self.tokenizer = data.load_tokenizer(Path(config.data))
-        saved = convert.load_checkpoint(self.path) if config.resume else None
+        saved = checkpoint.load_checkpoint(self.path) if config.resume else None
 
         torch.manual_seed(config.seed)
         self.data_rng = torch.Generator().manual_seed(config.seed)
@@ -117,13 +118,18 @@ class Trainer:
         self.model = GPT(GPTConfig(**self.model_args | memory)).to(self.device)
         betas, max_norm = (0.9, 0.95), config.grad_clip
         step = TrainStep(
-            self.model, config.weight_decay, config.lr, betas, max_norm, self.dtype, config.capture
+            self.model,
+            config.weight_decay,
+            config.lr,
+            betas,
+            max_norm,
+            self.dtype,
+            capture=config.capture,
+            compile=config.compile,
         )
-        if config.compile:
-            step.forward = torch.compile(self.model)
         self.optimizer, self.scaler = step.optimizer, step.scaler
-        self.engine: Callable[[Sequence[Batch]], Tensor] = step
-        self.step = 0
+        self.take_step: Callable[[Sequence[Batch]], Tensor] = step
+        self.steps_done = 0
         self.best_val_loss = math.inf
         self.started = time.perf_counter()
         if saved is not None:
@@ -145,16 +151,22 @@ class Trainer:
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
+    def tokens_per_step(self) -> int:
+        cfg = self.config
+        return cfg.batch_size * cfg.grad_accum * self.model.config.block_size
+
     def fraction(self) -> float:
         """How much of the run is done, 1 or more at its end."""
         limit = self.config.minutes
-        return self.step / self.config.steps if limit is None else self.seconds() / (60 * limit)
+        if limit is not None:
+            return self.seconds() / (60 * limit)
+        return self.steps_done / self.config.steps
 
     def learning_rate(self) -> float:
         """Linear warm-up under a cosine from lr to min_lr."""
         cfg = self.config
         cosine = 0.5 * (1 + math.cos(math.pi * min(self.fraction(), 1)))
-        warmup = min((self.step + 1) / (cfg.warmup + 1), 1)
+        warmup = min((self.steps_done + 1) / (cfg.warmup + 1), 1)
         return warmup * (cfg.min_lr + cosine * (cfg.lr - cfg.min_lr))
 
     def train_step(self) -> Tensor:
@@ -162,13 +174,13 @@ class Trainer:
         cfg, lr, T = self.config, self.learning_rate(), self.model.config.block_size
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.engine(
+        loss = self.take_step(
             [
                 data.random_batch(self.train_ids, cfg.batch_size, T, self.data_rng, self.device)
                 for _ in range(cfg.grad_accum)
             ]
         )
-        self.step += 1
+        self.steps_done += 1
         return loss
 
     def validate(self) -> float:
@@ -191,18 +203,18 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "model_args": self.model_args,
-            "iter_num": self.step,
+            "iter_num": self.steps_done,
             "best_val_loss": self.best_val_loss,
             "config": asdict(self.config) | {"dataset": _dataset(Path(self.config.data))},
             "fastgpt": ours,
         }
-        convert.save_checkpoint(saved, self.path)
+        checkpoint.save_checkpoint(saved, self.path)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.optimizer.copy_weights()
-        self.step, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
+        self.steps_done, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         if (ours := saved.get("fastgpt")) is None:
             return  # nanoGPT's own: batches and dropout start from our seed
         self.started -= ours["seconds"]

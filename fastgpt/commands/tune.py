@@ -1,14 +1,20 @@
 """`fastgpt tune`: measure this device once, so that dispatch and launches follow the measurement.
 
-Two searches, each against what would run without it: which implementation of every op, forward and
-backward together, and which launch configuration of every kernel. A candidate that computes
-something else, or cannot run, is no candidate. What wins is written to the user's cache folder
-(kernels/_tuned.py), where every process of the machine reads it.
+Two searches: which launch configuration of every kernel, against today's; and which implementation
+of every op, forward and backward together, against the choice where nobody measured (backend.py). A
+candidate that computes something else, or cannot run, is no candidate, and one that is faster by
+less than MARGIN changes nothing. The transformer block is raced as a whole: fused, or module by
+module. Its parts on their own do not decide that.
+
+What wins is written to the user's cache folder (kernels/_tuned.py), where every process of the
+machine reads it.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
+import io
 import itertools
 import json
 import statistics
@@ -20,12 +26,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt import backend, ops, reference, use_backend
+from fastgpt import GPT, GPTConfig, backend, examples, ops, reference, use_backend
+from fastgpt.devices import autocast
+from fastgpt.examples import example, outline
 from fastgpt.kernels import _tuned
 from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
 MARGIN = 1.02  # what a winner must be faster by: less is noise
+# The ops inside a block, and the implementations that fused/launchers.py can make a fused one of.
+FUSABLE = {
+    "add_layer_norm": ("triton",),
+    "mlp": ("triton", "cublas"),
+    "packed_causal_attention": ("triton", "torch", "cudnn", "flash"),
+}
 
 
 class Sizes(NamedTuple):
@@ -42,6 +56,8 @@ class Search(NamedTuple):
     key: str  # as _tuned.configured is asked for it
     call: Callable[[], Any]  # launches the kernel
     candidates: list[Any]
+    # what the kernel computes, for one that does not give the same when it is called again
+    result: Callable[[], Any] | None = None
 
 
 def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
@@ -90,9 +106,19 @@ def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     call = functools.partial(layer_norm.backward, x, x, s, w, mean, rstd, True, dtype)
     yield Search(f"layer_norm_backward {C}", call, tiles)
     logits, ids = rand(M, V), torch.randint(V, (M,), device=device)
+    leaf = logits.clone().requires_grad_()
     tiles = _grid(BLOCK_M=(1,), BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
-    call = functools.partial(cross_entropy.forward, logits, ids, -1)
-    yield Search(f"cross_entropy {V}", call, tiles)
+
+    def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy.cross_entropy_(x, ids, -1, 1.0), x
+
+    def both_ways() -> tuple[Tensor, ...]:
+        loss = cross_entropy.cross_entropy(leaf, ids)
+        return loss, *torch.autograd.grad(loss, leaf)
+
+    call = functools.partial(in_place, logits.clone())
+    yield Search(f"cross_entropy_ {V}", call, tiles, lambda: in_place(logits.clone()))
+    yield Search(f"cross_entropy {V}", both_ways, tiles)
 
 
 def _grid(**choices: tuple[int, ...]) -> list[Config]:
@@ -123,7 +149,7 @@ def search(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str,
     found, end = list(searches(device, sizes)), time.perf_counter() + seconds
     rows = []
     for i, one in enumerate(found):
-        expected, now = one.call(), time.perf_counter()
+        expected, now = (one.result or one.call)(), time.perf_counter()
         share = (end - now) / (len(found) - i)
         tried = []
         for config in one.candidates:
@@ -139,7 +165,8 @@ def _try(
 ) -> dict[str, Any]:
     row = {"kernel": one.key, "variant": str(config), "config": config}
     try:
-        error = distance(_with(one, config), expected)
+        with _tuned.trying(one.key, config):
+            error = distance((one.result or one.call)(), expected)
         if not error < 0.01:
             raise ArithmeticError(f"{error:.2g} away from the result of today's configuration")
         calls: Variants = {"today": one.call, "candidate": functools.partial(_with, one, config)}
@@ -164,59 +191,92 @@ def distance(ours: Any, theirs: Any) -> float:
 
 
 def implementations(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
-    """A row per op and implementation that runs here: seconds of forward and backward."""
-    M, C, D, V, dtype = sizes
-    T = min(M, 1024)
-
-    def rand(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, device=device) * scale).to(dtype)
-
-    wide = rand(4 * C, C, scale=C**-0.5)
-    heads = [rand(M // T, C // D, T, D) for _ in range(3)]
-    ids, weight = torch.randint(V, (M,), device=device), rand(V, C, scale=C**-0.5)
-    narrow, head = rand(C, 4 * C, scale=0.5 * C**-0.5), dict(head_dim=D, dropout_p=0.0)
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {  # op -> arguments, facts
-        "packed_causal_attention": ((rand(M // T, T, 3 * C), C // D), head),
-        "causal_attention": ((*heads,), head),
-        "mlp": ((rand(M, C), wide, rand(4 * C), narrow, rand(C)), {}),
-        "linear_gelu": ((rand(M, C), wide, rand(4 * C)), {}),
-        "linear_cross_entropy": ((rand(M, C), weight, ids), {}),
-        "cross_entropy": ((rand(M, V), ids), {}),
-        "add_layer_norm": ((rand(M, C), rand(M, C), rand(C)), dict(width=C)),
-        "layer_norm": ((rand(M, C), rand(C)), dict(width=C)),
-    }
-    share = seconds / len(calls)
-    return [row for op, call in calls.items() for row in _race(op, *call, device, share)]
+    """A row per op and implementation that runs here: the time of forward and backward."""
+    raced = [op for op in backend.OPS if hasattr(ops, op)]
+    share = seconds / (len(raced) + 1)
+    rows = [row for op in raced for row in _race_op(op, device, sizes, share)]
+    return rows + _race_block(device, sizes, rows, share)
 
 
-def _race(
-    op: str,
-    inputs: tuple[Any, ...],
-    facts: dict[str, Any],
-    device: torch.device,
-    seconds: float,
-) -> list[dict[str, Any]]:
-    leaves = [t.requires_grad_() for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+def _race_op(op: str, device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
+    inputs, options, facts = example(op, _of_a_batch(sizes), device, sizes.dtype)
+    tensors = tuple(t for t in inputs if t is not None)
+    leaves = [t.requires_grad_() for t in tensors if t.is_floating_point()]
 
     def run(function: Callable[..., Any], implementation: str) -> list[Tensor]:
         with use_backend("auto", **{op: implementation}):
-            out = function(*inputs)
+            out = function(*inputs, **options)
             outs = list(out) if isinstance(out, tuple) else [out]
             grads = [torch.ones_like(t) for t in outs]
             return [*outs, *torch.autograd.grad(outs, leaves, grads)]
 
+    def why_not(implementation: str) -> str | None:
+        return backend.why_not(op, implementation, tensors, facts)
+
     expected = run(getattr(reference, op), "torch")
-    variants: dict[str, Callable[[], Any]] = {}
+    call = functools.partial(run, getattr(ops, op))
+    return _race(op, call, why_not, expected, device, seconds)
+
+
+def _of_a_batch(sizes: Sizes) -> examples.Sizes:
+    T = min(sizes.M, 1024)
+    return examples.Sizes(sizes.M // T, T, sizes.C, sizes.C // sizes.D, sizes.V)
+
+
+def _race_block(
+    device: torch.device, sizes: Sizes, races: list[dict[str, Any]], seconds: float
+) -> list[dict[str, Any]]:
+    """A training step's block, fused or module by module, each of the fastest parts for it. It is a
+    model's only block, between an embedding and a head of 64 tokens."""
+    B, T, C, H, _ = _of_a_batch(sizes)
+    with contextlib.redirect_stdout(io.StringIO()), device:
+        model = GPT(GPTConfig(T, 64, 1, H, C, bias=False, return_logits=False))
+    idx, parameters = torch.randint(64, (B, T), device=device), list(model.parameters())
+    (qkv,), _, facts = outline("block", _of_a_batch(sizes), device, sizes.dtype)
+    assert qkv is not None
+    times = _times(races)
+
+    def backend_of(implementation: str) -> use_backend:
+        parts = _fastest_parts(times, fused=implementation != "torch")
+        return use_backend("auto", block=implementation, **parts)
+
+    def step() -> list[Tensor]:
+        with autocast(device, sizes.dtype):
+            _, loss = model(idx, idx)
+        return [loss, *torch.autograd.grad(loss, parameters)]
+
+    def run(implementation: str) -> list[Tensor]:
+        with backend_of(implementation):
+            return step()
+
+    def why_not(implementation: str) -> str | None:
+        with backend_of(implementation):
+            running, reason = backend.explain("block", (qkv,), facts)
+        return None if running == implementation else reason
+
+    with use_backend("torch"):
+        expected = step()
+    return _race("block", run, why_not, expected, device, seconds)
+
+
+def _race(
+    op: str,
+    run: Callable[[str], list[Tensor]],
+    why_not: Callable[[str], str | None],
+    expected: list[Tensor],
+    device: torch.device,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """A row per implementation that `run` is called with: its time, or why it has none."""
+    variants: Variants = {}
     rows: list[dict[str, Any]] = []
-    for name in ("torch", *backend.KERNELS[op]):
-        variant = functools.partial(run, getattr(ops, op), name)
+    for name in ("torch", *backend.OPS[op].implementations):
         try:
-            why_not = name != "torch" and ops.why_not(op, name, tuple(leaves), facts)
-            if why_not:
-                raise RuntimeError(why_not)
-            if not (error := distance(variant(), expected)) < 0.03:
+            if name != "torch" and (problem := why_not(name)):
+                raise RuntimeError(problem)
+            if not (error := distance(run(name), expected)) < 0.03:
                 raise ArithmeticError(f"{error:.2g} away from PyTorch's result")
-            variants[name] = variant
+            variants[name] = functools.partial(run, name)
         except Exception as problem:
             rows.append({"op": op, "variant": name, "problem": str(problem)[:100]})
     for name, samples in in_turns(variants, device, seconds).items():
@@ -224,19 +284,51 @@ def _race(
     return rows
 
 
-def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[str, Any]:
-    """What won by more than noise, as _tuned.entry reads it."""
+def _times(races: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """op -> implementation -> microseconds, of those that have a time."""
     times: dict[str, dict[str, float]] = {}
     for row in races:
         if "microseconds" in row:
             times.setdefault(row["op"], {})[row["variant"]] = row["microseconds"]
+    return times
+
+
+def fastest(op: str, times: dict[str, float]) -> str:
+    """The choice where nobody measured, unless it has no time or another is faster by MARGIN."""
+    best, usual = min(times, key=times.__getitem__), backend.OPS[op].unmeasured
+    beaten = usual not in times or times[usual] > MARGIN * times[best]
+    return best if beaten else usual
+
+
+def _fastest_parts(times: dict[str, dict[str, float]], fused: bool) -> dict[str, str]:
+    """The fastest implementation of every op but the block, from which a fused one can be made."""
+    parts = {}
+    for op, raced in times.items():
+        usable = {
+            name: seconds
+            for name, seconds in raced.items()
+            if not fused or name in FUSABLE.get(op, raced)
+        }
+        if op != "block" and usable:
+            parts[op] = fastest(op, usable)
+    return parts
+
+
+def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[str, Any]:
+    """What won by more than noise, as _tuned.entry reads it.
+
+    Only where the fused block as a whole lost may its parts be what it cannot be made of.
+    """
+    times = _times(races)
+    block = {"block": fastest("block", times["block"])} if "block" in times else {}
+    implementations = _fastest_parts(times, fused=block.get("block") != "torch") | block
     configs: dict[str, Any] = {}
     for row in searched:  # the fastest of a kernel comes first
         if row.get("over_default", 0.0) > MARGIN:
             configs.setdefault(row["kernel"], row["config"])
     return {
         "date": datetime.date.today().isoformat(),
-        "implementations": {op: min(found, key=found.__getitem__) for op, found in times.items()},
+        "implementations": implementations,
         "configs": configs,
     }
 

@@ -11,29 +11,17 @@ reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residua
 parameters in theirs.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.fused.launchers import Launchers
 from fastgpt.implementations.aten import wgrad
 from fastgpt.kernels._autograd import differentiable_once
 
 EPS = 1e-5
-
-
-class Launchers(NamedTuple):
-    """What a unit is made of: functions on tensors, without autograd (aten.py, kernels/)."""
-
-    norm: Callable[..., Any]
-    add_norm: Callable[..., Any]
-    norm_backward: Callable[..., Any]
-    linear_gelu: Callable[..., Any]
-    gelu_dgrad: Callable[..., Any]
-    attention: Callable[..., Any]
-    attention_backward: Callable[..., Any]
 
 
 class Weights(NamedTuple):

@@ -1,35 +1,191 @@
-"""Whether a module is as its class made it: a fused path may read its weights and skip it."""
+"""Whether a GPT is as it was built: then its weights may be read and its modules' forwards skipped.
 
+The one place that answers this, for training, TrainStep and sampling alike. What a fork changes is
+either in a module (its class, hooks, attributes, weights), in a class, or in PyTorch's functions
+(interception.py); each is looked at where one of the questions below is asked, and nothing is
+remembered from one forward to the next.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-# class -> its forward as imported; model.py adds its own. Forks put others under these names.
-FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (nn.Linear, nn.GELU, nn.Dropout, nn.Embedding)
-}
+from fastgpt.fused.block import Settings, Weights
+from fastgpt.interception import from_pytorch, interception
+
+# What a call of a module goes through, and reading an attribute of it.
+_METHODS = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
+_KINDS: dict[str, type[nn.Module]] = {}  # model.py's classes by name
+_ORIGINALS: list[tuple[type[nn.Module], str, Any]] = []  # class, name of a method, that method
+_FORWARDS: dict[type[nn.Module], Any] = {}
 
 
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` would do what class `kind` does on its weights, and nothing else:
-    not replaced, patched, hooked, parametrised or sharded.
+def _remember(kind: type[nn.Module], methods: dict[str, Any]) -> None:
+    _ORIGINALS.extend((kind, name, method) for name, method in methods.items())
+    _FORWARDS[kind] = methods["forward"]
+
+
+def remember(*kinds: type[nn.Module]) -> None:
+    """For model.py, whose classes this file cannot import."""
+    for kind in kinds:
+        inherited = {name: from_pytorch(getattr(kind, name)) for name in _METHODS}
+        _remember(kind, inherited | {"forward": kind.forward})
+        _KINDS[kind.__name__] = kind
+
+
+for _kind in (nn.Linear, nn.GELU, nn.Dropout, nn.Embedding):
+    _remember(_kind, {name: from_pytorch(getattr(_kind, name)) for name in _METHODS})
+
+
+def calls_untouched() -> bool:
+    """Whether calling a module of these classes is what it was at import, and no hook is on all
+    modules. torch.compile is not asked about: it traces what a call does.
     """
-    return (
-        type(module) is kind
-        and kind.forward is FORWARDS.get(kind)
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
-        and not (nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks)
+    return torch.compiler.is_compiling() or (
+        all(getattr(kind, name) is method for kind, name, method in _ORIGINALS)
+        and not nn_module._has_any_global_hook()
     )
 
 
-def plain_lookup(module: nn.Module) -> bool:
+def untouched(module: Any, kind: type[nn.Module] | str) -> bool:
+    """Whether calling `module` would do what class `kind` does on its weights, and nothing else:
+    not replaced, patched, hooked, compiled, parametrised or sharded. `calls_untouched` is the other
+    half, and does not depend on the module.
+    """
+    kind = _KINDS[kind] if isinstance(kind, str) else kind
+    return type(module) is kind and kind.forward is _FORWARDS[kind] and _own_call(module)
+
+
+def _own_call(module: Any) -> bool:
+    """Whether nothing in the module itself changes what calling it does."""
+    own = module.__dict__
+    return (
+        "forward" not in own
+        and "_call_impl" not in own
+        and "_wrapped_call_impl" not in own
+        and own.get("_compiled_call_impl") is None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+    )
+
+
+def plain_lookup(module: Any) -> bool:
     """Whether `module` is an embedding without any of nn.Embedding's options."""
     return (
         untouched(module, nn.Embedding)
         and (module.padding_idx, module.max_norm) == (None, None)
         and not (module.scale_grad_by_freq or module.sparse)
     )
+
+
+def plain_matmul(module: Any) -> bool:
+    """Whether `module` is a linear layer without a bias, as GPT's head is."""
+    return untouched(module, nn.Linear) and calls_untouched() and module.bias is None
+
+
+def plain(t: Tensor) -> bool:
+    """Whether t is a tensor like any other: no subclass, not wrapped by torch.func."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return type(t) in (Tensor, nn.Parameter) and not wrapped(t)
+
+
+def alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are plain tensors of one dtype on one device."""
+    dtype, device = x.dtype, x.device
+    return plain(x) and all(
+        plain(t) and t.dtype == dtype and t.device == device for t in others if t is not None
+    )
+
+
+def embeddings_as_built(model: Any, like: Tensor, T: int) -> bool:
+    """Whether a GPT's embeddings are lookups of T positions in weights like `like`, the head's
+    weight, which is wte's too.
+    """
+    wte, wpe, head = model.transformer.wte, model.transformer.wpe, model.lm_head
+    if not (plain_lookup(wte) and plain_lookup(wpe) and plain_matmul(head)):
+        return False
+    positions = wpe.weight
+    return (
+        head.weight is wte.weight is like
+        and alike(like, positions)
+        and (positions.dim(), positions.shape[-1]) == (2, like.shape[1])
+        and positions.shape[0] >= T
+    )
+
+
+def block_weights(block: Any, settings: Settings, C: int) -> Weights | None:
+    """The parameters of a Block of width C, or None where running it might do something else than
+    block.py does with them and `settings`.
+    """
+    if not block_as_built(block):
+        return None
+    attn, mlp = block.attn, block.mlp
+    dropouts = (attn.resid_dropout, mlp.dropout)
+    rates = {m.p if m.training else 0.0 for m in dropouts}
+    rates.add(attn.dropout if attn.training else 0.0)
+    tanh = mlp.gelu.approximate == "tanh"
+    if rates != {settings.dropout_p} or (attn.n_head, tanh) != (settings.n_head, settings.tanh):
+        return None
+    layers = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
+    tensors: list[Any] = [t for layer in layers for t in (layer.weight, layer.bias)]
+    weights = Weights(*tensors)
+    return weights if attn.n_embd == C and _fit(weights, C) else None
+
+
+def block_as_built(block: Any) -> bool:
+    """Whether the modules of a Block are those of model.py, and only they run in it."""
+    if not (untouched(block, "Block") and untouched(block.attn, "CausalSelfAttention")):
+        return False
+    attn, mlp = block.attn, block.mlp
+    if not (attn.flash and untouched(mlp, "MLP") and untouched(mlp.gelu, nn.GELU)):
+        return False
+    return (
+        all(untouched(m, "LayerNorm") for m in (block.ln_1, block.ln_2))
+        and all(untouched(m, nn.Linear) for m in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
+        and all(
+            untouched(m, nn.Dropout) and not m.inplace for m in (attn.resid_dropout, mlp.dropout)
+        )
+    )
+
+
+def _fit(weights: Weights, C: int) -> bool:
+    """Whether the shapes are a block's of width C, with any width inside the MLP."""
+    hidden = weights.fc.shape[0] if weights.fc is not None else 0
+    outputs = (C, 3 * C, C, C, hidden, C)  # of ln_1, qkv, attn_proj, ln_2, fc, mlp_proj
+    inputs = (None, C, C, None, C, hidden)
+    pairs = zip(weights[::2], weights[1::2], outputs, inputs, strict=True)
+    return all(
+        weight is not None
+        and weight.shape == ((n,) if k is None else (n, k))
+        and (bias is None or bias.shape == (n,))
+        for weight, bias, n, k in pairs
+    )
+
+
+def decodable(model: Any) -> bool:
+    """Whether a loop with a key-value cache may stand in for the forward of a GPT: every position
+    is computed from itself and attention alone, always the same way, and nobody looks on.
+    """
+    parts = model.transformer
+    return (
+        calls_untouched()
+        and interception() is None
+        and untouched(model, "GPT")
+        and all(plain_lookup(m) for m in (parts.wte, parts.wpe))
+        and untouched(parts.drop, nn.Dropout)
+        and untouched(parts.ln_f, "LayerNorm")
+        and untouched(model.lm_head, nn.Linear)
+        and all(block_as_built(block) for block in parts.h)
+        and not any(rate > 0 for rate in _dropout_rates(parts))  # a mask for every position anew
+    )
+
+
+def _dropout_rates(parts: Any) -> Iterator[float]:
+    """Those in use."""
+    for block in parts.h:
+        yield block.attn.dropout if block.attn.training else 0.0
+    for m in (parts.drop, *(d for b in parts.h for d in (b.attn.resid_dropout, b.mlp.dropout))):
+        yield m.p if m.training else 0.0

@@ -1,148 +1,125 @@
-"""The fused path of a GPT: which tensors it takes, and the units and launchers it takes them with.
+"""A GPT's forward as a chain of autograd units: ids enter it once, logits and loss leave it once.
 
     embed -> block -> ... -> block -> norm -> head and loss
 
-Each arrow is one autograd unit (block.py, embedding.py) that owns its forward and backward.
-A Path is made per forward. There is none, and the modules run one by one, under backend "torch",
-where a kernel cannot run, and under torch.compile: units that are opaque to it have cost others
-more than their kernels gained, as its fusion stops at each. These are for who does not compile.
+Each arrow is one unit that owns its forward and backward. Between blocks the residual stream is two
+terms, x + delta, which the next norm adds in the pass that reads them anyway. A module that was
+changed runs as it is, in its place in the chain.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from fastgpt import backend, ops
-from fastgpt.fused import block, embedding
-from fastgpt.fused.block import Launchers, Settings, Weights
-from fastgpt.implementations import aten, sdpa
-
-Low = Callable[[Tensor], Tensor]
-Attention = tuple[Callable[..., Any], Callable[..., Any]]  # forward, backward
-Made = tuple[Launchers, Callable[..., None], Callable[..., Tensor]]  # a Path's first three
-
-
-class Path(NamedTuple):
-    run: Launchers
-    add_rows_: Callable[..., None]
-    cross_entropy_: Callable[..., Tensor]
-    settings: Settings
-    dtype: torch.dtype  # of the matmuls
-    low: Low
-
-    def embed(self, idx: Tensor, wte: Tensor, wpe: Tensor) -> tuple[Tensor, Tensor]:
-        """idx (B, T) -> x (B, T, C), and wte's alias for the head (embedding.py)."""
-        return embedding.embed(self.add_rows_, idx, wte, wpe)
-
-    def takes(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether these are plain tensors of one dtype on one device."""
-        return all(
-            _plain(t) and t.dtype == x.dtype and t.device == x.device
-            for t in (x, *others)
-            if t is not None
-        )
-
-    def block(self, delta: Tensor | None, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-        """The residual stream x + delta through one block -> the same in two terms again."""
-        matrices = {n: t for n, t in weights._asdict().items() if t is not None and "ln" not in n}
-        low = weights._replace(**{name: self.low(t) for name, t in matrices.items()})
-        with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
-            return block.block(self.run, self.settings, delta, x, weights, low)
-
-    def norm(self, delta: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The LayerNorm of x + delta, in the matmuls' dtype."""
-        return block.norm(self.run, delta, x, weight, bias, self.dtype)
-
-    def loss(self, x: Tensor, alias: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """x (B, T, C), weight (V, C) and its alias, targets (B*T,) -> mean cross entropy."""
-        rows, low = x.reshape(-1, x.shape[-1]), self.low(weight)
-        return ops.in_place_loss(self.cross_entropy_, rows, alias, low, targets, -1)
+from fastgpt import backend, ops, reference
+from fastgpt.fused import block as block_unit
+from fastgpt.fused import embedding
+from fastgpt.fused.block import Settings, Weights
+from fastgpt.fused.launchers import Launchers
+from fastgpt.fused.untouched import (
+    alike,
+    block_weights,
+    calls_untouched,
+    embeddings_as_built,
+    plain,
+    plain_matmul,
+    untouched,
+)
+from fastgpt.linear_cross_entropy import mean_loss
 
 
-def _plain(t: Tensor) -> bool:
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return type(t) in (Tensor, nn.Parameter) and not is_wrapped(t)
-
-
-def path(
-    x: Tensor, n_head: int, T: int, tanh: bool, dropout_p: float, low: Low | None = None
-) -> Path | None:
-    """The units for sequences of T and parameters of x's dtype, device and last dimension, C.
-
-    `low` gives a parameter in the matmuls' dtype, without autograd; by default it is cast.
+def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
+    """The chain for a forward of `model`, a GPT, on idx (B, T); None where the modules are to run
+    one by one: under backend "torch", where a kernel cannot run, and under torch.compile and
+    torch.func. torch.compile fuses across modules, and would stop at each unit.
     """
-    if torch.compiler.is_compiling() or T == 0 or not _plain(x) or x.shape[-1] % n_head:
+    weight, cfg = getattr(model.lm_head, "weight", None), model.config
+    if torch.compiler.is_compiling() or not idx.numel() or not calls_untouched():
         return None
-    dtype = ops.autocast_dtype(x)
-    qkv = x.new_empty((1, T, 3 * x.shape[-1]), dtype=dtype)
-    maker = Maker()
-    facts = dict(n_head=n_head, dropout_p=dropout_p)
-    if backend.choose("block", maker, (qkv,), facts) == "torch":
+    if weight is None or not plain(weight) or weight.dim() != 2 or weight.shape[1] % cfg.n_head:
         return None
-    settings = Settings(n_head, tanh, dropout_p)
-    return Path(*maker.made, settings, dtype, low or (lambda t: t.detach().to(dtype)))
-
-
-class Maker:
-    """Answers backend.py why an implementation cannot run; what it made to find out is kept."""
-
-    made: Made
-
-    def __call__(
-        self, op: str, implementation: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]
-    ) -> str | None:
-        make = _aten if implementation == "aten" else _kernels
-        made = make(tensors[0], **facts)
-        if isinstance(made, str):
-            return made
-        self.made = made
+    settings = Settings(cfg.n_head, cfg.gelu == "tanh", cfg.dropout if model.training else 0.0)
+    facts = dict(n_head=cfg.n_head, dropout_p=settings.dropout_p)
+    dtype = ops.autocast_dtype(weight)
+    qkv = weight.new_empty((1, idx.shape[1], 3 * weight.shape[1]), dtype=dtype)
+    maker = backend.choose("block", qkv, **facts)
+    if maker is reference:
         return None
+    return FusedModel(model, maker.launchers(qkv, **facts), settings, weight, dtype)
 
 
-def _aten(qkv: Tensor, n_head: int, dropout_p: float) -> Made | str:
-    attention = sdpa.choice(qkv, n_head, dropout_p)
-    if attention is None:
-        return "SDPA has no fused dropout on a CPU"
-    run = Launchers(
-        aten.norm, aten.add_norm, aten.norm_backward, aten.linear_gelu, aten.gelu_dgrad,
-        attention.packed_forward, attention.packed_backward,
-    )  # fmt: skip
-    return aten.unsupported((qkv,)) or (run, aten.add_rows_, aten.cross_entropy_)
+class FusedModel(NamedTuple):
+    model: Any  # a GPT
+    run: Launchers
+    settings: Settings
+    weight: Tensor  # the head's: what a unit takes is of its dtype, device and width
+    dtype: torch.dtype  # of the matmuls
+
+    def __call__(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What GPT.forward returns."""
+        parts = self.model.transformer
+        again = self.model.config.checkpoint_blocks and torch.is_grad_enabled()
+        x, head_weight = self._embed(idx)  # (B, T, C)
+        delta, x = None, parts.drop(x)
+        for block in parts.h:
+            if again:
+                delta, x = checkpoint(self._block, block, delta, x, use_reentrant=False)
+            else:
+                delta, x = self._block(block, delta, x)
+        return self._head(self._norm(parts.ln_f, delta, x), head_weight, targets)
+
+    def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, C), and the alias of the tied weight that the head is to read (embedding.py)."""
+        wte, wpe = self.model.transformer.wte, self.model.transformer.wpe
+        if embeddings_as_built(self.model, self.weight, idx.shape[1]):
+            return embedding.embed(self.run.add_rows_, idx, wte.weight, wpe.weight)
+        return wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device)), None
+
+    def _block(self, block: Any, delta: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The residual stream x + delta through one block -> the same in two terms again."""
+        weights = block_weights(block, self.settings, self.weight.shape[1])
+        if weights is None or not alike(self.weight, x, *weights):
+            return None, block(_sum(delta, x))
+        with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
+            low = self._low_matrices(weights)
+            return block_unit.block(self.run, self.settings, delta, x, weights, low)
+
+    def _norm(self, ln_f: Any, delta: Tensor | None, x: Tensor) -> Tensor:
+        """ln_f of the residual stream, in the matmuls' dtype where it is as built."""
+        if not (untouched(ln_f, "LayerNorm") and alike(self.weight, x, ln_f.weight, ln_f.bias)):
+            return ln_f(_sum(delta, x))
+        return block_unit.norm(self.run, delta, x, ln_f.weight, ln_f.bias, self.dtype)
+
+    def _head(
+        self, x: Tensor, weight: Tensor | None, targets: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        head, returned = self.model.lm_head, self.model.config.return_logits
+        if targets is None:
+            return head(x[:, [-1], :]), None
+        targets = targets.reshape(-1)
+        if not returned and plain_matmul(head):
+            rows = x.reshape(-1, x.shape[-1])
+            if weight is None or x.dtype != self.dtype:
+                return None, ops.linear_cross_entropy(rows, head.weight, targets)
+            targets, low = ops.checked_targets(rows, targets), self._low(head.weight)
+            return None, mean_loss(self.run.cross_entropy_, rows, weight, low, targets, -1)
+        logits = head(x) if weight is None else F.linear(x, weight)
+        loss = ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets)
+        return (logits if returned else None), loss
+
+    def _low_matrices(self, weights: Weights) -> Weights:
+        """The weights with those of matmuls, and their biases, as the matmuls read them."""
+        named = weights._asdict().items()
+        return Weights(**{n: t if t is None or "ln" in n else self._low(t) for n, t in named})
+
+    def _low(self, p: Tensor) -> Tensor:
+        """A parameter in the matmuls' dtype, without autograd: TrainStep's copy, or a cast."""
+        copies = self.model.matmul_copies
+        return copies[p] if p in copies else p.detach().to(self.dtype)
 
 
-def _kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Made | str:
-    C = qkv.shape[-1] // 3
-    norm = backend.explain("add_layer_norm", ops.why_not, (qkv,), dict(width=C))
-    mlp = backend.explain("mlp", ops.why_not, (qkv,), {})
-    for part, choice in (("add_layer_norm", norm), ("mlp", mlp)):
-        if choice.implementation == "torch":
-            return f"{part} runs in torch: {choice.reason}"
-    attend = _attention(qkv, n_head, dropout_p)
-    if isinstance(attend, str):
-        return attend
-
-    from fastgpt.kernels import cross_entropy, embedding, gelu_mlp, gemm_gelu, layer_norm
-
-    own = mlp.implementation == "triton"
-    gemms = gelu_mlp.Gemms(gemm_gelu.forward, gemm_gelu.dgrad) if own else gelu_mlp.CUBLAS
-    run = Launchers(
-        layer_norm.forward, layer_norm.add_forward, layer_norm.backward,
-        gemms.forward, gemms.dgrad, *attend,
-    )  # fmt: skip
-    return run, embedding.add_rows_, cross_entropy.cross_entropy_
-
-
-def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> Attention | str:
-    """The forward and backward of the attention that the table chose, or why they cannot be had."""
-    op, facts = "packed_causal_attention", dict(head_dim=qkv.shape[-1] // 3 // n_head)
-    name, reason = backend.explain(op, ops.why_not, (qkv,), dict(facts, dropout_p=dropout_p))
-    if name == "triton":
-        from fastgpt.kernels import attention
-
-        return attention.seeded_forward, attention.seeded_backward
-    held = sdpa.choice(qkv, n_head, dropout_p) if name == "torch" else getattr(sdpa, name, None)
-    if held is None:
-        return f"{op} runs in {name}: {reason}"
-    return held.packed_forward, held.packed_backward
+def _sum(delta: Tensor | None, x: Tensor) -> Tensor:
+    return x if delta is None else x + delta

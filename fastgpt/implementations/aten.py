@@ -147,8 +147,8 @@ def _picked(p: Tensor, ids: Tensor) -> Tensor:
 
 
 def unsupported(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why these functions are no gain on such tensors, or None."""
-    return "made of PyTorch's ops it is for CPUs" if tensors[0].is_cuda else None
+    """Why these functions would be no faster on such tensors, or None."""
+    return "this implementation is for CPUs" if tensors[0].is_cuda else None
 
 
 def add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:

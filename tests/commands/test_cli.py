@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt import backend, cli, data
-from fastgpt.commands import convert
+from fastgpt import backend, checkpoint, cli, data
 from fastgpt.model import GPT, GPTConfig
 
 ROOT = Path(fastgpt.__file__).resolve().parent.parent
@@ -67,7 +66,7 @@ def test_help_lists_every_command(capsys):
 def test_info_names_device_versions_and_every_op(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    for name in ("device", "python", "torch", *backend.KERNELS, "linear_cross_entropy"):
+    for name in ("device", "python", "torch", *backend.OPS, "linear_cross_entropy"):
         assert f"\n{name} " in f"\n{out}"
     assert torch.__version__ in out
 
@@ -187,9 +186,9 @@ class TestConvert:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-        args = convert.model_args(sizes)
+        args = checkpoint.model_args(sizes)
         assert ("gelu" in args) == (gelu != "none") and "return_logits" not in args
-        convert.save_checkpoint(
+        checkpoint.save_checkpoint(
             {"model": model.state_dict(), "model_args": args}, tmp_path / "ckpt.pt"
         )
         assert cli.main(["convert", f"{tmp_path}/ckpt.pt", f"{tmp_path}/hf"]) == 0
@@ -198,7 +197,7 @@ class TestConvert:
         idx = torch.randint(41, (2, 12))
         logits, _ = model(idx, idx)
         theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()(idx).logits
-        back = convert.load_model(convert.load_checkpoint(tmp_path / "back.pt")).eval()
+        back = checkpoint.load_model(checkpoint.load_checkpoint(tmp_path / "back.pt")).eval()
         torch.testing.assert_close(theirs, logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(back(idx, idx)[0], logits, atol=1e-5, rtol=1e-5)
 

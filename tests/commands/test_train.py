@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import data
-from fastgpt.commands import convert
+from fastgpt import checkpoint, data
+from fastgpt.commands.prepare import prepare
 from fastgpt.commands.train import TrainConfig, Trainer, train, validation_loss
 
 NANOGPT_FIELDS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
@@ -26,7 +26,7 @@ def _one_thread():
 
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
-    data.prepare("".join(chr(97 + i * i % 23) for i in range(2000)), tmp_path / "data")
+    prepare("".join(chr(97 + i * i % 23) for i in range(2000)), tmp_path / "data")
     return TrainConfig(
         data=str(tmp_path / "data"),
         out=str(tmp_path / "out"),
@@ -49,7 +49,7 @@ def changed(config: TrainConfig, **changes) -> TrainConfig:
 
 
 def saved_by(config: TrainConfig) -> dict:
-    return convert.load_checkpoint(Path(config.out) / "ckpt.pt")
+    return checkpoint.load_checkpoint(Path(config.out) / "ckpt.pt")
 
 
 def assert_same(a, b):
@@ -85,7 +85,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(config, tmp_path, monkeypat
 
     def step_then_ctrl_c(trainer):
         loss = step(trainer)
-        if trainer.step == 5:
+        if trainer.steps_done == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 
@@ -109,7 +109,7 @@ def test_resumes_nanogpts_checkpoint(config):
     del saved["fastgpt"]
     saved["best_val_loss"] = torch.tensor(3.0)
     saved["model"] = {f"_orig_mod.{name}": w for name, w in saved["model"].items()}
-    convert.save_checkpoint(saved, Path(config.out) / "ckpt.pt")
+    checkpoint.save_checkpoint(saved, Path(config.out) / "ckpt.pt")
     assert train(changed(config, steps=12, resume=True)).step == 12
 
 
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
     train(config)
     before = saved_by(config)
     before["model"]["transformer.ln_f.weight"].fill_(torch.inf)
-    convert.save_checkpoint(before, Path(config.out) / "ckpt.pt")
+    checkpoint.save_checkpoint(before, Path(config.out) / "ckpt.pt")
     with pytest.raises(FloatingPointError, match="at step 11"):
         train(changed(config, steps=20, resume=True))
     assert saved_by(config)["iter_num"] == 10
@@ -188,7 +188,7 @@ def test_trains_and_resumes_on_a_gpu(config, dtype):
 class TestPrepare:
     def test_files_are_nanogpts(self, tmp_path):
         text = "héllo wörld, " * 10
-        tokenizer = data.prepare(text, tmp_path)
+        tokenizer = prepare(text, tmp_path)
         meta = pickle.loads((tmp_path / "meta.pkl").read_bytes())
         assert meta["vocab_size"] == len(set(text)) == tokenizer.vocab_size
         ids = torch.cat([data.load_split(tmp_path, split) for split in ("train", "val")])
@@ -198,7 +198,7 @@ class TestPrepare:
 
     def test_ids_above_32767_survive(self, tmp_path):
         text = "".join(map(chr, range(0x100, 0xD000)))
-        tokenizer = data.prepare(text, tmp_path)
+        tokenizer = prepare(text, tmp_path)
         generator = torch.Generator().manual_seed(0)
         ids = data.load_split(tmp_path, "val")
         x, y = data.random_batch(ids, 2, 8, generator, torch.device("cpu"))
@@ -206,7 +206,7 @@ class TestPrepare:
         assert "".join(tokenizer.stream(x[0].tolist())) in text
 
     def test_batches_reach_both_ends(self, tmp_path):
-        data.prepare("ab" * 50, tmp_path)
+        prepare("ab" * 50, tmp_path)
         ids = data.load_split(tmp_path, "val")  # 10 tokens: with a block of 8, 2 windows
         generator = torch.Generator().manual_seed(0)
         x, _ = data.random_batch(ids, 50, 8, generator, torch.device("cpu"))
@@ -215,12 +215,12 @@ class TestPrepare:
     @pytest.mark.parametrize("text", ["", "a", "nineteen characters"])
     def test_too_short(self, tmp_path, text):
         with pytest.raises(ValueError, match="too short"):
-            data.prepare(text, tmp_path)
+            prepare(text, tmp_path)
 
     def test_too_many_characters(self, tmp_path):
         planes = (c for c in range(0x20, 0x20000) if not 0xD800 <= c < 0xE000)
         with pytest.raises(ValueError, match="use --tokenizer gpt2"):
-            data.prepare("".join(map(chr, planes)), tmp_path)
+            prepare("".join(map(chr, planes)), tmp_path)
 
     def test_undecodable(self, tmp_path):
         (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin-1"))
@@ -233,6 +233,6 @@ class TestPrepare:
             data.load_tokenizer(tmp_path)
 
     def test_unknown_characters_are_named(self, tmp_path):
-        tokenizer = data.prepare("ab" * 50, tmp_path)
+        tokenizer = prepare("ab" * 50, tmp_path)
         with pytest.raises(ValueError, match="without 'c', 'é'"):
             tokenizer.encode("abcé")

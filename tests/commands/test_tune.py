@@ -40,15 +40,84 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
     assert "problem" in rows[str(candidates[2])]
 
 
-def test_implementations_race_and_the_fastest_is_chosen():
+def test_a_search_in_place_is_held_against_fresh_results(monkeypatch):
+    """The kernel overwrites its logits: a second call on them gives other losses."""
+    (one,) = (s for s in tune.searches(torch.device(DEVICE), SMALL) if s.key == "cross_entropy_ 40")
+    good = dict(BLOCK_M=1, BLOCK_V=64, num_warps=2)
+    part = one._replace(candidates=[good, good | dict(BLOCK_V=32)])
+    monkeypatch.setattr(tune, "searches", lambda *_: [part])
+    assert not [r for r in tune.search(torch.device(DEVICE), SMALL, 3.0) if "problem" in r]
+
+
+def test_every_op_is_raced_and_the_block_as_a_whole():
     rows = tune.implementations(torch.device(DEVICE), SMALL, 0.1)
-    assert {row["op"] for row in rows} == set(backend.KERNELS) - {"block", "adamw"}
-    entry = tune.choose(rows, [])
-    for op, winner in entry["implementations"].items():
-        timed = {
-            r["variant"]: r["microseconds"] for r in rows if r["op"] == op and "problem" not in r
-        }
-        assert timed[winner] == min(timed.values())
+    assert {row["op"] for row in rows} == set(backend.OPS) - {"adamw"}
+    timed = {(row["op"], row["variant"]) for row in rows if "microseconds" in row}
+    assert {("block", "torch"), ("block", "triton" if DEVICE == "cuda" else "aten")} <= timed
+    assert set(tune.choose(rows, [])["implementations"]) == {op for op, _ in timed}
+
+
+def race(monkeypatch, **times: dict[str, float]) -> dict[str, str]:
+    """What is chosen where `in_turns` gives these microseconds, and 100 for what is not named."""
+
+    def in_turns(variants, device, seconds):
+        return {name: [1e-6 * times.get(raced[-1], {}).get(name, 100.0)] * 3 for name in variants}
+
+    def race_of(op, run, why_not, expected, device, seconds):
+        raced.append(op)
+        return original(op, lambda name: expected, lambda name: None, expected, device, seconds)
+
+    raced = []
+    original = tune._race
+    monkeypatch.setattr(tune, "_race", race_of)
+    monkeypatch.setattr(tune, "in_turns", in_turns)
+    rows = tune.implementations(torch.device(DEVICE), SMALL, 0.1)
+    return tune.choose(rows, [])["implementations"]
+
+
+def test_a_tie_and_a_hair_leave_the_conservative_choice(monkeypatch):
+    hair = dict.fromkeys(("torch", "flash-attn", "aten"), 99.0)
+    chosen = race(monkeypatch, **dict.fromkeys(backend.OPS, hair))
+    assert chosen == {op: backend.OPS[op].unmeasured for op in chosen} and "mlp" in chosen
+
+
+def test_what_wins_by_the_margin_is_chosen(monkeypatch):
+    chosen = race(
+        monkeypatch,
+        layer_norm={"torch": 90.0},
+        mlp={"triton": 90.0},
+        causal_attention={"flash": 80.0, "cudnn": 81.0},
+        block={"torch": 101.0},
+    )
+    assert chosen["layer_norm"] == "torch" and chosen["mlp"] == "triton"
+    assert chosen["causal_attention"] == "flash" and chosen["block"] == "triton"
+
+
+ALONE = {  # faster alone, and nothing that a fused block can be made of
+    "mlp": {"torch": 50.0, "triton": 90.0},
+    "add_layer_norm": {"torch": 50.0},
+    "packed_causal_attention": {"flash-attn": 50.0, "cudnn": 90.0},
+}
+
+
+@pytest.mark.parametrize("modules", [100.0, 99.0, 200.0])
+def test_parts_that_are_faster_alone_leave_the_block_fused(monkeypatch, modules):
+    chosen = race(monkeypatch, **ALONE, block={"torch": modules})
+    assert chosen["block"] == "triton"
+    assert [chosen[op] for op in ALONE] == ["triton", "triton", "cudnn"]
+
+
+def test_a_block_that_loses_as_a_whole_gives_its_parts_back(monkeypatch):
+    chosen = race(monkeypatch, **ALONE, block={"torch": 90.0})
+    assert chosen["block"] == "torch"
+    assert [chosen[op] for op in ALONE] == ["torch", "torch", "flash-attn"]
+
+
+def test_without_a_race_of_the_block_its_parts_stay_fusable():
+    rows = [{"op": "mlp", "variant": "torch", "microseconds": 1.0}]
+    assert tune.choose(rows, [])["implementations"] == {}
+    rows.append({"op": "mlp", "variant": "cublas", "microseconds": 5.0})
+    assert tune.choose(rows, [])["implementations"] == {"mlp": "cublas"}
 
 
 def test_only_what_is_faster_than_noise_is_chosen():
@@ -67,14 +136,14 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_what_was_measured_decides(cache):
-    from fastgpt import tables
-
-    assert tables.implementation("mlp", "NVIDIA H200") == ("cublas", "the conservative choice")
+    assert backend.measured("mlp", "NVIDIA H200") is None
     cache.parent.mkdir(parents=True)
-    tune._write(cache, {"date": "2026-01-02", "implementations": {"mlp": "triton"}, "configs": {}})
-    chosen, why = tables.implementation("mlp", "NVIDIA H200")
+    won = {"mlp": "triton", "layer_norm": "an implementation of another release"}
+    tune._write(cache, {"date": "2026-01-02", "implementations": won, "configs": {}})
+    chosen, why = backend.measured("mlp", "NVIDIA H200")
     assert chosen == "triton" and "2026-01-02" in why
-    assert tables.implementation("layer_norm", "NVIDIA H200")[1] == "the conservative choice"
+    assert backend.measured("layer_norm", "NVIDIA H200") is None
+    assert backend.measured("add_layer_norm", "NVIDIA H200") is None
 
 
 def test_a_broken_file_is_ignored_with_a_warning(cache):

@@ -1,4 +1,6 @@
-"""Every op with inputs of given sizes: what the GPU suite repeats, compares and sanitises."""
+"""Every kernel behind a public op, called as fastgpt/examples.py calls the op: what the GPU suite
+compares, repeats and sanitises.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,18 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgpt import ops, reference
-from fastgpt.kernels import gelu_mlp, gemm_gelu
-from tests.close import DEVICE, evaluate, randn
-
-
-class Sizes(NamedTuple):
-    B: int
-    T: int
-    C: int
-    H: int
-    V: int
-
+from fastgpt import backend, ops, reference, use_backend
+from fastgpt.examples import Sizes, example
+from tests.close import DEVICE, evaluate
 
 GPT2 = Sizes(2, 1024, 768, 12, 50304)
 SMALL = Sizes(1, 17, 48, 3, 97)  # no power of two
@@ -27,7 +20,7 @@ SMALL = Sizes(1, 17, 48, 3, 97)  # no power of two
 class Case(NamedTuple):
     ours: Callable
     ref: Callable
-    inputs: list[Tensor | None]
+    inputs: tuple[Tensor | None, ...]
     grads: list[Tensor]
 
     def run(self) -> list[Tensor]:
@@ -37,82 +30,31 @@ class Case(NamedTuple):
         return [t.detach() for t in outputs] + gradients
 
 
-def _case(name: str, inputs: list[Tensor | None], grads: list[Tensor], **options: Any) -> Case:
-    ours, ref = (functools.partial(getattr(m, name), **options) for m in (ops, reference))
-    return Case(ours, ref, inputs, grads)
+def cases() -> dict[str, Callable[[Sizes, torch.dtype], Case]]:
+    """A case per op and kernel; and one with dropout, for PyTorch draws another mask."""
+    kernels = {
+        f"{op}, {name}": functools.partial(_case, op, name)
+        for op, entry in backend.OPS.items()
+        for name, path in entry.implementations.items()
+        if hasattr(ops, op) and path.startswith("fastgpt.kernels.")
+    }
+    return kernels | {DROPOUT: functools.partial(_case, *DROPOUT.split(", ")[:2], dropout_p=0.1)}
 
 
-def _layer_norm(s: Sizes, dtype: torch.dtype) -> Case:
-    rows, C = s.B * s.T, s.C
-    inputs = [randn(rows, C, dtype=dtype), randn(C, dtype=dtype), randn(C, dtype=dtype)]
-    return _case("layer_norm", inputs, [randn(rows, C, dtype=dtype)])
+DROPOUT = "packed_causal_attention, triton, dropout"  # has no reference to be compared with
 
 
-def _add_layer_norm(s: Sizes, dtype: torch.dtype) -> Case:
-    """As under autocast: a low-precision branch on the fp32 residual stream."""
-    rows, C = s.B * s.T, s.C
-    inputs = [randn(rows, C, dtype=dtype), randn(rows, C), randn(C), randn(C)]
-    return _case("add_layer_norm", inputs, [randn(rows, C), randn(rows, C)])
+def _case(op: str, name: str, sizes: Sizes, dtype: torch.dtype, **options: Any) -> Case:
+    given = example(op, sizes, DEVICE, dtype)
+    options = given.options | options
 
+    def ours(*inputs: Tensor | None) -> Any:
+        with use_backend("triton", **{op: name}):
+            return getattr(ops, op)(*inputs, **options)
 
-def layer(K: int, N: int, dtype: torch.dtype) -> list[Tensor]:
-    """Weight and bias whose outputs are about N(0, 1), where GELU bends."""
-    return [randn(N, K, dtype=dtype, scale=K**-0.5), randn(N, dtype=dtype)]
-
-
-def _linear_gelu(module: Any, s: Sizes, dtype: torch.dtype) -> Case:
-    rows, C = s.B * s.T, s.C
-    inputs = [randn(rows, C, dtype=dtype), *layer(C, 4 * C, dtype)]
-    grads = [randn(rows, 4 * C, dtype=dtype)]
-    return Case(module.linear_gelu, reference.linear_gelu, inputs, grads)
-
-
-def _mlp(module: Any, s: Sizes, dtype: torch.dtype) -> Case:
-    rows, C = s.B * s.T, s.C
-    inputs = [randn(rows, C, dtype=dtype), *layer(C, 4 * C, dtype), *layer(4 * C, C, dtype)]
-    return Case(module.mlp, reference.mlp, inputs, [randn(rows, C, dtype=dtype)])
-
-
-def _attention(s: Sizes, dtype: torch.dtype) -> Case:
-    shape = s.B, s.H, s.T, s.C // s.H
-    inputs = [randn(*shape, dtype=dtype) for _ in range(3)]
-    return _case("causal_attention", inputs, [randn(*shape, dtype=dtype)])
-
-
-def _packed(s: Sizes, dtype: torch.dtype, dropout_p: float = 0.0) -> Case:
-    inputs = [randn(s.B, s.T, 3 * s.C, dtype=dtype)]
-    grads = [randn(s.B, s.T, s.C, dtype=dtype)]
-    return _case("packed_causal_attention", inputs, grads, n_head=s.H, dropout_p=dropout_p)
-
-
-def _cross_entropy(s: Sizes, dtype: torch.dtype) -> Case:
-    logits = randn(s.B * s.T, s.V, dtype=dtype)
-    return _case("cross_entropy", [logits, _targets(s)], [torch.ones((), device=DEVICE)])
-
-
-def _linear_cross_entropy(s: Sizes, dtype: torch.dtype) -> Case:
-    x, (w, _) = randn(s.B * s.T, s.C, dtype=dtype), layer(s.C, s.V, dtype)
-    return _case("linear_cross_entropy", [x, w, _targets(s)], [torch.ones((), device=DEVICE)])
-
-
-def _targets(s: Sizes) -> Tensor:
-    targets = torch.randint(s.V, (s.B * s.T,), device=DEVICE)
-    targets[::7] = -1
-    return targets
-
-
-CASES: dict[str, Callable[[Sizes, torch.dtype], Case]] = {
-    "layer_norm": _layer_norm,
-    "add_layer_norm": _add_layer_norm,
-    "linear_gelu, cuBLAS GEMM": functools.partial(_linear_gelu, gelu_mlp),
-    "linear_gelu, Triton GEMM": functools.partial(_linear_gelu, gemm_gelu),
-    "mlp, cuBLAS GEMM": functools.partial(_mlp, gelu_mlp),
-    "mlp, Triton GEMM": functools.partial(_mlp, gemm_gelu),
-    "causal_attention": _attention,
-    "packed_causal_attention": _packed,
-    "cross_entropy": _cross_entropy,
-    "linear_cross_entropy": _linear_cross_entropy,
-}
-DROPOUT = {  # PyTorch draws another mask, so there is nothing to compare with
-    "packed_causal_attention, dropout": functools.partial(_packed, dropout_p=0.1)
-}
+    ref = functools.partial(getattr(reference, op), **options)
+    with torch.no_grad():
+        out = ref(*given.inputs)
+    outputs = out if isinstance(out, tuple) else (out,)
+    grads = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
+    return Case(ours, ref, given.inputs, grads)

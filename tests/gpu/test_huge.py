@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops, reference
-from fastgpt.kernels import attention, gelu_mlp, gemm_gelu
+from fastgpt.kernels import attention, mlp
 from tests.close import DEVICE, assert_as_accurate, randn
-from tests.gpu.cases import layer
 from tests.gpu.here import HALF, needs_gpu, needs_memory, size
 
 pytestmark = needs_gpu
@@ -56,6 +55,11 @@ class Huge(NamedTuple):
     copies: int  # of that tensor, alive at once
 
 
+def layer(K: int, N: int, dtype: torch.dtype) -> list[Tensor]:
+    """Weight and bias whose outputs are about N(0, 1), where GELU bends."""
+    return [randn(N, K, dtype=dtype, scale=K**-0.5), randn(N, dtype=dtype)]
+
+
 def rows_of(*shape: int) -> Tensor:
     return randn(LAST, *shape, dtype=HALF)
 
@@ -87,8 +91,8 @@ HUGE = {
         lambda: [rows_of(C), rows_of(C), randn(C, dtype=HALF), randn(C, dtype=HALF)],
         2, [(LAST, C), (LAST, C)], C, 10,
     ),
-    **gelu_cases("cuBLAS", gelu_mlp),
-    **gelu_cases("Triton", gemm_gelu),
+    **gelu_cases("cuBLAS", mlp.cublas),
+    **gelu_cases("Triton", mlp.own),
     "causal_attention": Huge(
         ops.causal_attention, reference.causal_attention,
         lambda: [rows_of(H, T, D) for _ in range(3)], 3, [(LAST, H, T, D)], H * T * D, 11,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import ops, reference, use_backend
+from fastgpt import backend, ops, reference, use_backend
 from tests.close import DEVICE, assert_as_accurate, randn
-from tests.gpu.cases import CASES, DROPOUT, GPT2, SMALL
+from tests.gpu.cases import DROPOUT, GPT2, SMALL, cases
 from tests.gpu.here import HALF, ON_GPU, needs_gpu, size
 
 pytestmark = needs_gpu
@@ -22,9 +22,10 @@ REAL = size(GPT2, SMALL)
 HEAD_DIMS = size((40, 64, 72, 80, 96, 100, 128, 160, 200, 256), (40,))
 LENGTHS = size((1023, 1024, 1025), (31, 33))
 RUNS = size(50, 2)
+CASES = cases()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != DROPOUT])
 def test_real_sizes(name):
     case = CASES[name](REAL, HALF)
     assert_as_accurate(case.ours, case.ref, *case.inputs, grads=case.grads)
@@ -39,39 +40,40 @@ def test_head_dims(D, T):
     assert_as_accurate(ours, ref, qkv, grads=grads)
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "flash-attn"])
-def test_attention_of_others(backend):
+@pytest.mark.parametrize("name", ["cudnn", "flash", "flash-attn"])
+def test_attention_of_others(name):
     """SDPA held to one backend and the flash-attn package: dispatch may choose them."""
     H, T, D = 4, LENGTHS[1], 64
     qkv, grads = randn(2, T, 3 * H * D, dtype=HALF), [randn(2, T, H * D, dtype=HALF)]
     facts = {"head_dim": D, "dropout_p": 0.0}
-    problem = ops.why_not("packed_causal_attention", backend, (qkv,), facts)
+    problem = backend.why_not("packed_causal_attention", name, (qkv,), facts)
     if problem is not None:
-        pytest.skip(f"{backend}: {problem}")
-    theirs = ops._load("packed_causal_attention", backend).packed_causal_attention
+        pytest.skip(f"{name}: {problem}")
+    held = backend.implementation("packed_causal_attention", name)
+    theirs = held.packed_causal_attention
     ours, ref = (
         functools.partial(f, n_head=H) for f in (theirs, reference.packed_causal_attention)
     )
     assert_as_accurate(ours, ref, qkv, grads=grads)
 
 
-@pytest.mark.parametrize("name", CASES | DROPOUT)
+@pytest.mark.parametrize("name", CASES)
 def test_fifty_runs_give_the_same_bits(name):
     """A race, or a sum in the order of arrival, would show sooner or later."""
-    case = (CASES | DROPOUT)[name](REAL, HALF)
+    case = CASES[name](REAL, HALF)
     with use_backend("triton"):
         first = case.run()
         for _ in range(RUNS - 1):
             assert all(torch.equal(a, b) for a, b in zip(case.run(), first, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES | DROPOUT)
+@pytest.mark.parametrize("name", CASES)
 def test_on_the_second_gpu_while_the_first_is_current(name):
     """That every launch enters its tensors' device is tested in test_backend.py."""
     if ON_GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     there = size("cuda:1", "cpu")
-    case = (CASES | DROPOUT)[name](SMALL, torch.float32)
+    case = CASES[name](SMALL, torch.float32)
     moved = case._replace(
         inputs=[t if t is None else t.to(there) for t in case.inputs],
         grads=[g.to(there) for g in case.grads],
@@ -93,7 +95,7 @@ def test_compute_sanitizer(tool):
     # one allocation per tensor: else what lies beyond one's end is memory of PyTorch's too
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert f"{len(CASES | DROPOUT)} ops ran" in done.stdout
+    assert f"{len(CASES)} ops ran" in done.stdout

@@ -4,6 +4,7 @@ Complex and integer, on the wrong device, nested, sparse, float64, empty, withou
 place of every op, and in every mode.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -129,8 +130,24 @@ def test_what_kernels_cannot_take_is_refused_or_done_as_eager_does(op, mode, kin
 
 @pytest.mark.parametrize("op, mode", every_op_in_every_mode)
 def test_sizes_of_zero(op, mode):
-    for letter in sorted(set("".join(SHAPES[op].values()))):
-        assert_as_eager_or_refused(op, mode, operands(op, **{letter: 0}))
+    """One or two at once: some releases of PyTorch divide by them, which ends the process."""
+    letters = sorted(set("".join(SHAPES[op].values())))
+    for zeros in itertools.combinations_with_replacement(letters, 2):
+        assert_as_eager_or_refused(op, mode, operands(op, **dict.fromkeys(zeros, 0)))
+
+
+EMPTY = [shape for shape in itertools.product((0, 2), (0, 2), (0, 5), (0, 16)) if 0 in shape]
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_attention_of_nothing_is_nothing(dropout_p, shape):
+    """Here eager PyTorch is no reference: where H = 0, 2.11's divides by it."""
+    q, k, v = (torch.zeros(shape, device=DEVICE, requires_grad=True) for _ in range(3))
+    for module in (ops, reference):
+        y = module.causal_attention(q, k, v, dropout_p)
+        gradients = torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
+        assert {t.shape for t in (y, *gradients)} == {shape}
 
 
 @pytest.mark.parametrize("where", ["meta", "fake"])

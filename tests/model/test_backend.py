@@ -91,12 +91,12 @@ def test_an_override_takes_another_kernel_for_its_op_only():
 
 
 def test_the_report_covers_every_op():
-    assert sorted(fastgpt.backend_report()) == sorted([*OPS, "adamw", "block"])
+    assert sorted(fastgpt.backend_report()) == sorted(backend.OPS)
     for mode in backend.MODES:
         with use_backend(mode):
             report = fastgpt.backend_report()
         for op, (name, reason) in report.items():
-            assert name in (*backend.KERNELS[op], "torch") and len(reason) > 10, op
+            assert name in (*backend.OPS[op].implementations, "torch") and len(reason) > 10, op
             assert (name == "torch") if mode == "torch" else True
 
 
@@ -138,36 +138,39 @@ def on_old_gpu(monkeypatch):
     monkeypatch.setattr(backend, "_tensor_problem", lambda tensors: None)
     properties = SimpleNamespace(name="Some old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), numel=lambda: 1)
 
 
 def too_old(op: str, implementation: str, tensors: Any, facts: Any) -> str:
     return "compute capability 7.0 is below 8.0"
 
 
-def test_an_old_gpu_is_one_warning_then_pytorch(on_old_gpu):
+def test_an_old_gpu_is_one_warning_then_pytorch(on_old_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "why_not", too_old)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for op in 2 * list(backend.KERNELS):
-            assert backend.choose(op, too_old, (on_old_gpu,), {}) == "torch"
+        for op in 2 * list(backend.OPS):
+            assert backend.choose(op, on_old_gpu) is reference
     assert len(caught) == 1 and "capability 7.0" in str(caught[0].message)
 
 
 def test_a_missing_triton_is_one_warning_then_pytorch(on_old_gpu, monkeypatch):
-    def no_triton(op, implementation):
-        raise ModuleNotFoundError("No module named 'triton'")
+    def no_triton(path):
+        return ModuleNotFoundError("No module named 'triton'")
 
-    monkeypatch.setattr(ops, "_load", no_triton)
+    monkeypatch.setattr(backend, "_loaded", {})
+    monkeypatch.setattr(backend, "_imported", no_triton)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for op in 2 * list(backend.KERNELS):
-            assert backend.choose(op, ops.why_not, (on_old_gpu,), {}) == "torch"
+        for op in 2 * list(backend.OPS):
+            assert backend.choose(op, on_old_gpu) is reference
     assert len(caught) == 1 and "No module named 'triton'" in str(caught[0].message)
 
 
-def test_asking_for_triton_on_an_old_gpu_raises_the_reason(on_old_gpu):
+def test_asking_for_triton_on_an_old_gpu_raises_the_reason(on_old_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "why_not", too_old)
     with use_backend("triton"), pytest.raises(RuntimeError, match=r"run mlp: .*capability 7\.0"):
-        backend.choose("mlp", too_old, (on_old_gpu,), {})
+        backend.choose("mlp", on_old_gpu)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -296,12 +299,14 @@ def test_the_model_computes_the_same_on_kernels(case):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_empty_batch_on_kernels():
-    model, none = small_gpt(), ids(0, 5)
-    with use_backend("triton"):
+@pytest.mark.parametrize("B, T", [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("mode", backend.MODES)
+def test_a_batch_of_nothing(mode, B, T):
+    model, none = small_gpt(), ids(B, T)
+    with use_backend(mode):
         logits, loss = model(none, none)
         loss.backward()
-    assert logits.shape == (0, 5, 41) and loss.isnan()
+    assert logits.shape == (B, T, 41) and loss.isnan()
     assert all(p.grad.count_nonzero() == 0 for p in model.parameters())
 
 

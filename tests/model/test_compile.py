@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 
 from fastgpt import GPT, GPTConfig, backend, ops, use_backend
-from fastgpt.kernels import attention, cross_entropy, gelu_mlp, gemm_gelu, layer_norm
+from fastgpt.kernels import attention, cross_entropy, gelu, gemm_gelu, layer_norm
 from tests.close import DEVICE, randn
 
 
@@ -28,11 +28,11 @@ def operator_samples():
     yield layer_norm._add_forward, (x, x.clone(), w, b, 1e-5, x.dtype)
     yield layer_norm._backward, (y, None, x, w, mean, rstd, True, x.dtype)
     yield layer_norm._backward, (y, x, x, w, mean, rstd, False, torch.float16)
-    yield gelu_mlp._gelu_forward, (x, False)
-    yield gelu_mlp._gelu_backward, (y, x, True, True, True)
-    yield gelu_mlp._gelu_backward, (y, x, False, False, False)
-    yield gemm_gelu._forward, (x, randn(17, 24), randn(17), False)
-    yield gemm_gelu._dgrad, (randn(6, 8), randn(8, 24), x, False, True, True)
+    yield gelu.registered_forward, (x, False)
+    yield gelu.registered_backward, (y, x, True, True, True)
+    yield gelu.registered_backward, (y, x, False, False, False)
+    yield gemm_gelu.registered_forward, (x, randn(17, 24), randn(17), False)
+    yield gemm_gelu.registered_dgrad, (randn(6, 8), randn(8, 24), x, False, True, True)
     q, k, v = (randn(2, 2, 9, 16) for _ in range(3))
     seed = torch.tensor([5], device=DEVICE)
     o, lse = attention.forward(q, k, v, None, 0.25, 0.0)
@@ -102,18 +102,17 @@ def step(model: Any, B: int = 2, T: int = 17) -> list[Tensor]:
     return [logits, loss, *gradients]
 
 
-by_choice = dict.fromkeys(backend.KERNELS, "triton")
+by_choice = dict.fromkeys(backend.OPS, "triton")
 CHOICES: dict[str, tuple[str, dict[str, str], bool]] = {  # whether kernels will run
     "PyTorch": ("auto", {}, False),
     "kernels": ("triton", {}, True),
-    "fused GEMM": ("triton", {"mlp": "triton"}, True),
     "by choice": ("auto", by_choice, DEVICE == "cuda"),  # "auto" uses none on a CPU
 }
 CASES = [
     (choice, way, dynamic)
     for choice in ("PyTorch", "kernels")
     for way, dynamic in (("train", False), ("train", True), ("train", None), ("eval", None))
-] + [("fused GEMM", "train", None), ("by choice", "train", None)]
+] + [("by choice", "train", None)]
 
 
 @pytest.mark.parametrize("choice, way, dynamic", CASES)
@@ -126,8 +125,23 @@ def test_one_graph_that_computes_the_same(choice, way, dynamic):
         torch.testing.assert_close(step(compiled), step(model))
     assert graphs() == 1
     operators = " ".join(name for name in compiler.operators if name.startswith("fastgpt."))
-    parts = ("layer_norm", "attention", "gelu", "cross_entropy")
+    parts = ("layer_norm", "attention", "cross_entropy")  # the MLP is the compiler's
     assert {part for part in parts if part in operators} == (set(parts) if kernels else set())
+
+
+@pytest.mark.parametrize("implementation", ["cublas", "triton"])
+def test_an_mlp_in_one_graph(implementation):
+    args = [randn(5, 16), randn(64, 16), randn(64), randn(16, 64), randn(16)]
+    args = [t.requires_grad_() for t in args]
+
+    def gradients(mlp):
+        return torch.autograd.grad(mlp(*args).square().sum(), args)
+
+    compiler = Compiler()
+    compiled = torch.compile(ops.mlp, backend=compiler, fullgraph=True)
+    with use_backend("triton", mlp=implementation):
+        torch.testing.assert_close(gradients(compiled), gradients(ops.mlp))
+    assert any("gelu" in name for name in compiler.operators)
 
 
 @pytest.mark.parametrize("mode", ["auto", "triton"])

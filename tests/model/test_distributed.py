@@ -171,3 +171,21 @@ def test_fsdp2_trains_as_one_process_does(backend, return_logits, everyone):
     torch.testing.assert_close(losses, torch.tensor(expected), rtol=0, atol=1e-5)
     for found in weights:
         torch.testing.assert_close(found, dict(model.named_parameters()), rtol=0, atol=1e-5)
+
+
+def train_in_fsdp1(return_logits: bool, originals: bool) -> list[float]:
+    from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model = tiny(return_logits=return_logits)
+    each_block = ModuleWrapPolicy({type(model.transformer.h[0])})
+    device = torch.device("cpu")
+    sharded = Fsdp(model, None, None, None, each_block, use_orig_params=originals, device_id=device)
+    return train(sharded, dist.get_rank())
+
+
+@pytest.mark.parametrize("return_logits, originals", [(True, False), (False, True)])
+def test_fsdp1_trains_as_one_process_does(return_logits, originals, everyone):
+    """Each block inside of a wrapper that answers for it."""
+    losses = torch.tensor(everyone(train_in_fsdp1, return_logits, originals)).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(train(tiny())), rtol=0, atol=1e-5)

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgpt import GPT, GPTConfig, reference, use_backend
-from fastgpt.fused import block, embedding, whole
+from fastgpt import GPT, GPTConfig, linear_cross_entropy, reference, use_backend
+from fastgpt.fused import block, embedding, launchers
+from fastgpt.linear_cross_entropy import mean_loss
 from tests.close import DEVICE, assert_as_accurate, randn
 
 MADE_OF = ["triton"] + ["aten"] * (DEVICE == "cpu")
@@ -16,11 +17,12 @@ SHAPES = ((C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,), (4 * C, C)
           (C, 4 * C), (C,))  # fmt: skip
 
 
-def units(made_of: str, x: torch.Tensor, tanh: bool = False, p: float = 0.0) -> whole.Path:
+def launchers_for(made_of: str, x: torch.Tensor) -> launchers.Launchers:
+    maker = launchers.kernels if made_of == "triton" else launchers.aten
     with use_backend("triton" if made_of == "triton" else "auto"):
-        path = whole.path(x, H, T, tanh, p)
-    assert path is not None
-    return path
+        made = maker.launchers(x.new_empty(1, T, 3 * C), H, 0.0)
+    assert isinstance(made, launchers.Launchers), made
+    return made
 
 
 def weights(bias: bool, dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -29,7 +31,7 @@ def weights(bias: bool, dtype: torch.dtype) -> list[torch.Tensor | None]:
 
 
 def block_in_pytorch(tanh, delta, x, *weights):
-    w = whole.Weights(*weights)
+    w = block.Weights(*weights)
     s1 = x if delta is None else x + delta
     qkv = F.linear(F.layer_norm(s1, (C,), w.ln_1, w.ln_1_bias), w.qkv, w.qkv_bias)
     y = reference.packed_causal_attention(qkv, H)
@@ -44,7 +46,9 @@ def block_in_pytorch(tanh, delta, x, *weights):
 @pytest.mark.parametrize("tanh, bias", [(False, True), (True, False)])
 def test_block(made_of, first, tanh, bias, dtype):
     def ours(delta, x, *w):
-        return units(made_of, x, tanh).block(delta, x, whole.Weights(*w))
+        settings, w = block.Settings(H, tanh, 0.0), block.Weights(*w)
+        low = block.Weights(*(t if t is None else t.detach() for t in w))
+        return block.block(launchers_for(made_of, x), settings, delta, x, w, low)
 
     def theirs(delta, x, *w):
         return block_in_pytorch(tanh, delta, x, *w)
@@ -60,7 +64,7 @@ def test_block(made_of, first, tanh, bias, dtype):
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 def test_norm(made_of, first, dtype):
     def ours(delta, x, weight, bias):
-        return units(made_of, x).norm(delta, x, weight, bias)
+        return block.norm(launchers_for(made_of, x), delta, x, weight, bias, x.dtype)
 
     def theirs(delta, x, weight, bias):
         return F.layer_norm(x if delta is None else x + delta, (C,), weight, bias)
@@ -76,7 +80,7 @@ def test_embedding_and_head_share_a_gradient(made_of, dtype):
     idx[0, 0] = V - 1
 
     def ours(wte, wpe):
-        x, alias = units(made_of, wte).embed(idx, wte, wpe)
+        x, alias = embedding.embed(launchers_for(made_of, wte).add_rows_, idx, wte, wpe)
         return F.linear(x, alias)
 
     def theirs(wte, wpe):
@@ -91,13 +95,14 @@ def test_embedding_and_head_share_a_gradient(made_of, dtype):
 @pytest.mark.parametrize("upstream", [1.0, 1 / 3, 65536.0])
 def test_linear_cross_entropy(monkeypatch, made_of, chunked, upstream, dtype):
     if chunked:
-        monkeypatch.setitem(embedding.CHUNKS, DEVICE, (1, 16))
+        monkeypatch.setitem(linear_cross_entropy.CHUNKS, DEVICE, (1, 16))
     N = 37
     targets = torch.randint(V, (N,), device=DEVICE)
     targets[::5] = -1
 
     def ours(x, weight):
-        return units(made_of, x).loss(x.view(1, N, C), weight, weight, targets)
+        in_place = launchers_for(made_of, x).cross_entropy_
+        return mean_loss(in_place, x, weight, weight.detach(), targets, -1)
 
     def theirs(x, weight):
         logits = F.linear(x, weight)
@@ -116,14 +121,15 @@ def test_sums_of_half_precision_gradients_neither_overflow_nor_vanish(
 ):
     """dw adds up rows that all pull one way; times 2^15 fp16 does not hold the sum."""
     if chunked:
-        monkeypatch.setitem(embedding.CHUNKS, DEVICE, (1, 64))
+        monkeypatch.setitem(linear_cross_entropy.CHUNKS, DEVICE, (1, 64))
     x = 30 + randn(200, C, dtype=torch.float16)
     weight = randn(V, C, dtype=torch.float16, scale=8 * C**-0.5)
     weight -= weight.mean(1, keepdim=True)  # or the 30 made all logits huge
     targets = torch.full((200,), 5, device=DEVICE)
 
     def ours(x, weight):
-        return units(made_of, x).loss(x[None], weight, weight, targets)
+        in_place = launchers_for(made_of, x).cross_entropy_
+        return mean_loss(in_place, x, weight, weight.detach(), targets, -1)
 
     def theirs(x, weight):
         return reference.linear_cross_entropy(x, weight, targets)
@@ -135,7 +141,9 @@ def test_sums_of_half_precision_gradients_neither_overflow_nor_vanish(
 @pytest.mark.parametrize("made_of", MADE_OF)
 def test_loss_of_no_counted_rows(made_of):
     x, w = randn(5, C).requires_grad_(), randn(V, C).requires_grad_()
-    loss = units(made_of, x).loss(x[None], w, w, torch.full((5,), -1, device=DEVICE))
+    none = torch.full((5,), -1, device=DEVICE)
+    in_place = launchers_for(made_of, x).cross_entropy_
+    loss = mean_loss(in_place, x, w, w.detach(), none, -1)
     loss.backward()
     assert loss.isnan() and not x.grad.any() and not w.grad.any()
 

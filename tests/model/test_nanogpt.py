@@ -15,6 +15,7 @@ import torch
 
 import fastgpt
 from fastgpt import cli, data
+from fastgpt.commands.prepare import prepare
 
 ROOT = Path(fastgpt.__file__).resolve().parent.parent
 NANOGPT_DIR = os.environ.get("NANOGPT_DIR")
@@ -28,7 +29,7 @@ def nanogpt(tmp_path_factory) -> Path:
     pytest.importorskip("numpy", reason="nanoGPT's train.py imports numpy")
     folder = tmp_path_factory.mktemp("nanogpt") / "nanoGPT"
     shutil.copytree(str(NANOGPT_DIR), folder, ignore=shutil.ignore_patterns(".git", "*.ipynb"))
-    data.prepare(data.read_text(None)[:50_000], folder / "data/shakespeare_char")
+    prepare(data.read_text(None)[:50_000], folder / "data/shakespeare_char")
     return folder
 
 

@@ -91,7 +91,7 @@ def test_the_cache_computes_one_column_a_token_until_the_window_moves(cached):
 @torch.no_grad()
 def test_cached_logits_are_the_uncached_ones_to_rounding():
     model, idx = tiny(), prompt(3, BLOCK_SIZE)
-    cached = sampling._NextLogits(model, cacheable=True)
+    cached = sampling._NextLogits(model)
     for length in range(3, BLOCK_SIZE + 1):
         logits = cached(idx[:, :length])
         torch.testing.assert_close(logits, model(idx[:, :length])[0][:, -1], rtol=1e-5, atol=1e-5)

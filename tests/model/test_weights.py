@@ -210,7 +210,7 @@ def test_hugging_face_weights_of_another_model_are_refused(transformers):
     state = hugging_face_model(transformers).state_dict()
     with pytest.raises(ValueError, match=r"parameter names differ: .*h\.1"):
         weights.load_hugging_face(tiny(n_layer=1), state)
-    with pytest.raises(ValueError, match=r"wpe.weight is \(8, 16\) there and \(4, 16\)"):
+    with pytest.raises(ValueError, match=r"wpe.weight is \(8, 16\) in the source and \(4, 16\)"):
         weights.load_hugging_face(tiny(block_size=4), state)
 
 

@@ -2,40 +2,52 @@
 
     fc + GELU               h = x @ w.T + b, gelu(h)
     proj dgrad + dGELU      dh = (dy @ w) * gelu'(h), gelu(h), and the bias gradient
+    fc weight gradient      dw = dy.T @ x in fp32, of operands in the matmuls' dtype
     AdamW, clip and copy    of a whole model: the norm of its gradients, the update, its bf16 copies
 
-A variant that computes something else than eager is refused a time.
+    python -m bench.kernels_alone --op fc dgrad wgrad adamw
+
+A variant that computes something else than eager is refused a time. A line of JSON each.
 """
 
+import argparse
 import functools
+import json
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness.ceilings import Variants, in_turns
 from fastgpt import optim, use_backend
 from fastgpt.commands.tune import distance
+from fastgpt.implementations import aten
+from fastgpt.timing import Variants, in_turns
 
 Row = dict[str, Any]
+ALL = ("fc", "dgrad", "wgrad", "adamw")
+RISKY = ("specialized",)  # fc with specialised warps, which may hang: tests/gpu/test_specialized.py
 BETAS, LR = (0.9, 0.95), 0.1  # large: a wrong step shows
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, M: int, C: int, n_params: int, seconds: float
-) -> list[Row]:
-    """A row per variant, for M tokens of width C and an optimizer of n_params."""
-    comparisons = {
-        "fc + GELU": functools.partial(_fc, device, dtype, M, C),
-        "proj dgrad + dGELU": functools.partial(_dgrad, device, dtype, M, C),
-        "AdamW, clip and copy": functools.partial(_adamw, device, dtype, C, n_params),
+    device: torch.device, dtype: torch.dtype, M: int, C: int, n_params: int, seconds: float,
+    ops: Sequence[str] = ALL,
+) -> list[Row]:  # fmt: skip
+    """A row per variant, for M tokens of width C and an optimizer of n_params; seconds each."""
+    makers = {
+        "fc": ("fc + GELU", functools.partial(_fc, device, dtype, M, C)),
+        "dgrad": ("proj dgrad + dGELU", functools.partial(_dgrad, device, dtype, M, C)),
+        "wgrad": ("fc weight gradient", functools.partial(_wgrad, device, dtype, M, C)),
+        "specialized": ("fc + GELU", functools.partial(_specialized, device, dtype, M, C)),
+        "adamw": ("AdamW, clip and copy", functools.partial(_adamw, device, dtype, C, n_params)),
     }
     rows = []
-    for name, variants in comparisons.items():
-        rows += _compare(name, variants(), device, seconds / len(comparisons))
+    for name, variants in [makers[op] for op in ops]:
+        rows += _compare(name, variants(), device, seconds)
     return rows
 
 
@@ -48,7 +60,8 @@ def _compare(name: str, variants: Variants, device: torch.device, seconds: float
                 raise ArithmeticError(f"{error:.2g} away from eager's result")
             correct[variant] = variants[variant]
         except Exception as problem:
-            rows.append({"op": name, "variant": variant, "problem": str(problem)[:200]})
+            text = f"{type(problem).__name__}: {problem}"
+            rows.append({"op": name, "variant": variant, "problem": text[:200]})
     times = in_turns(correct, device, seconds)
     for variant, samples in times.items():
         pairs = zip(times["eager"], samples, strict=True)
@@ -64,7 +77,7 @@ def _copied(result: Any) -> Any:
 
 
 def _fc(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
-    from fastgpt.kernels import gelu_mlp, gemm_gelu
+    from fastgpt.kernels import gemm_gelu, mlp
 
     x, w, b = (torch.randn(s, device=device).to(dtype) for s in ((M, C), (4 * C, C), (4 * C,)))
     w *= C**-0.5
@@ -75,13 +88,26 @@ def _fc(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
 
     return {
         "eager": eager,
-        "cuBLAS and a pass": functools.partial(gelu_mlp.cublas_gelu, x, w, b, False),
+        "cuBLAS and a pass": functools.partial(mlp.cublas.forward, x, w, b, False),
         "own GEMM": functools.partial(gemm_gelu.forward, x, w, b, False),
     }
 
 
+def _specialized(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    from fastgpt.kernels import _tuned, gemm_tma
+
+    variants = _fc(device, dtype, M, C)
+    own = variants["own GEMM"]
+
+    def specialized() -> object:
+        with _tuned.trying("gemm_tma_fc", gemm_tma.SPECIALIZED):
+            return own()
+
+    return {"eager": variants["eager"], "own GEMM": own, "specialized": specialized}
+
+
 def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
-    from fastgpt.kernels import gelu_mlp, gemm_gelu
+    from fastgpt.kernels import gemm_gelu, mlp
 
     shapes = (M, C), (C, 4 * C), (M, 4 * C)
     dy, w, h = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
@@ -92,8 +118,17 @@ def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants
 
     return {
         "eager": eager,
-        "cuBLAS and a pass": functools.partial(gelu_mlp.cublas_dgrad, dy, w, h, False, True, True),
+        "cuBLAS and a pass": functools.partial(mlp.cublas.dgrad, dy, w, h, False, True, True),
         "own GEMM": functools.partial(gemm_gelu.dgrad, dy, w, h, False, True, True),
+    }
+
+
+def _wgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    """eager is what autocast makes of it: a product in `dtype`, then a cast."""
+    dy, x = (torch.randn(M, N, device=device).to(dtype) for N in (4 * C, C))
+    return {
+        "eager": lambda: (dy.t() @ x).float(),
+        "fp32 out": functools.partial(aten.wgrad, dy, x, torch.float32),
     }
 
 
@@ -133,3 +168,24 @@ def _adamw(device: torch.device, dtype: torch.dtype, C: int, n_params: int) -> V
         return step
 
     return {"eager": eager_step(), "fastgpt": own_step()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels_alone", description=__doc__)
+    parser.add_argument("--op", nargs="+", choices=ALL + RISKY, default=ALL)
+    parser.add_argument("--tokens", type=int, default=16384, help="M (%(default)s)")
+    parser.add_argument("--width", type=int, default=768, help="C (%(default)s)")
+    parser.add_argument("--parameters", type=int, default=124_000_000, help="of AdamW")
+    parser.add_argument("--seconds", type=float, default=6, help="of measuring (%(default)s)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sizes = args.tokens, args.width, args.parameters
+    for op in args.op:
+        for row in measure(device, dtype, *sizes, args.seconds / len(args.op), [op]):
+            print(json.dumps(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

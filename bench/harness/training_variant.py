@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -28,41 +29,51 @@ _ATTENTION = {
 }
 
 
-class Trainee:
+class Variant:
     """Every round trains on the same batches, so that the loss falls and a wrong gradient shows."""
 
-    def __init__(self, variant: str, run: Run, batches: Batches, caches: Path):
-        self.variant, self.run, self.batches = variant, run, batches
-        self.caches = caches / variant
+    EARLY = -1  # the turn taken as soon as the variant is built, in case that nothing comes after
+
+    def __init__(self, name: str, run: Run, batches: Batches, caches: Path):
+        self.name, self.run, self.batches = name, run, batches
+        self.caches = caches / name
         self._step: Step | None = None
         self._held = 0  # bytes on the device between rounds
         self.losses: list[float] = []
-        self.seconds: list[float] = []  # per step, one entry a round
+        self.samples: dict[int, float] = {}  # turn -> seconds per step; see timed()
         self.first_step = math.nan
         self.peak_bytes: int | None = None
         self.attention = "not seen"
         self.problem = ""
-        self.out_of_memory = False
+        self.out_of_memory = self.device_lost = False
 
-    def attempt(self, action: Callable[["Trainee"], None]) -> None:
+    def attempt(self, action: Callable[..., None], *args: Any) -> None:
         """A variant that cannot run here becomes a row that says so; the others go on."""
         if self.problem:
             return
         try:
-            action(self)
+            action(self, *args)
         except Exception as error:
             self.out_of_memory = isinstance(error, torch.OutOfMemoryError)
             self.problem = describe(error)
             self._step = None
         if self.problem:  # only out here is the traceback gone, which held tensors
-            _free()
+            try:
+                _free()
+            except Exception:  # after a fault in a kernel, whatever is asked of the device fails
+                self.device_lost = True
+
+    def timed(self) -> dict[int, float]:
+        """The samples to go by: the early one counts until there are others."""
+        rounds = {turn: s for turn, s in self.samples.items() if turn != self.EARLY}
+        return rounds or self.samples
 
     def build(self) -> None:
         """Compile caches start empty, so that the first step takes what it takes a new user."""
         for name in _CACHES:
             os.environ[name] = str(self.caches / name.lower())
         before = _allocated(self.run.device)
-        self._step = VARIANTS[self.variant](self.run)
+        self._step = VARIANTS[self.name](self.run)
         start = time.perf_counter()
         loss = self._step(*self.batches[0]).item()
         if math.isnan(self.first_step):
@@ -77,7 +88,7 @@ class Trainee:
         losses = [self._step(x, y) for x, y in self.batches]
         self.losses += [loss.item() for loss in losses]  # waits for the device
 
-    def round(self) -> None:
+    def round(self, turn: int) -> None:
         on_gpu = self.run.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize()
@@ -85,7 +96,7 @@ class Trainee:
         others = _allocated(self.run.device) - self._held
         start = time.perf_counter()
         self.train()
-        self.seconds.append((time.perf_counter() - start) / len(self.batches))
+        self.samples[turn] = (time.perf_counter() - start) / len(self.batches)
         if on_gpu:
             peak = torch.cuda.max_memory_allocated() - others
             self.peak_bytes = max(peak, self.peak_bytes or 0)
@@ -155,4 +166,5 @@ def _allocated(device: torch.device) -> int:
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops, reference, use_backend
-from fastgpt.kernels import _tuned, gelu_mlp, gemm_gelu, gemm_tma
-from fastgpt.kernels._launch import has_tma
+from fastgpt.kernels import _launch, _tuned, gemm_gelu, gemm_tma, mlp
+from fastgpt.kernels.gelu import gelu_forward
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
-GEMMS = {"cublas": gelu_mlp, "triton": gemm_gelu}
+GEMMS = {"cublas": mlp.cublas, "triton": mlp.own}
 M_K_N = [
     (5, 17, 97),
     (1, 1, 1),
@@ -23,6 +23,11 @@ M_K_N = [
     (140, 72, 264),  # for TMA in fp16: more tiles than programs, none of them full, K in two steps
     (600, 16, 40),  # more rows than a strip of the backward or a group of the GEMM has blocks
 ]
+
+
+needs_descriptors = pytest.mark.skipif(
+    not _launch.DESCRIPTORS, reason="this Triton has no tensor descriptors"
+)
 
 
 @pytest.fixture(params=GEMMS)
@@ -77,9 +82,10 @@ def test_a_gemm_in_one_part_as_warp_specialisation_wants_it():
     args = randn(40, 24, dtype=torch.float16), *linear(24, 96, True, torch.float16)
     with _tuned.trying("gemm_tma_fc", gemm_tma.SPECIALIZED):
         grads = [randn(40, 96, dtype=torch.float16)]
-        assert_as_accurate(gemm_gelu.linear_gelu, reference.linear_gelu, *args, grads=grads)
+        assert_as_accurate(mlp.own.linear_gelu, reference.linear_gelu, *args, grads=grads)
 
 
+@needs_descriptors
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's shared memory has no room for fp32 tiles")
 @pytest.mark.parametrize("tanh", [False, True])
 def test_tma_kernels_in_fp32(tanh):
@@ -97,12 +103,28 @@ def test_tma_kernels_in_fp32(tanh):
 def test_tma_takes_what_it_can_describe():
     x = randn(16, 64, dtype=torch.float16)
     wide = randn(16, 72, dtype=torch.float16)
-    if not has_tma(x):
-        pytest.skip("this GPU has no TMA")
+    if not _launch.has_tma(x):
+        pytest.skip("this GPU has no TMA, or this Triton no descriptors")
     for t in (x, x[::2], wide[:, :60], wide[:, 8:]):
         assert gemm_tma.takes(t), t.stride()
     for t in (x.float(), x.t(), x[:0], randn(16, 60).half(), wide[:, 1:], x[:1].expand(4, 64)):
         assert not gemm_tma.takes(x, t), t.stride()
+
+
+def test_a_triton_without_descriptors_takes_the_other_kernels(monkeypatch):
+    """Of tensors that TMA would take: also on Hopper, as `fastgpt inspect` sees it."""
+    monkeypatch.setattr(_launch, "DESCRIPTORS", False)
+    x, (w, b) = randn(140, 72, dtype=torch.float16), linear(72, 264, True, torch.float16)
+    proj, none = randn(72, 264, dtype=torch.float16, scale=264**-0.5), None
+    with _launch.record(arch=90) as launches:
+        h, _ = gemm_gelu.forward(x, w, b, False)
+        gemm_gelu.dgrad(x, proj, h, False, True, True)
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "_gemm_gelu_kernel",
+        "_gelu_backward_kernel",
+    ]
+    grads = [randn(140, 72, dtype=torch.float16)]
+    assert_as_accurate(gemm_gelu.mlp, reference.mlp, x, w, b, proj, none, grads=grads)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "offset"])  # for TMA, and not
@@ -112,31 +134,13 @@ def test_gemms_accumulate_in_fp32(layout):
     few[:, 1:] = 7e-6
     x, grads = LAYOUTS[layout](ones), [randn(8, 16, dtype=torch.float16)]
     assert_as_accurate(
-        gemm_gelu.linear_gelu, reference.linear_gelu, x, few, None,
+        mlp.own.linear_gelu, reference.linear_gelu, x, few, None,
         grads=grads, eager=False, budget=1.5,
     )  # fmt: skip
     flat = torch.full((8, 16), 9.0, device=DEVICE, dtype=torch.float16)  # where GELU's slope is 1
     dh, _, _ = gemm_gelu.dgrad(x, few.t().contiguous(), flat, False, True, True)
     truth = few.double().sum(1).expand(8, 16)
     torch.testing.assert_close(dh.double(), truth, rtol=0.0, atol=6e-4)
-
-
-def test_recomputing_the_preactivation_changes_nothing(gemm):
-    """cuBLAS adds up a repeated product in the same order, so even the bits are the same."""
-    x, (w1, b1), (w2, b2) = (
-        randn(5, 24),
-        linear(24, 96, True, torch.float32),
-        linear(96, 24, True, torch.float32),
-    )
-    for op, args in ((gemm.linear_gelu, (x, w1, b1)), (gemm.mlp, (x, w1, b1, w2, b2))):
-        results = []
-        for recompute in (False, True):
-            leaves = [t.clone().requires_grad_() for t in args]
-            out = op(*leaves, recompute=recompute)
-            out.square().sum().backward()
-            results.append([out.detach(), *(t.grad for t in leaves)])
-        for kept, again in zip(*results, strict=True):
-            torch.testing.assert_close(kept, again, rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_asked_gradients():
@@ -161,9 +165,7 @@ def test_erf_and_tanh_differ():
     """The two GELUs are 1e-4 apart: a kernel that mixed them up would not pass as exact."""
     h = torch.linspace(-4, 4, 1001, device=DEVICE).view(-1, 1)
     for tanh, approximate in ((False, "none"), (True, "tanh")):
-        error = gelu_mlp.gelu_forward(h, tanh).double() - F.gelu(
-            h.double(), approximate=approximate
-        )
+        error = gelu_forward(h, tanh).double() - F.gelu(h.double(), approximate=approximate)
         assert error.abs().max() < 2e-6
 
 

@@ -1,0 +1,178 @@
+"""What a stage has written, whether it ended or was stopped: read as if anything could be in it.
+
+records    {out}/**/*.json that are records of bench (record.py)
+rows       lines of its output that are JSON objects
+tests      {out}/outcomes-*.jsonl of tests.gpu: how each test ended
+tuned      the file of `fastgpt tune`
+last       what it printed last, for the table and for people
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import store
+
+MAX_ROWS, MAX_RECORDS, MAX_LINE = 400, 8, 4000  # of one stage; characters of one row
+MAX_BYTES = 2**26  # of a file that is read
+Row = dict[str, Any]
+FAILED = ("failed", "crashed", "hung")
+LOG = "log.txt"
+
+# A part of a test's name -> the ops it is about; the longer part goes first.
+_OPS = {
+    "packed_causal_attention": ("packed_causal_attention",),
+    "causal_attention": ("causal_attention",),
+    "attention": ("causal_attention", "packed_causal_attention"),
+    "linear_cross_entropy": ("linear_cross_entropy",),
+    "cross_entropy": ("cross_entropy",),
+    "add_layer_norm": ("add_layer_norm",),
+    "layer_norm": ("layer_norm",),
+    "linear_gelu": ("linear_gelu",),
+    "gelu": ("linear_gelu",),
+    "mlp": ("mlp",),
+    "test_mlp.py": ("linear_gelu", "mlp"),
+    "adamw": ("adamw",),
+    "optim": ("adamw",),
+    "head_dims": ("causal_attention", "packed_causal_attention"),
+    "dropout_mask": ("causal_attention", "packed_causal_attention"),
+    "long_contexts": ("causal_attention",),
+    "time_strides": ("packed_causal_attention",),
+}
+_LAUNCHERS = {"fc + GELU": "linear_gelu", "proj dgrad + dGELU": "mlp", "fc weight gradient": "mlp",
+              "AdamW, clip and copy": "adamw"}  # fmt: skip
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """Everything in a stage's folder, small enough for the state."""
+    found: dict[str, Any] = {}
+    log = _text(out / LOG)
+    if records := list(_records(out)):
+        found["records"] = records[-MAX_RECORDS:]
+    if rows := _newest(_rows(log.splitlines())):
+        found["rows"] = rows[:MAX_ROWS]
+    if tests := _tests(out):
+        found["tests"] = tests
+    for path in sorted(out.glob("cache/fastgpt/*.json")):
+        if isinstance(entry := _parsed(_text(path)), dict):
+            found["tuned"] = entry
+    if step := re.findall(r"^(?:step|gaps) .*$", log, re.MULTILINE):  # of bench.profiler
+        found["profile"] = [line[:100] for line in step[-2:]]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    found["last"] = [printable(line)[:300] for line in lines[-3:]]
+    return found
+
+
+def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What two tries have found: the second's, and what it had not come to (or whose files were
+    left on another machine)."""
+    files = {record["file"] for record in found.get("records", [])}
+    old = [record for record in before.get("records", []) if record["file"] not in files]
+    both = {**before, **found}
+    return both | ({"records": old + found.get("records", [])} if "records" in both else {})
+
+
+def wrote_something(found: dict[str, Any]) -> bool:
+    return bool(found.keys() - {"last"})
+
+
+def printable(text: str) -> str:
+    """What a terminal shows as it is."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _parsed(text: str) -> Any:
+    def number(digits: str) -> int | float:
+        return int(digits) if len(digits) < 16 else float(digits)  # of which all can be shown
+
+    try:
+        return json.loads(text, parse_int=number)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _rows(lines: list[str]) -> list[Row]:
+    parsed = (_parsed(line) for line in lines if line.startswith("{") and len(line) < MAX_LINE)
+    return [_short(row) for row in parsed if isinstance(row, dict)]
+
+
+def _newest(rows: list[Row]) -> list[Row]:
+    """A second try says the same once more: of rows about the same, the last."""
+    names = ("check", "op", "direction", "variant")
+    return list({str([row.get(name) for name in names]): row for row in rows}.values())
+
+
+def _records(out: Path) -> Iterator[dict[str, Any]]:
+    """Without their samples, which stay in the tar."""
+    for path in sorted(out.glob("**/*.json")):
+        found = _parsed(_text(path))
+        if not (isinstance(found, dict) and isinstance(found.get("rows"), list)):
+            continue
+        rows = [row for row in found["rows"] if isinstance(row, dict)]
+        kept = [_short(row) for row in rows]
+        of_all = {k: found.get(k) for k in ("bench", "date", "settings", "matmul_ceiling")}
+        yield {**of_all, "file": path.relative_to(out).as_posix(), "rows": kept[:MAX_ROWS]}
+
+
+def _short(row: Row) -> Row:
+    """Without samples and long texts."""
+    plain = {name: value for name, value in row.items() if not isinstance(value, list | dict)}
+    if isinstance(ms := row.get("ms"), dict):
+        plain["ms"] = {"median": ms.get("median")}
+    return {name: v[:300] if isinstance(v, str) else v for name, v in plain.items()}
+
+
+def _tests(out: Path) -> dict[str, Any]:
+    """How many ended how, and the bad ones: a test's last word counts."""
+    last: dict[str, Row] = {}
+    for path in sorted(out.glob("outcomes-*.jsonl")):
+        for row in _rows(_text(path).splitlines()):
+            if isinstance(row.get("test"), str):
+                last[row["test"]] = row
+    counts: dict[str, int] = {}
+    for row in last.values():
+        outcome = str(row.get("outcome"))
+        counts[outcome] = counts.get(outcome, 0) + 1
+    bad = [row for row in last.values() if row.get("outcome") in FAILED]
+    return {"counts": counts, "bad": bad[:MAX_ROWS]} if last else {}
+
+
+def ops_of(test: str) -> tuple[str, ...]:
+    """The ops whose rows a failure of `test` puts in doubt; () for what is about whole models."""
+    file, _, name = test.lower().partition("::")
+    for text in (name, file):
+        if hits := [part for part in _OPS if part in text]:
+            return _OPS[max(hits, key=len)]
+    return ()
+
+
+def flags(state: store.State) -> dict[str, str]:
+    """op (or "model") -> a test of it that failed."""
+    found: dict[str, str] = {}
+    for entry in state["stages"].values():
+        tests = entry.get("results", {}).get("tests", {})
+        for row in tests.get("bad", []):
+            for op in ops_of(row["test"]) or ("model",):
+                found.setdefault(op, row["test"])
+    return found
+
+
+def flagged(row: Row, doubts: dict[str, str]) -> str:
+    """Why the time of `row` is to be doubted, or "": only ours can be, and a model's by any op."""
+    variant = str(row.get("variant", ""))
+    if not doubts or not variant.startswith(("fastgpt", "own", "cuBLAS and", "specialized")):
+        return ""
+    op = str(row.get("op", ""))
+    if not op:
+        return next(iter(doubts.values()))
+    return doubts.get(_LAUNCHERS.get(op, op), "")

@@ -1,0 +1,303 @@
+"""One call: preflight, then stage after stage until the budget is spent; the next call goes on.
+
+Standard library only: whatever touches torch or a GPU is a process of its own under keeper.py, so
+that nothing a stage does can end this one. After every stage, and before the next, all that is
+known is on disk; a stage that was cut off counts with what it had written.
+"""
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import keeper, results, store, table
+from bench.gpu.given import ROOT, Given
+from bench.gpu.stages import PREFLIGHT, STAGES, Stage
+
+RUNNING, DONE = "running", "done"
+MAX_TRIES = 2
+SCRATCH = "scratch"  # beside the folders of the stages, and empty between them
+
+
+class Stopped(BaseException):
+    """A signal asked the driver to end."""
+
+
+class Session:
+    def __init__(
+        self,
+        out: Path,
+        budget: float,
+        rehearsal: bool = False,
+        stages: tuple[Stage, ...] = STAGES,
+        preflight: Stage = PREFLIGHT,
+        limits: keeper.Limits | None = None,
+    ):
+        self.out, self.stages, self.preflight = out, stages, preflight
+        self.limits = limits or keeper.Limits(0.0)
+        self.start, self.budget = time.monotonic(), budget
+        self.state = store.new(rehearsal)
+        self.work = out  # until `load`
+        self.unwritten = ""  # why a file could not be written
+        self.given = Given(rehearsal)
+
+    # -- what is known
+
+    def load(self, resume: Path | None) -> None:
+        """Go on from DIR, or from another folder (or gpu.json) that came from an earlier call.
+
+        ValueError where something there is not what a call leaves.
+        """
+        source = self.out if (self.out / store.STATE).exists() or resume is None else resume
+        path = source if source.is_file() else source / store.STATE
+        if path.exists() or resume is not None:
+            state = store.read(path)
+            if state["rehearsal"] != self.state["rehearsal"]:
+                kind = "a rehearsal" if state["rehearsal"] else "a GPU's"
+                raise ValueError(f"{path} is {kind}, this call is not: give another --out")
+            self.state = state
+        self.work = store.work_folder(self.state)
+        shutil.rmtree(self.work / SCRATCH, ignore_errors=True)  # of a driver that was killed
+        if (tar := path.with_name(store.TAR)).exists() and self.state["calls"]:
+            store.unpack(tar, self.work)
+        self.state["work"] = str(self.work)
+        for name, entry in self.state["stages"].items():
+            if entry.get("ended") == RUNNING:
+                self._finish(name, entry, "cut off: the driver was killed")
+
+    def save(self) -> None:
+        """All four files. A full disk loses what is large, never what is known."""
+        self.unwritten = ""
+        while True:
+            try:
+                # the small ones first: they must not wait for the tar
+                store.write(self.out / store.STATE, store.dumps(self.state))
+                store.write(self.out / store.TABLE, (self.table() + "\n").encode())
+                if tuned := self._tuned():
+                    store.write(self.out / store.TUNED, store.dumps(tuned))
+                if left_out := store.pack(self.work, self.out / store.TAR):
+                    self.state["left_out"] += left_out
+                    store.write(self.out / store.STATE, store.dumps(self.state))
+                return
+            except OSError as error:
+                if not self._drop_largest():
+                    self.unwritten = f"{self.out} could not be written: {error}"
+                    print(self.unwritten, file=sys.stderr, flush=True)
+                    return
+
+    def _drop_largest(self) -> bool:
+        files = [path for path in self.work.rglob("*") if path.is_file()]
+        files = [path for path in files if "records" not in path.parts]
+        largest = max(files, key=lambda path: path.lstat().st_size, default=None)
+        if largest is None or largest.lstat().st_size < 2**20:
+            return False
+        largest.unlink()
+        return True
+
+    def _tuned(self) -> dict[str, Any] | None:
+        found = [entry.get("results", {}).get("tuned") for entry in self.state["stages"].values()]
+        return next((tuned for tuned in found if tuned), None)
+
+    def table(self) -> str:
+        return table.table(self.state, self.stages, self.left_out)
+
+    # -- what to do
+
+    def left(self) -> float:
+        """Seconds for stages; a little is kept back for packing."""
+        return self.budget - min(10.0, 0.05 * self.budget) - (time.monotonic() - self.start)
+
+    def left_out(self, stage: Stage) -> str:
+        """Why a stage has nothing to run here, or ""."""
+        if stage.gpu and self.state["rehearsal"]:
+            return "needs a GPU"
+        if stage.needs and stage.needs not in self.given.carried():
+            return f"no {stage.needs} was carried in .local"
+        return ""
+
+    def next(self) -> Stage | None:
+        """The first that was never tried and fits; after all of those, what failed once."""
+        there = [stage for stage in self.stages if not self.left_out(stage)]
+        entries = self.state["stages"]
+        untried = [stage for stage in there if stage.name not in entries]
+        if any(not stage.last for stage in untried):
+            untried = [stage for stage in untried if not stage.last]
+        again = [
+            stage for stage in there if stage.name in entries
+            and not entries[stage.name].get("done") and entries[stage.name]["tries"] < MAX_TRIES
+        ]  # fmt: skip
+        fits = (stage for stage in untried or again if stage.least <= self.left())
+        return next(fits, None)
+
+    def call(self, only: list[Stage]) -> int:
+        """The exit code. What ends it early is in the state's last call."""
+        found = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "budget": self.budget}
+        self.state["calls"].append({**found, "ended": RUNNING})
+        this = self.state["calls"][-1]
+        try:
+            with _signals():
+                this["ended"] = self._stages(only)
+        except Stopped as stopped:
+            this["ended"] = f"interrupted by {stopped}"
+        finally:
+            this["seconds"] = round(time.monotonic() - self.start, 1)
+            for name, entry in self.state["stages"].items():
+                if entry["ended"] == RUNNING:  # the signal came between two lines of `run`
+                    self._finish(name, entry, "interrupted")
+            self.save()
+            self.given.forget()
+            if not self.unwritten:
+                shutil.rmtree(self.work, ignore_errors=True)
+            print(f"\n{self.table()}", flush=True)
+        return 0 if this["ended"] == DONE and not self.unwritten else 1
+
+    def _stages(self, only: list[Stage]) -> str:
+        self.save()
+        if why := self._preflight():
+            return f"preflight: {why}"
+        stages: Iterator[Stage] = iter(only) if only else iter(self.next, None)
+        for stage in stages:
+            healthy = self.run(stage)
+            if not healthy and (why := self._preflight("--only kernel")):
+                return f"the device no longer answers after {stage.name}: {why}"
+        return DONE
+
+    def _preflight(self, more: str = "") -> str:
+        """Why our kernels would not run, or "". One that is too late has perhaps read a cold disk:
+        once more, from memory."""
+        stage = Stage("preflight", f"{self.preflight.command} {more}", self.preflight.seconds, 0)
+        for _ in range(2):
+            shutil.rmtree(stage.out(self.work), ignore_errors=True)
+            outcome = self._run(stage, stage.seconds)
+            found = results.collect(stage.out(self.work))
+            if outcome.how != "out of time":
+                break
+        checks = [row for row in found.get("rows", []) if "check" in row]
+        refused = [str(row.get("why")) for row in checks if row.get("ok") is False]
+        why = ""
+        if refused or (outcome.how, outcome.code) != ("exited", 0):
+            why = refused[0] if refused else f"{_words(outcome)}; {' / '.join(found['last'])}"
+        if not more:
+            self.state["preflight"] = {"why": why, "seconds": outcome.seconds, "checks": checks}
+        return why
+
+    def run(self, stage: Stage) -> bool:
+        """Whether it ended by itself, so that the device can be trusted."""
+        entries = self.state["stages"]
+        before = entries.get(stage.name, {"tries": 0})
+        entry = entries[stage.name] = {
+            "tries": before["tries"] + 1,
+            "ended": RUNNING,
+            "done": False,
+        }
+        entry |= {"device": self.device(), "results": before.get("results", {})}
+        self.save()
+        seconds = max(1.0, min(stage.seconds, self.left()))
+        print(f"{stage.name}: at most {seconds:.0f} s, {self.left():.0f} s are left", flush=True)
+        began = time.monotonic()
+        ended = "interrupted"
+        outcome = None
+        try:
+            outcome = self._run(stage, seconds)
+            ended = _words(outcome)
+            if outcome.how == "exited" and outcome.code in stage.fine:
+                entry["done"], ended = True, DONE
+        finally:
+            entry["seconds"] = round(time.monotonic() - began, 1)
+            self._finish(stage.name, entry, ended)
+            self.save()
+        print(f"{stage.name}: {entry['ended']}, {entry['seconds']:.0f} s", flush=True)
+        return outcome.how == "exited" and not outcome.left
+
+    def _finish(self, name: str, entry: dict[str, Any], ended: str) -> None:
+        """Into its entry with what it has written, however it ended."""
+        folder = self.work / name
+        notes = store.tidy(folder) if folder.is_dir() else []
+        found = results.collect(folder)
+        if ended == DONE and not results.wrote_something(found):
+            entry["done"], ended = False, "ended without a result"
+        found = results.joined(entry.get("results", {}), found)
+        entry |= {"ended": ended, "results": found, "notes": notes}
+
+    def _run(self, stage: Stage, seconds: float) -> keeper.Outcome:
+        folder = stage.out(self.work)
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.work / SCRATCH
+        scratch.mkdir()
+        try:
+            values = self.given.values() | {"out": folder, "seconds": int(0.85 * seconds)}
+            limits = self.limits._replace(seconds=seconds)
+            env = self.given.environment() | {
+                "TMPDIR": str(scratch),
+                "XDG_CACHE_HOME": f"{folder}/cache",
+            }
+            log = folder / results.LOG
+            return keeper.run(stage.argv(values), log, [folder, scratch], limits, ROOT, env)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def device(self) -> str:
+        checks = {row["check"]: row for row in self.state["preflight"].get("checks", [])}
+        return str(checks.get("device", {}).get("device", "unknown device"))
+
+
+def _words(outcome: keeper.Outcome) -> str:
+    """How a stage ended, for people."""
+    text = {
+        "exited": f"exit {outcome.code}",
+        "signal": f"killed by {_signal(outcome.code)}",
+        "out of time": f"out of time after {outcome.seconds:.0f} s",
+        "disk": "stopped: it filled the disk",
+        "interrupted": "interrupted",
+        "not started": f"could not be started (errno {outcome.code})",
+        "lost": "lost: its keeper was killed",
+    }.get(outcome.how, outcome.how)
+    if outcome.how == "signal" and outcome.code == signal.SIGKILL:
+        text += " (out of memory?)"
+    if outcome.left:
+        text += f"; processes {outcome.left} outlive SIGKILL"
+    return text
+
+
+def _signal(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """The first signal raises Stopped; the next ones must not disturb the tidying up."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def stop(number: int, frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise Stopped(_signal(number))
+
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except Stopped:
+        raise  # and stay deaf
+    else:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(
+    session: Session, only: list[Stage], resume: Path | None, say: Callable[[str], object]
+) -> int:
+    """Load, call; ValueError (and OSError) of what was given goes to `say`."""
+    try:
+        session.out.mkdir(parents=True, exist_ok=True)
+        session.load(resume)
+    except (ValueError, OSError) as error:
+        say(str(error))
+        return 2
+    keeper.become_subreaper()
+    return session.call(only)

@@ -1,0 +1,134 @@
+"""What the fused units are made of: our kernels around cuBLAS on CUDA, PyTorch's ops on a CPU.
+
+A launcher is a function on tensors without autograd; the units (block.py, embedding.py,
+linear_cross_entropy.py) own the backward. Both sets take the same arguments and give the same
+results, so that a unit does not know which of the two it calls.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt import backend
+from fastgpt.implementations import aten as on_aten
+from fastgpt.implementations import sdpa
+from fastgpt.linear_cross_entropy import InPlace
+
+# M rows, N or C columns, K the reduction; what is None or (0,) was not asked for.
+# x, w, b, eps, dtype -> y in dtype; mean, rstd
+Norm = Callable[[Tensor, Tensor, Tensor | None, float, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+# delta, residual, w, b, eps, dtype -> y in dtype; s = residual + delta; mean, rstd
+AddNorm = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, float, torch.dtype],
+    tuple[Tensor, Tensor, Tensor, Tensor],
+]
+# dy, ds_out, s, w, mean, rstd, has_bias, delta_dtype -> ds; the same in delta_dtype; dw; db
+NormBackward = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, bool, torch.dtype],
+    tuple[Tensor, Tensor, Tensor, Tensor | None],
+]
+# x, w, b, tanh -> h = x @ w.T + b; gelu(h)
+LinearGelu = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+# dy, w, h, tanh, with_bias, with_output -> dh = gelu'(h) * (dy @ w); gelu(h); db
+GeluDgrad = Callable[
+    [Tensor, Tensor, Tensor, bool, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]
+]
+State = tuple[Tensor | None, ...]  # what attention's backward needs besides: lse, dropout's seed
+# qkv, n_head, dropout_p -> y, state
+Attention = Callable[[Tensor, int, float], tuple[Tensor, State]]
+# dy, qkv, y, state, n_head, dropout_p -> dqkv
+AttentionBackward = Callable[[Tensor, Tensor, Tensor, State, int, float], Tensor]
+# table, ids, rows: table[ids[i]] += rows[i]
+AddRows = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class Launchers(NamedTuple):
+    norm: Norm
+    add_norm: AddNorm
+    norm_backward: NormBackward
+    linear_gelu: LinearGelu
+    gelu_dgrad: GeluDgrad
+    attention: Attention
+    attention_backward: AttentionBackward
+    add_rows_: AddRows
+    cross_entropy_: InPlace
+
+
+class Maker(NamedTuple):
+    """An implementation of "block" in backend.OPS."""
+
+    # for qkv (B, T, 3C) in the matmuls' dtype, n_head, dropout_p; or the reason why there are none
+    launchers: Callable[[Tensor, int, float], Launchers | str]
+
+    def unsupported(self, tensors: tuple[Tensor, ...], n_head: int, dropout_p: float) -> str | None:
+        made = self.launchers(tensors[0], n_head, dropout_p)
+        return made if isinstance(made, str) else None
+
+
+def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
+    attention = sdpa.choice(qkv, n_head, dropout_p)
+    if attention is None:
+        return "SDPA has no fused dropout on a CPU"
+    return on_aten.unsupported((qkv,)) or Launchers(
+        norm=on_aten.norm,
+        add_norm=on_aten.add_norm,
+        norm_backward=on_aten.norm_backward,
+        linear_gelu=on_aten.linear_gelu,
+        gelu_dgrad=on_aten.gelu_dgrad,
+        attention=attention.packed_forward,
+        attention_backward=attention.packed_backward,
+        add_rows_=on_aten.add_rows_,
+        cross_entropy_=on_aten.cross_entropy_,
+    )
+
+
+def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
+    """A block is measured as a whole: a part that PyTorch wins alone does not refuse it, a part
+    that use_backend leaves to PyTorch does.
+    """
+    needed = {"add_layer_norm": ("triton", dict(width=qkv.shape[-1] // 3)), "mlp": ("cublas", {})}
+    for op, (name, facts) in needed.items():
+        if backend.asked_for(op) == "torch":
+            return f"{op} was asked to run in torch"
+        if problem := backend.why_not(op, name, (qkv,), facts):
+            return f"{op} cannot run: {problem}"
+    attention = _attention(qkv, n_head, dropout_p)
+    if isinstance(attention, str):
+        return attention
+
+    from fastgpt.kernels import cross_entropy, embedding, gemm_gelu, layer_norm, mlp
+
+    own = backend.explain("mlp", (qkv,), {}).implementation == "triton"
+    return Launchers(
+        norm=layer_norm.forward,
+        add_norm=layer_norm.add_forward,
+        norm_backward=layer_norm.backward,
+        linear_gelu=gemm_gelu.forward if own else mlp.cublas.forward,
+        gelu_dgrad=gemm_gelu.dgrad if own else mlp.cublas.dgrad,
+        attention=attention[0],
+        attention_backward=attention[1],
+        add_rows_=embedding.add_rows_,
+        cross_entropy_=cross_entropy.cross_entropy_,
+    )
+
+
+def _attention(
+    qkv: Tensor, n_head: int, dropout_p: float
+) -> tuple[Attention, AttentionBackward] | str:
+    """Forward and backward of the attention that dispatch chooses, or why they cannot be had."""
+    op, head_dim = "packed_causal_attention", qkv.shape[-1] // 3 // n_head
+    name, reason = backend.explain(op, (qkv,), dict(head_dim=head_dim, dropout_p=dropout_p))
+    if name == "triton":
+        from fastgpt.kernels import attention
+
+        return attention.seeded_forward, attention.seeded_backward
+    held = sdpa.choice(qkv, n_head, dropout_p) if name == "torch" else getattr(sdpa, name, None)
+    if held is None:
+        return f"{op} runs in {name}: {reason}"
+    return held.packed_forward, held.packed_backward
+
+
+aten = Maker(_of_aten)
+kernels = Maker(_of_kernels)

@@ -1,0 +1,70 @@
+"""Whether something stands between a call of PyTorch's functions and what they do.
+
+A script may assign `F.gelu`, enter a TorchFunctionMode, trace, or transform. PyTorch's functions,
+called one by one as nanoGPT calls them, feel it; a kernel that does the work of several would not.
+"""
+
+import os
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+_C = torch._C
+
+
+def from_pytorch(function: Any) -> Any:
+    """`function` where PyTorch defines it, else a new object, which is equal to nothing: what was
+    assigned before fastgpt was imported is found too.
+    """
+    code = getattr(function, "__code__", None)
+    home = os.path.dirname(torch.__file__)
+    own = isinstance(function, BuiltinFunctionType) or (code and code.co_filename.startswith(home))
+    return function if own else object()
+
+
+# What nanoGPT's forward calls, directly or through torch.nn.
+_FUNCTIONS = {
+    F: ("cross_entropy", "dropout", "embedding", "gelu", "layer_norm", "linear", "softmax",
+        "scaled_dot_product_attention"),
+    torch: ("dropout", "embedding", "layer_norm"),
+    torch._C._nn: ("cross_entropy_loss",),
+}  # fmt: skip
+_ORIGINALS = tuple(
+    (vars(owner), name, from_pytorch(getattr(owner, name)))
+    for owner, names in _FUNCTIONS.items()
+    for name in names
+)
+
+
+def interception() -> str | None:
+    """What stands there, or None. torch.compile is not asked about: it traces what is assigned."""
+    for namespace, name, original in _ORIGINALS:
+        if namespace[name] is not original:
+            return f"{namespace['__name__']}.{name} is not PyTorch's own"
+    for i in range(_C._len_torch_function_stack()):
+        mode = type(_C._get_function_stack_at(i))
+        if mode is not DeviceContext:  # torch.set_default_device
+            return f"{mode.__name__}, a TorchFunctionMode, is to see PyTorch's own ops"
+    if _C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is to see PyTorch's own ops"
+    if _C._get_tracing_state() is not None:
+        return "torch.jit.trace records PyTorch's own ops"
+    if _C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms need PyTorch's own ops"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation needs PyTorch's own ops"
+    return None
+
+
+def sdpa_is_restricted() -> bool:
+    """Whether sdpa_kernel, or a flag of torch.backends, leaves SDPA fewer backends than it has."""
+    return not (
+        _C._get_flash_sdp_enabled()
+        and _C._get_math_sdp_enabled()
+        and _C._get_mem_efficient_sdp_enabled()
+        and _C._get_cudnn_sdp_enabled()
+    )

@@ -1,0 +1,111 @@
+"""The head and its loss as one autograd unit: logits that become their own gradient in one pass.
+
+logits = x @ w.T      losses = cross_entropy(logits, targets)      loss = mean of counted losses
+dlogits = softmax(logits) - onehot(targets)      dx = dlogits @ w      dw = dlogits.T @ x
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastgpt.implementations.aten import matmul, scaled
+from fastgpt.kernels._autograd import differentiable_once
+
+# Makes losses (N,) fp32 of logits (N, V), targets (N,), ignore_index and factor, and leaves
+# factor * dlosses/dlogits in the logits.
+InPlace = Callable[[Tensor, Tensor, int, float], Tensor]
+
+# Bytes of logits at once, beyond which the rows are taken in chunks; and rows per chunk at least:
+# fewer would not fill a GPU, while a CPU is soon filled and its memory less.
+CHUNKS = {"cuda": (2**31, 4096), "cpu": (2**28, 1024)}
+
+
+def mean_loss(
+    cross_entropy_: InPlace,
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """ops.linear_cross_entropy of inputs that were checked: an fp32 scalar.
+
+    x (N, C), weight (V, C), targets (N,). `low` is weight in x's dtype, as the matmuls read it;
+    the gradient goes to `weight`.
+    """
+    apply = LinearCrossEntropy.apply
+    try:
+        return apply(cross_entropy_, x, weight, low, targets, ignore_index)
+    except IndexError as error:
+        raise with_limits(error, weight.shape[0], ignore_index) from None
+
+
+def with_limits(error: IndexError, V: int, ignore_index: int) -> IndexError:
+    """PyTorch says which target is wrong, but not what would be right."""
+    allowed = f"Targets must lie in [0, {V}), the vocabulary, or be ignore_index={ignore_index}"
+    return IndexError(f"{error} {allowed}")
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """x (N, C), w (V, C), low_w its values in x's dtype, targets (N,) -> mean loss, an fp32 scalar.
+
+    The logits' gradients are kept for the backward; where the logits of all rows are too large for
+    that, chunks of rows give their part of dx and dw at once instead.
+
+    fp16 holds a gradient only times the loss scale, which arrives in the backward. Until then
+    dlogits are 2^15 times too large, which is as much as fits, and their products are fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, cross_entropy_, x, w, low_w, targets, ignore_index):
+        ctx.factor = 2.0**15 if x.dtype == torch.float16 else 1.0
+        ctx.wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # of dlogits @ w
+        ctx.dtypes = x.dtype, w.dtype
+        count = (targets != ignore_index).sum()
+        max_bytes, min_rows = CHUNKS.get(x.device.type, CHUNKS["cuda"])
+        rows = max(min_rows, max_bytes // (w.shape[0] * x.element_size()))
+        ctx.chunked = len(x) > rows
+        if not ctx.chunked:
+            logits = x @ low_w.t()
+            losses = cross_entropy_(logits, targets, ignore_index, ctx.factor)
+            ctx.save_for_backward(logits, x, low_w, count)
+            return losses.sum() / count
+        needs_x, needs_w = ctx.needs_input_grad[1:3]
+        dx = torch.empty_like(x, dtype=ctx.wide) if needs_x else None
+        dw = torch.zeros_like(w, dtype=torch.float32) if needs_w else None
+        losses = []
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            logits = x[part] @ low_w.t()
+            losses.append(cross_entropy_(logits, targets[part], ignore_index, ctx.factor))
+            if dx is not None:
+                dx[part] = matmul(logits, low_w, ctx.wide)
+            if dw is not None and dw.dtype == x.dtype:
+                dw.addmm_(logits.t(), x[part])
+            elif dw is not None:
+                dw += matmul(logits.t(), x[part], dw.dtype)
+            del logits  # before the next chunk's are allocated
+        ctx.save_for_backward(dx, dw, count)
+        return torch.cat(losses).sum() / count
+
+    @staticmethod
+    def backward(ctx, dloss):
+        differentiable_once()
+        *saved, count = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad[1:3]
+        x_dtype, w_dtype = ctx.dtypes
+        scale = dloss / count.clamp(min=1) / ctx.factor
+        if ctx.chunked:
+            dx, dw = saved
+            dx = scaled(dx, scale, x_dtype) if needs_x else None
+            dw = scaled(dw, scale, w_dtype) if needs_w else None
+            return None, dx, dw, None, None, None
+        dlogits, x, low_w = saved
+        dx = scaled(matmul(dlogits, low_w, ctx.wide), scale, x_dtype) if needs_x else None
+        dw = None
+        if needs_w and x_dtype == torch.float16:  # where x * scale would be flushed to zero
+            dw = scaled(matmul(dlogits.t(), x, torch.float32), scale, w_dtype)
+        elif needs_w:
+            dw = matmul(dlogits.t(), scaled(x, scale, x_dtype), w_dtype)
+        return None, dx, dw, None, None, None
