@@ -166,7 +166,8 @@ class AdamW(CheckedAdamW):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
-        if kernels := self._kernels_for(params):
+        kernels = self._one_launch(params)
+        if kernels is not reference:
             self._step_in_kernels(kernels, params)
         elif all(p.dtype == torch.float32 for p in params) and self._all_groups("fused"):
             self._step_in_pytorch(params)
@@ -181,21 +182,20 @@ class AdamW(CheckedAdamW):
     def _all_groups(self, option: str) -> bool:
         return all(group[option] for group in self.param_groups)
 
-    def _kernels_for(self, params: list[Tensor]) -> Any:
-        """kernels/adamw.py, where it can do all that the groups ask for in one launch; or None."""
+    def _one_launch(self, params: list[Tensor]) -> Any:
+        """The kernels, if they know all that the groups ask for, and these ask for the same."""
         ways = [(g["lr"], *g["betas"], g["eps"]) for g in self.param_groups]
         unknown = ("amsgrad", "maximize", "capturable", "differentiable")
         if not all(isinstance(number, (int, float)) for way in ways for number in way):
-            return None
+            return reference
         if len(set(ways)) > 1 or any(g.get(name) for g in self.param_groups for name in unknown):
-            return None
+            return reference
         if not self._all_groups("fused") or not all(p.is_contiguous() for p in params):
-            return None
+            return reference
         copies = ((p, self.copies[p]) for p in params if p in self.copies)
         if not all(_alike(copy, p) for p, copy in copies):
-            return None
-        chosen = backend.choose("adamw", *params)
-        return None if chosen is reference else chosen
+            return reference
+        return backend.choose("adamw", *params)
 
     def _divisor(self, norm: Tensor) -> Tensor:
         """What to divide the gradients of this (scaled) norm by: the loss scale, and more to clip.

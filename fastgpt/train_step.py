@@ -113,23 +113,21 @@ class _Skipped:
         elif self.on_its_way is None:
             event = torch.cuda.Event()
             with torch.cuda.device(count.device):
-                on_host = torch.empty_like(count, device="cpu", pin_memory=True)
-                on_host.copy_(count, non_blocking=True)
+                here = torch.empty_like(count, device="cpu", pin_memory=True)
+                here.copy_(count, non_blocking=True)
                 event.record()
-            self.on_its_way = on_host, event
+            self.on_its_way = here, event
         elif self.on_its_way[1].query():
-            on_host, self.on_its_way = self.on_its_way[0], None
-            self._judge(int(on_host))
+            here, self.on_its_way = self.on_its_way[0], None
+            self._judge(int(here))
 
     def _judge(self, count: int) -> None:
         message = (
-            f"{count} steps in a row were skipped: their gradients are not finite. Likely causes: "
-            "a learning rate that is too high, weights or data that are not finite"
+            f"{count} steps in a row were skipped, as their gradients are not finite. Look for "
+            "what made them so: a learning rate too high, weights or data that are not finite"
         )
         if 0 < self.most <= count:
-            raise FloatingPointError(
-                f"{message}. max_skipped={self.most} of TrainStep ends it here"
-            )
+            raise FloatingPointError(f"{message}. TrainStep's max_skipped={self.most} ends it here")
         if count >= self.WARN_AFTER and not self.warned:
             warnings.warn(f"fastgpt: {message}", stacklevel=4)
         self.warned = count >= self.WARN_AFTER
