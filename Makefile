@@ -25,6 +25,9 @@ OUT ?= out/gpu
 gpu: $(VENV)     ## all that a GPU is needed for, most valuable first, BUDGET seconds a call
 	$(PYTHON) -m bench.gpu --budget $(BUDGET) --out $(OUT) $(if $(RESUME),--resume $(RESUME)) $(ARGS)
 
+test-versions:   ## the tests under every supported PyTorch and Triton, each in a venv of its own
+	python3 -m tests.versions $(ARGS)
+
 # a mutant that survives does not end it: that belongs in the report, which then fails
 equivalence: $(VENV) ## docs/equivalence.md: errors against float64, and kernels broken on purpose
 	-$(PYTHON) -m tests.mutants --out out/mutants.json
@@ -39,11 +42,12 @@ bench: $(VENV)   ## training and decoding on this machine, against what else use
 	$(PYTHON) -m bench.train
 	$(PYTHON) -m bench.decode
 
-bench-ops: $(VENV)     ## time every op against its peers (pytest-benchmark); ARGS="-k layer_norm"
-	$(PYTHON) -m pytest bench/pytest_ops.py --benchmark-only -rs $(ARGS)
+OPS = $(PYTHON) -m pytest bench/pytest_ops.py --benchmark-only -rs
+bench-ops: $(VENV)     ## time every op against its peers and save that; ARGS="-k layer_norm"
+	$(OPS) --benchmark-autosave $(ARGS)
 
-bench-compare: $(VENV) ## fail if fastgpt is more than 3 % slower than at the last run
-	$(PYTHON) -m bench.reports.compare $(ARGS)
+bench-compare: $(VENV) ## fail if an op of fastgpt's is more than 3 % slower than when last saved
+	$(OPS) -k fastgpt --benchmark-compare --benchmark-compare-fail=median:3% $(ARGS)
 
 bench-report: $(VENV)  ## docs/performance.md, its pictures and the README's table, from the records
 	$(PYTHON) -m bench.reports.document $(ARGS)
@@ -56,4 +60,4 @@ profile: $(VENV) ## where a training step's time goes, against the roofline; ARG
 	.venv/bin/pip install -c constraints.txt -e '.[dev,data,hf]'
 	touch $@
 
-.PHONY: help demo test test-deep test-gpu gpu equivalence lint bench bench-ops bench-compare bench-report profile
+.PHONY: help demo test test-deep test-gpu gpu test-versions equivalence lint bench bench-ops bench-compare bench-report profile

@@ -23,7 +23,10 @@ setup(
         "data": ["tiktoken", "numpy"],
         "hf": ["transformers", "safetensors"],
         "plot": ["matplotlib"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "numpy", "matplotlib"],
+        "dev": [
+            *("pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"),
+            *("numpy", "scipy", "matplotlib"),
+        ],
     },
     entry_points={"console_scripts": ["fastgpt=fastgpt.cli:main"]},
 )

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import fit, nvidia_smi, record, trainee
+from bench.harness import memory_budget, nvidia_smi, record, training_variant
 from bench.peers import models
 from bench.peers.training import DTYPES, VARIANTS, Run, set_precision
+from bench.reports import terminal
 from bench.train import say
 from fastgpt import devices
 from fastgpt.data import load_split, random_batch
@@ -57,8 +58,8 @@ def _train(
 ) -> Row:
     """{"variant", "losses"}, one per step, or a row that says why not."""
     config = models.config_of(settings["size"], settings["T"])
-    needed = fit.step_bytes(config, settings["B"], settings["dtype"])
-    if problem := fit.missing(needed, device):
+    needed = memory_budget.step_bytes(config, settings["B"], settings["dtype"])
+    if problem := memory_budget.missing(needed, device):
         return {"variant": variant, "problem": problem}
     try:
         weights = models.initial_weights(config, device, seed)
@@ -69,7 +70,7 @@ def _train(
             say(f"{variant}: step {i + 1}")
         return {"variant": variant, "losses": torch.stack(losses).float().tolist()}
     except Exception as error:
-        return {"variant": variant, "problem": trainee.describe(error)}
+        return {"variant": variant, "problem": training_variant.describe(error)}
 
 
 def _compare(rows: list[Row]) -> None:
@@ -86,19 +87,6 @@ def _compare(rows: list[Row]) -> None:
 def smooth(losses: list[float]) -> Tensor:
     """(steps - n + 1,) means over n = SMOOTH steps, or all if there are fewer."""
     return torch.tensor(losses).double().unfold(0, min(SMOOTH, len(losses)), 1).mean(1)
-
-
-def table(found: record.Record) -> str:
-    lines = [f"{'variant':32}{'final loss':>12}{'gap':>10}{'of a seed':>11}"]
-    for row in found["rows"]:
-        if "problem" in row:
-            lines.append(f"{row['variant']:32}{row['problem']}")
-        else:
-            share = format(row["of_a_seed"], ".3f") if "of_a_seed" in row else ""
-            lines.append(
-                f"{row['variant']:32}{row['final_loss']:12.4f}{row['gap']:10.5f}{share:>11}"
-            )
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -132,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {"size": args.size, "B": args.batch_size, "T": config.block_size}
     settings |= {"dtype": args.dtype, "steps": args.steps}
     found = measure(settings, tokens, args.variants, device)
-    print(f"\n{table(found)}\nrecord: {record.save(found, args.out)}")
+    print(f"\n{terminal.text(found)}\nrecord: {record.save(found, args.out)}")
     return 0
 
 

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import fit, machine, nvidia_smi, record
+from bench.harness import machine, memory_budget, nvidia_smi, record
 from bench.harness.ceilings import copy_ceiling
-from bench.harness.trainee import describe
+from bench.harness.training_variant import describe
 from bench.peers import models
 from bench.peers.training import Run, matmul_dtype, set_precision
+from bench.reports import terminal
 from fastgpt import GPTConfig, devices, use_backend
 
 # How far below the best a greedy token's logit may lie, in standard deviations of all logits.
@@ -134,13 +135,15 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
 
 
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
-    quiet, before = machine.check(), nvidia_smi.reading()
+    host, before = machine.check(), nvidia_smi.reading()
     set_precision(settings.dtype)
     bandwidth = copy_ceiling(device)
     config = models.config_of(settings.size)
     floor = bytes_per_token(config, settings) / bandwidth
-    needed = 4 * fit.parameters(config) * (len(variants) + 3)  # with judge, weights and a spare
-    if problem := fit.missing(needed, device):
+    needed = (
+        4 * memory_budget.parameters(config) * (len(variants) + 3)
+    )  # with judge, weights and a spare
+    if problem := memory_budget.missing(needed, device):
         rows = [{"variant": variant, "problem": problem} for variant in variants]
     else:
         decoders = _decode(config, settings, device, variants)
@@ -150,7 +153,7 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
         dataclasses.asdict(settings),
         rows,
         nvidia_smi.since(before),
-        machine=quiet,
+        machine=host,
         peers=models.versions(),
         copy_ceiling=bandwidth,
         floor_seconds=floor,
@@ -220,26 +223,6 @@ def _row(decoder: Decoder, eager: Decoder, floor: float) -> Row:
     }
 
 
-def table(found: record.Record) -> str:
-    settings = found["settings"]
-    lines = [
-        f"{found['environment']['device']}: decoding, {settings['size']} {settings['dtype']}, "
-        f"{settings['new_tokens']} tokens after {settings['prompt']}; floor "
-        f"{1e3 * found['floor_seconds']:.3g} ms a token at {found['copy_ceiling'] / 1e9:.3g} GB/s",
-        f"{'variant':10}{'tokens/s':>10}{'x eager':>9}{'of floor':>10}{'first token ms':>16}",
-    ]
-    for row in found["rows"]:
-        if "problem" in row:
-            lines.append(f"{row['variant']:10}{row['problem']}")
-            continue
-        ratio = "" if row["over_eager"] is None else f"{row['over_eager']:.2f}"
-        lines.append(
-            f"{row['variant']:10}{row['tokens_per_second']:10,.1f}{ratio:>9}{row['of_floor']:10.0%}"
-            f"{1e3 * statistics.median(row['first_token_seconds']):16.1f}"
-        )
-    return "\n".join([*lines, *filter(None, [machine.warning(found["machine"])])])
-
-
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -277,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings(size, args.prompt, args.new_tokens, dtype, args.rounds)
         found = measure(settings, device, args.variants)
         path = record.save(found, args.out)
-        print(f"\n{table(found)}\nrecord: {path}", flush=True)
+        print(f"\n{terminal.text(found)}\nrecord: {path}", flush=True)
     return 0
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from bench.harness import fit, nvidia_smi, record, trainee
+from bench.harness import memory_budget, nvidia_smi, record, training_variant
 from bench.peers import models
 from bench.peers.training import VARIANTS, Run, batches, set_precision
+from bench.reports import terminal
 from bench.train import add_arguments, checked
 
 STATUS = Path("/proc/self/status")
@@ -62,8 +63,8 @@ def measure(settings: dict[str, Any], device: torch.device, variants: list[str])
 
 def _row(variant: str, settings: dict[str, Any], device: torch.device) -> Row:
     config = models.config_of(settings["size"], settings["T"])
-    needed = fit.step_bytes(config, settings["B"], settings["dtype"])
-    if problem := fit.missing(needed, device):
+    needed = memory_budget.step_bytes(config, settings["B"], settings["dtype"])
+    if problem := memory_budget.missing(needed, device):
         return {"variant": variant, "problem": problem}
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         try:
@@ -71,23 +72,8 @@ def _row(variant: str, settings: dict[str, Any], device: torch.device) -> Row:
         except BrokenProcessPool:
             return {"variant": variant, "problem": "its process was ended, for want of memory?"}
         except Exception as error:
-            return {"variant": variant, "problem": trainee.describe(error)}
+            return {"variant": variant, "problem": training_variant.describe(error)}
     return {"variant": variant, "peak_bytes": peak}
-
-
-def table(found: record.Record) -> str:
-    settings = found["settings"]
-    lines = [
-        f"{found['environment']['device']}: peak memory of a training step, {settings['size']} "
-        f"B={settings['B']} T={settings['T']} {settings['dtype']}"
-    ]
-    for row in found["rows"]:
-        shown = row.get("problem")
-        if shown is None:
-            ratio = f"{row['over_eager']:.2f}x eager" if "over_eager" in row else ""
-            shown = f"{row['peak_bytes'] / 1e9:8.2f} GB {ratio:>12}"
-        lines.append(f"{row['variant']:20}{shown}")
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         T = models.config_of(size, args.block_size).block_size
         found = measure({"size": size, "B": B, "T": T, "dtype": dtype}, device, args.variants)
         path = record.save(found, args.out)
-        print(f"\n{table(found)}\nrecord: {path}", flush=True)
+        print(f"\n{terminal.text(found)}\nrecord: {path}", flush=True)
     return 0
 
 

@@ -1,14 +1,14 @@
 """The ops of a GPT, both ways, against everything else that computes them.
 
-For each case (op_cases.py) `measure` checks what each peer (op_peers.py) computes, refuses a wrong
-one a time, and times the rest in turns:
+For each case (harness/op_cases.py) `measure` checks what each peer (peers/ops.py) computes, gives
+the wrong ones no time, and times the others in turns:
 
     forward     as in training: with a graph, keeping what the backward needs
     backward    of that graph, to every floating input
     both        for the losses, where some peers compute the gradients in the forward
 
 `of_ceiling` is the time that the device's measured ceilings allow over the time taken.
-`python -m bench.ops` writes a record; `make bench-ops` does so under pytest-benchmark.
+`python -m bench.ops` writes a record. `make bench-ops` times the same calls with pytest-benchmark.
 """
 
 import argparse
@@ -23,15 +23,38 @@ import torch
 from torch import Tensor
 
 from bench.harness import machine, nvidia_smi, record, roofline
-from bench.harness.ceilings import Variants, in_turns
 from bench.harness.op_cases import Case, cases
 from bench.harness.roofline import Ceilings, Work
 from bench.peers.ops import Peer, peers
 from fastgpt import devices, reference
+from fastgpt.timing import Variants, in_turns
 
 Row = dict[str, Any]
 SAMPLES = 50  # kept of each variant
 OPS = [case.op for case in cases(torch.device("cpu"), torch.float32, 64, 64, 64)]
+
+
+class Checked:
+    """The peers of a case, each of which gives its calls once what it computes was found right."""
+
+    def __init__(self, case: Case):
+        torch.manual_seed(0)
+        self.case = case
+        self.inputs = [_leaf(t, t.dtype) for t in case.inputs()]
+        self.truth, self.grads = _truth(case, self.inputs)
+        self.eager_errors: list[tuple[float, float]] = []
+
+    def calls(self, name: str) -> Variants:
+        """direction -> call. ArithmeticError if it computes something else; what the peer raises
+        where it cannot run; what eager, the yardstick, raises where it cannot."""
+        if name != "eager" and not self.eager_errors:
+            self.calls("eager")
+        peer = peers(self.case.op)[name]
+        found, timed = _prepare(self.case, peer, self.inputs, self.grads)
+        errors = [_errors(a, b) for a, b in zip(found, self.truth, strict=True)]
+        self.eager_errors = self.eager_errors or errors
+        _refuse_wrong(errors, self.eager_errors, self.truth, self.inputs[0].dtype)
+        return {way: call for way, call in timed.items() if way in self.case.work}
 
 
 def measure(
@@ -42,33 +65,23 @@ def measure(
     variants: Sequence[str] | None = None,
 ) -> list[Row]:
     """A row per variant and direction; one that fails or computes something else says so."""
-    torch.manual_seed(0)
-    inputs = [_leaf(t, t.dtype) for t in case.inputs()]
-    truth, grads = _truth(case, inputs)
-    of_case = {"op": case.op, "shape": case.shape}
+    checked, of_case = Checked(case), {"op": case.op, "shape": case.shape}
     rows: list[Row] = []
     calls: dict[str, Variants] = {direction: {} for direction in case.work}
-    eager_errors: list[tuple[float, float]] = []
-    for name, peer in peers(case.op).items():
+    for name in peers(case.op):
         if name != "eager" and variants is not None and name not in variants:
             continue
         try:
-            if name != "eager" and not eager_errors:
-                raise RuntimeError("eager, the yardstick, failed")
-            found, timed = _prepare(case, peer, inputs, grads)
-            errors = [_errors(a, b) for a, b in zip(found, truth, strict=True)]
-            del found
-            eager_errors = eager_errors or errors
-            _refuse_wrong(errors, eager_errors, truth, inputs[0].dtype)
+            for direction, call in checked.calls(name).items():
+                calls[direction][name] = call
         except Exception as problem:  # not installed, out of memory, a wrong result
             text = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:200]}"
             rows.append({**of_case, "variant": name, "problem": text})
+    del checked  # the truth takes memory
+    for direction, right in calls.items():
+        if "eager" not in right:
             continue
-        for direction in timed.keys() & case.work.keys():
-            calls[direction][name] = timed[direction]
-    del truth
-    for direction, checked in calls.items() if eager_errors else ():
-        times = in_turns(checked, device, seconds / len(calls))
+        times = in_turns(right, device, seconds / len(calls))
         rows += [
             {**of_case, "direction": direction, "variant": name}
             | _figures(samples, times["eager"], case.work[direction], ceilings)
@@ -167,16 +180,14 @@ def _figures(samples: list[float], eager: list[float], work: Work, limits: Ceili
     return found | {"rounds": len(samples), "seconds": [samples[i] for i in kept]}
 
 
-class Run:
+class OpsRecord:
     """All cases on one device, each measured when it is asked for, into one record."""
 
     def __init__(self, args: argparse.Namespace):
         self.device = devices.pick_device(args.device)
-        on_gpu = self.device.type == "cuda"
-        self.dtype = devices.pick_dtype(self.device, args.dtype)
-        M = (16384 if on_gpu else 256) if args.tokens is None else args.tokens
-        C, V = args.width, args.vocabulary
-        _check(M, C, V, args.seconds)
+        self.dtype, M, C, V = sizes_of(args, self.device)
+        if not args.seconds > 0:
+            raise ValueError(f"--seconds {args.seconds} must be above 0")
         self.results, self.seconds = args.results, args.seconds
         self.settings = {"M": M, "C": C, "V": V, "dtype": str(self.dtype).removeprefix("torch.")}
         found = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
@@ -208,24 +219,31 @@ class Run:
         return str(record.save(found, self.results))
 
 
-def _check(M: int, C: int, V: int, seconds: float) -> None:
+def sizes_of(args: argparse.Namespace, device: torch.device) -> tuple[torch.dtype, int, int, int]:
+    """dtype, M, C, V of the options. ValueError says what is allowed."""
+    dtype, C, V = devices.pick_dtype(device, args.dtype), args.width, args.vocabulary
+    M = args.tokens if args.tokens is not None else 16384 if device.type == "cuda" else 256
     if M < 1 or (M > 1024 and M % 1024):
         raise ValueError(f"--tokens {M} must be 1 to 1024, or a multiple of 1024")
     if C < 64 or C % 64:
         raise ValueError(f"--width {C} must be a multiple of 64, the size of a head")
     if V < 2:
         raise ValueError(f"--vocabulary {V} must be at least 2")
-    if not seconds > 0:
-        raise ValueError(f"--seconds {seconds} must be above 0")
+    return dtype, M, C, V
 
 
-def add_options(add: Callable[..., Any]) -> None:
+def add_sizes(add: Callable[..., Any]) -> None:
     """The same for argparse (parser.add_argument) and pytest (parser.addoption)."""
     add("--device", default=None, help="cuda or cpu; the GPU if there is one")
     add("--dtype", default=None, choices=devices.DTYPES, help="bfloat16 on a GPU, else float32")
     add("--tokens", type=int, default=None, help="rows of every op; 16384 on a GPU, else 256")
     add("--width", type=int, default=768, help="C, a multiple of 64")
     add("--vocabulary", type=int, default=50304, help="V")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_sizes(add)
     add("--seconds", type=float, default=5.0, help="for the samples of one op")
     add("--op", nargs="+", choices=OPS, default=None, help="all, unless named")
     add("--without", nargs="+", default=None, metavar="VARIANT", help="not to be run")
@@ -247,9 +265,9 @@ def line(row: Row) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
-    add_options(parser.add_argument)
+    add_arguments(parser)
     try:
-        run = Run(parser.parse_args())
+        run = OpsRecord(parser.parse_args())
     except ValueError as error:
         parser.error(str(error))
     print(machine.warning(run.machine) or "the machine is quiet")

@@ -1,12 +1,13 @@
-"""bench.ops under pytest-benchmark: `pytest bench/pytest_ops.py --benchmark-only -k layer_norm`.
+"""The ops under pytest-benchmark: `pytest bench/pytest_ops.py --benchmark-only -k layer_norm`.
 
-The samples are bench.ops's own: all variants of an op in turns, from a cold cache, on the device's
-clock, which pytest-benchmark's loop over one variant cannot take. They reach it through its clock,
-for its tables and its --benchmark-save and --benchmark-compare. What was measured is appended as a
-record like any other. A wrong result fails; a peer that is not installed is skipped.
+`make bench-ops` saves a run, `make bench-compare` holds a new one against the last that was saved
+on this machine. A call is timed as its caller sees it, until the device is done, from a cold cache.
+bench.ops has what pytest-benchmark cannot take: device time, all variants of an op in turns. A call
+that computes something else fails and is not timed; a peer that is not installed is skipped.
 """
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from bench import ops
 from bench.harness import op_cases
 from bench.peers.ops import peers
+from fastgpt import devices, timing
 
 CASES = op_cases.cases(torch.device("cpu"), torch.float32, 64, 64, 64)  # for their names
 NAMES = [
@@ -25,39 +27,47 @@ NAMES = [
 ]
 
 
-class Replay:
-    """A clock that shows 0 before a call and the next sample after it."""
-
-    def __init__(self) -> None:
-        self._readings: Iterator[float] = iter(())
-
-    def load(self, samples: Iterable[float]) -> None:
-        self._readings = iter([reading for sample in samples for reading in (0.0, sample)])
-
-    def read(self) -> float:
-        return next(self._readings)
-
-
-replay = Replay()
+@pytest.fixture(scope="session")
+def device(pytestconfig) -> torch.device:
+    return devices.pick_device(pytestconfig.option.device)
 
 
 @pytest.fixture(scope="session")
-def run(pytestconfig):
-    run = ops.Run(pytestconfig.option)
-    yield run
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nrecord: {run.save()}")
+def checked(pytestconfig, device) -> Callable[[str], ops.Checked]:
+    """Of an op, at the sizes that were asked for. Only the last one is kept, for its memory."""
+    dtype, *sizes = ops.sizes_of(pytestconfig.option, device)
+    cases = {case.op: case for case in op_cases.cases(device, dtype, *sizes)}
+    return functools.lru_cache(maxsize=1)(lambda op: ops.Checked(cases[op]))
 
 
-@pytest.mark.benchmark(timer=replay.read)
+@pytest.fixture(scope="session")
+def cool(device) -> Callable[[], None]:
+    """Makes the GPU's cache cold and waits for that; nothing on a CPU."""
+    if device.type != "cuda":
+        return lambda: None
+    buffer = torch.ones(timing.FLUSH_BYTES // 4, device=device)
+
+    def read() -> None:
+        buffer.sum()
+        torch.cuda.synchronize(device)
+
+    return read
+
+
 @pytest.mark.parametrize("op, direction, variant", NAMES)
-def test_op(benchmark, run, op, direction, variant):
-    rows = [row for row in run.rows(op) if row["variant"] == variant]
-    row = next(row for row in rows if row.get("direction", direction) == direction)
-    if "problem" in row:
-        refused = row["problem"].startswith("ArithmeticError")
-        (pytest.fail if refused else pytest.skip)(row["problem"])
-    benchmark.group = f"{op} {row['shape']} {direction}"
-    benchmark.extra_info = {k: v for k, v in row.items() if k != "seconds"}
-    replay.load(row["seconds"])
-    benchmark.pedantic(lambda: None, rounds=len(row["seconds"]))
+def test_op(benchmark, checked, cool, device, pytestconfig, op, direction, variant):
+    try:
+        call = checked(op).calls(variant)[direction]
+    except ArithmeticError:
+        raise
+    except Exception as problem:  # not installed, or not for this device
+        pytest.skip(f"{type(problem).__name__}: {problem}")
+
+    def until_done() -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    benchmark.group = f"{op} {checked(op).case.shape} {direction}"
+    rounds = pytestconfig.option.rounds
+    benchmark.pedantic(until_done, setup=cool, rounds=rounds, warmup_rounds=3)

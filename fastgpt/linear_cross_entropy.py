@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastgpt.implementations.aten import wgrad
+from fastgpt.implementations.aten import matmul, scaled
 from fastgpt.kernels._autograd import differentiable_once
 
 # Makes losses (N,) fp32 of logits (N, V), targets (N,), ignore_index and factor, and leaves
@@ -52,15 +52,17 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The logits' gradients are kept for the backward; where the logits of all rows are too large for
     that, chunks of rows give their part of dx and dw at once instead.
+
+    fp16 holds a gradient only times the loss scale, which arrives in the backward. Until then
+    dlogits are 2^15 times too large, which is as much as fits, and their products are fp32.
     """
 
     @staticmethod
     def forward(ctx, cross_entropy_, x, w, low_w, targets, ignore_index):
-        # a power of two, for what fp16 would flush to zero: p < 6e-8
-        ctx.factor = 1024.0 if x.dtype == torch.float16 else 1.0
-        ctx.dtype = w.dtype
+        ctx.factor = 2.0**15 if x.dtype == torch.float16 else 1.0
+        ctx.wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # of dlogits @ w
+        ctx.dtypes = x.dtype, w.dtype
         count = (targets != ignore_index).sum()
-        needs_x, needs_w = ctx.needs_input_grad[1:3]
         max_bytes, min_rows = CHUNKS.get(x.device.type, CHUNKS["cuda"])
         rows = max(min_rows, max_bytes // (w.shape[0] * x.element_size()))
         ctx.chunked = len(x) > rows
@@ -69,18 +71,20 @@ class LinearCrossEntropy(torch.autograd.Function):
             losses = cross_entropy_(logits, targets, ignore_index, ctx.factor)
             ctx.save_for_backward(logits, x, low_w, count)
             return losses.sum() / count
-        dx = torch.empty_like(x) if needs_x else None
-        dw, losses = torch.zeros_like(w) if needs_w else None, []
+        needs_x, needs_w = ctx.needs_input_grad[1:3]
+        dx = torch.empty_like(x, dtype=ctx.wide) if needs_x else None
+        dw = torch.zeros_like(w, dtype=torch.float32) if needs_w else None
+        losses = []
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             logits = x[part] @ low_w.t()
             losses.append(cross_entropy_(logits, targets[part], ignore_index, ctx.factor))
             if dx is not None:
-                torch.mm(logits, low_w, out=dx[part])
+                dx[part] = matmul(logits, low_w, ctx.wide)
             if dw is not None and dw.dtype == x.dtype:
                 dw.addmm_(logits.t(), x[part])
             elif dw is not None:
-                dw += wgrad(logits, x[part], w.dtype)
+                dw += matmul(logits.t(), x[part], dw.dtype)
             del logits  # before the next chunk's are allocated
         ctx.save_for_backward(dx, dw, count)
         return torch.cat(losses).sum() / count
@@ -90,20 +94,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         differentiable_once()
         *saved, count = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad[1:3]
-        scale = dloss / (count.clamp(min=1) * ctx.factor)
+        x_dtype, w_dtype = ctx.dtypes
+        scale = dloss / count.clamp(min=1) / ctx.factor
         if ctx.chunked:
-            dx, dw = (None if grad is None else _scaled(grad, scale) for grad in saved)
+            dx, dw = saved
+            dx = scaled(dx, scale, x_dtype) if needs_x else None
+            dw = scaled(dw, scale, w_dtype) if needs_w else None
             return None, dx, dw, None, None, None
         dlogits, x, low_w = saved
-        dx = _scaled(dlogits @ low_w, scale) if needs_x else None
+        dx = scaled(matmul(dlogits, low_w, ctx.wide), scale, x_dtype) if needs_x else None
         dw = None
-        if needs_w and x.dtype == torch.float16:  # where x * scale would be flushed to zero
-            dw = _scaled(wgrad(dlogits, x, ctx.dtype), scale)
+        if needs_w and x_dtype == torch.float16:  # where x * scale would be flushed to zero
+            dw = scaled(matmul(dlogits.t(), x, torch.float32), scale, w_dtype)
         elif needs_w:
-            dw = wgrad(dlogits, _scaled(x, scale), ctx.dtype)
+            dw = matmul(dlogits.t(), scaled(x, scale, x_dtype), w_dtype)
         return None, dx, dw, None, None, None
-
-
-def _scaled(t: Tensor, scale: Tensor) -> Tensor:
-    """t * scale, a scalar tensor that must not be rounded to t's dtype first."""
-    return (t.float() * scale).to(t.dtype)

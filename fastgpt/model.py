@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import checks, devices, init, ops, reference, sampling, weights
+from fastgpt import checks, devices, init, ops, optim, reference, sampling, weights
 from fastgpt.fused.untouched import plain_lookup, plain_matmul, remember
 from fastgpt.fused.whole import fused_model
 
@@ -226,7 +226,9 @@ class GPT(nn.Module):
             print(f"num {name} parameter tensors: {len(group)}, with {count:,} parameters")
         fused = device_type in ("cuda", "cpu")  # exact on both, and several times faster
         print(f"using fused AdamW: {fused}")
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+        names = {p: name for name, p in self.named_parameters()}
+        how = dict(lr=learning_rate, betas=betas, fused=fused or None)
+        return optim.CheckedAdamW(groups, names, **how)
 
     def estimate_mfu(
         self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None

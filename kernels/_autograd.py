@@ -29,3 +29,10 @@ def _gradients_are_batched() -> bool:
     level = torch._C._vmapmode_increment_nesting()
     torch._C._vmapmode_decrement_nesting()
     return level > 1
+
+
+def graph_is_kept() -> bool:
+    """In a backward: whether another may follow on the same graph (retain_graph=True). If none can,
+    a saved tensor may be given away as a gradient.
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -124,6 +124,32 @@ def packed_backward(
     return dqkv
 
 
+def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
+    """A draw from the device's generator, or None without dropout, which must not consume one."""
+    return torch.randint(2**62, (1,), device=like.device) if dropout_p > 0 else None
+
+
+def seeded_forward(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[Tensor, tuple]:
+    """packed_forward with a seed of its own -> y, what seeded_backward needs besides."""
+    seed = _seed(dropout_p, qkv)
+    y, lse = packed_forward(qkv, n_head, seed, dropout_p)
+    return y, (lse, seed)
+
+
+def seeded_backward(
+    dy: Tensor, qkv: Tensor, y: Tensor, state: tuple, n_head: int, dropout_p: float
+) -> Tensor:
+    lse, seed = state
+    return packed_backward(dy, qkv, y, lse, seed, n_head, dropout_p)
+
+
+def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
+    """The (B, H, T, T) bool mask of the scores that attention with this seed (1,) int64 keeps."""
+    mask = torch.empty(B, H, T, T, device=seed.device, dtype=torch.bool)
+    launch(_mask_kernel, B * H * triton.cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
+    return mask
+
+
 _forward = register(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p)"
     " -> (Tensor, Tensor)", forward, _outputs)  # fmt: skip
@@ -180,11 +206,6 @@ def unsupported(tensors: tuple[Tensor, ...], head_dim: int, dropout_p: float) ->
     return device_problem(tensors[0])
 
 
-def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
-    """A draw from the device's generator, or None without dropout, which must not consume one."""
-    return torch.randint(2**62, (1,), device=like.device) if dropout_p > 0 else None
-
-
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
@@ -194,24 +215,3 @@ def causal_attention(
 
 def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
     return _PackedAttention.apply(qkv, n_head, _seed(dropout_p, qkv), dropout_p)
-
-
-def seeded_forward(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[Tensor, tuple]:
-    """packed_forward with a seed of its own -> y, what seeded_backward needs besides."""
-    seed = _seed(dropout_p, qkv)
-    y, lse = packed_forward(qkv, n_head, seed, dropout_p)
-    return y, (lse, seed)
-
-
-def seeded_backward(
-    dy: Tensor, qkv: Tensor, y: Tensor, state: tuple, n_head: int, dropout_p: float
-) -> Tensor:
-    lse, seed = state
-    return packed_backward(dy, qkv, y, lse, seed, n_head, dropout_p)
-
-
-def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
-    """The (B, H, T, T) bool mask of the scores that attention with this seed (1,) int64 keeps."""
-    mask = torch.empty(B, H, T, T, device=seed.device, dtype=torch.bool)
-    launch(_mask_kernel, B * H * triton.cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
-    return mask

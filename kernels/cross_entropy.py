@@ -1,13 +1,15 @@
 """Mean cross entropy of logits (M, V), forward and backward.
 
-    lse = log(sum(exp(x)))      loss = mean over counted rows of (lse - x[target])
-    dx  = (exp(x - lse) - onehot(target)) * dloss / count,  and 0 in ignored rows
+    top = max(x)   total = sum(exp(x - top))
+    loss = mean over counted rows of (top - x[target]) + log(total)
+    dx   = (exp(x - top) / total - onehot(target)) * dloss / count,  and 0 in ignored rows
 
 Both passes read the logits once, in blocks of V, with the softmax in fp32: the forward keeps a
-running maximum and sum, the backward needs only the lse it left. `cross_entropy_` is both at once,
-for logits that nobody reads afterwards: they become their own gradient. A target that is neither in
-[0, V) nor the ignored index is never used as an address; its row's loss is NaN, so that the mistake
-shows.
+running maximum and sum, which are all that the backward needs. They stay apart: in
+top + log(total) logits of 1e6 would round the sum's logarithm to 1/16. `cross_entropy_` is both
+passes at once, for logits that nobody reads afterwards: they become their own gradient. A target
+that is neither in [0, V) nor the ignored index is never used as an address; its row's loss is NaN,
+so that the mistake shows.
 """
 
 import torch
@@ -21,8 +23,8 @@ from fastgpt.kernels._tuned import configured
 
 
 @triton.jit
-def _logsumexp(x_rows, rows, stride_xv, M, V, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_M,) fp32 of the rows at x_rows, read once."""
+def _top_and_total(x_rows, rows, stride_xv, M, V, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(BLOCK_M,) fp32 each, of the rows at x_rows, read once. A row of -inf has top 0, total 0."""
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -34,26 +36,27 @@ def _logsumexp(x_rows, rows, stride_xv, M, V, BLOCK_M: tl.constexpr, BLOCK_V: tl
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
         top = new_top
-    return tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
+    return tl.where(top == float("-inf"), 0.0, top), total
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, target_ptr,  # in:  (M, V), (M,) int64
-    loss_ptr, lse_ptr,  # out: (M,) fp32, (M,) fp32
+    x_ptr, target_ptr,             # in:  (M, V), (M,) int64
+    loss_ptr, top_ptr, total_ptr,  # out: (M,) fp32 each
     stride_xm, stride_xv, stride_t,
     M, V, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     x_rows = x_ptr + rows * stride_xm
-    lse = _logsumexp(x_rows, rows, stride_xv, M, V, BLOCK_M, BLOCK_V)
+    top, total = _top_and_total(x_rows, rows, stride_xv, M, V, BLOCK_M, BLOCK_V)
     target = tl.load(target_ptr + rows * stride_t, mask=rows < M, other=ignore_index)
     inside = (target >= 0) & (target < V)
     picked = tl.load(x_rows + target * stride_xv, mask=inside & (rows < M), other=float("nan"))
-    loss = tl.where(target == ignore_index, 0.0, lse - picked.to(tl.float32))
-    tl.store(loss_ptr + rows, loss, mask=rows < M)
-    tl.store(lse_ptr + rows, lse, mask=rows < M)
+    loss = (top - picked.to(tl.float32)) + tl.log(total)
+    tl.store(loss_ptr + rows, tl.where(target == ignore_index, 0.0, loss), mask=rows < M)
+    tl.store(top_ptr + rows, top, mask=rows < M)
+    tl.store(total_ptr + rows, total, mask=rows < M)
 
 
 @triton.jit
@@ -70,42 +73,45 @@ def _in_place_kernel(
     inside = (target >= 0) & (target < V)
     # before the sums, whose barriers keep every warp from overwriting it too early
     picked = tl.load(x_rows + target * stride_xv, mask=inside & (rows < M), other=float("nan"))
-    lse = _logsumexp(x_rows, rows, stride_xv, M, V, BLOCK_M, BLOCK_V)
+    top, total = _top_and_total(x_rows, rows, stride_xv, M, V, BLOCK_M, BLOCK_V)
     counted = target != ignore_index
-    loss = tl.where(counted, lse - picked.to(tl.float32), 0.0)
-    tl.store(loss_ptr + rows, loss, mask=rows < M)
+    loss = (top - picked.to(tl.float32)) + tl.log(total)
+    tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=rows < M)
+    of_exp = factor / total
     tl.debug_barrier()
     for start in range(0, V, BLOCK_V):  # a row read a moment ago: it comes from L2
         cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
         mask = (rows < M)[:, None] & (cols < V)[None, :]
         x_ptrs = x_rows[:, None] + cols[None, :] * stride_xv
         x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        p = tl.exp(x - lse[:, None])
-        dx = (p - tl.where(cols[None, :] == target[:, None], 1.0, 0.0)) * factor
+        hit = tl.where(cols[None, :] == target[:, None], factor, 0.0)
+        dx = tl.exp(x - top[:, None]) * of_exp[:, None] - hit
         dx = tl.where(counted[:, None], dx, 0.0)
         tl.store(x_ptrs, dx.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
-    x_ptr, target_ptr, lse_ptr, scale_ptr,  # in:  (M, V), (M,) int64, (M,) fp32, () fp32
-    dx_ptr,                                 # out: (M, V)
+    x_ptr, target_ptr,              # in:  (M, V), (M,) int64
+    top_ptr, total_ptr, scale_ptr,  # in:  (M,) fp32 each, () fp32
+    dx_ptr,                         # out: (M, V)
     stride_xm, stride_xv, stride_t,
     M, V, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     target = tl.load(target_ptr + rows * stride_t, mask=rows < M, other=ignore_index)
-    lse = tl.load(lse_ptr + rows, mask=rows < M, other=0.0)
     scale = tl.load(scale_ptr)
+    top = tl.load(top_ptr + rows, mask=rows < M, other=0.0)
+    of_exp = scale / tl.load(total_ptr + rows, mask=rows < M, other=1.0)
     counted = target != ignore_index
     for start in range(0, V, BLOCK_V):
         cols = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
         mask = (rows < M)[:, None] & (cols < V)[None, :]
         x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :] * stride_xv
         x = tl.load(x_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        p = tl.exp(x - lse[:, None])
-        dx = (p - tl.where(cols[None, :] == target[:, None], 1.0, 0.0)) * scale
+        hit = tl.where(cols[None, :] == target[:, None], scale, 0.0)
+        dx = tl.exp(x - top[:, None]) * of_exp[:, None] - hit
         dx = tl.where(counted[:, None], dx, 0.0)
         out = rows[:, None] * V + cols[None, :]
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -117,33 +123,37 @@ def _config(V: int) -> dict[str, int]:
     return dict(BLOCK_M=min(32, 4096 // block), BLOCK_V=block, num_warps=8)
 
 
-def _outputs(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
-def forward(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """x (M, V), targets (M,) -> per-row loss and lse, (M,) fp32."""
+def forward(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (M, V), targets (M,) -> per-row loss, top and total, (M,) fp32."""
     M, V = x.shape
     if targets.device.type == "cpu":
         _check_targets(targets, V, ignore_index)
-    loss, lse = _outputs(x, targets, ignore_index)
+    loss, top, total = _outputs(x, targets, ignore_index)
     config = configured(x, "cross_entropy", _config, V)
-    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, loss, lse,
-           *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
-    return loss, lse
+    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, loss, top,
+           total, *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
+    return loss, top, total
 
 
-def _gradient(x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+def _gradient(
+    x: Tensor, targets: Tensor, top: Tensor, total: Tensor, scale: Tensor, ignore_index: int
+) -> Tensor:
     return torch.empty(x.shape, device=x.device, dtype=x.dtype)
 
 
-def backward(x: Tensor, targets: Tensor, lse: Tensor, scale: Tensor, ignore_index: int) -> Tensor:
+def backward(
+    x: Tensor, targets: Tensor, top: Tensor, total: Tensor, scale: Tensor, ignore_index: int
+) -> Tensor:
     """scale () fp32 is dloss / count -> dx (M, V)."""
     M, V = x.shape
-    dx = _gradient(x, targets, lse, scale, ignore_index)
+    dx = _gradient(x, targets, top, total, scale, ignore_index)
     config = configured(x, "cross_entropy", _config, V)
-    launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, lse, scale, dx,
+    launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, top, total, scale, dx,
            *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
     return dx
 
@@ -168,27 +178,28 @@ def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
 
 
 _forward = register(
-    "cross_entropy_forward(Tensor x, Tensor targets, int ignore_index) -> (Tensor, Tensor)",
+    "cross_entropy_forward(Tensor x, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor)",
     forward, _outputs)  # fmt: skip
 _backward = register(
-    "cross_entropy_backward(Tensor x, Tensor targets, Tensor lse, Tensor scale, int ignore_index)"
-    " -> Tensor", backward, _gradient)  # fmt: skip
+    "cross_entropy_backward(Tensor x, Tensor targets, Tensor top, Tensor total, Tensor scale, "
+    "int ignore_index) -> Tensor", backward, _gradient)  # fmt: skip
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, targets, ignore_index):
-        loss, lse = _forward(x, targets, ignore_index)
+        loss, *top_and_total = _forward(x, targets, ignore_index)
         count = (targets != ignore_index).sum()
-        ctx.save_for_backward(x, targets, lse, count)
+        ctx.save_for_backward(x, targets, count, *top_and_total)
         ctx.ignore_index = ignore_index
         return loss.sum() / count
 
     @staticmethod
     def backward(ctx, dloss):
         differentiable_once()
-        x, targets, lse, count = ctx.saved_tensors
-        return _backward(x, targets, lse, dloss / count, ctx.ignore_index), None, None
+        x, targets, count, *top_and_total = ctx.saved_tensors
+        dx = _backward(x, targets, *top_and_total, dloss / count, ctx.ignore_index)
+        return dx, None, None
 
 
 def unsupported(tensors: tuple[Tensor, ...]) -> str | None:

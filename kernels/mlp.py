@@ -35,41 +35,6 @@ def _cublas_dgrad(
     return registered_backward(dy @ w, h, tanh, with_bias, with_output)
 
 
-class Gemms(NamedTuple):
-    """The two GEMMs, and the ops that are made of them."""
-
-    # x, w, b, tanh -> h, gelu(h)
-    forward: Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
-    # dy, w, h, tanh, with_bias, with_output -> dh; gelu(h) or (0,); db or (0,)
-    dgrad: Callable[[Tensor, Tensor, Tensor, bool, bool, bool], tuple[Tensor, Tensor, Tensor]]
-
-    def unsupported(self, tensors: tuple[Tensor, ...]) -> str | None:
-        """Why these kernels cannot run on such tensors, or None."""
-        if any(t.dtype != tensors[0].dtype for t in tensors):
-            return f"dtypes differ: {', '.join(str(t.dtype) for t in tensors)}"
-        return device_problem(tensors[0])
-
-    def linear_gelu(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none"
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = _LinearGelu.apply(rows, weight, bias, approximate == "tanh", self)
-        return y.view(*x.shape[:-1], weight.shape[0])
-
-    def mlp(
-        self,
-        x: Tensor,
-        fc_weight: Tensor,
-        fc_bias: Tensor | None,
-        proj_weight: Tensor,
-        proj_bias: Tensor | None,
-        approximate: str = "none",
-    ) -> Tensor:
-        rows, tanh = x.reshape(-1, x.shape[-1]), approximate == "tanh"
-        y = _Mlp.apply(rows, fc_weight, fc_bias, proj_weight, proj_bias, tanh, self)
-        return y.view(*x.shape[:-1], proj_weight.shape[0])
-
-
 class _LinearGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, tanh, gemms):
@@ -108,6 +73,41 @@ class _Mlp(torch.autograd.Function):
         dw2 = dy.t() @ a if needs_w2 else None
         db2 = dy.sum(0) if needs_b2 else None
         return dx, dw1, db1 if needs_b1 else None, dw2, db2, None, None
+
+
+class Gemms(NamedTuple):
+    """The two GEMMs, and the ops that are made of them."""
+
+    # x, w, b, tanh -> h, gelu(h)
+    forward: Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+    # dy, w, h, tanh, with_bias, with_output -> dh; gelu(h) or (0,); db or (0,)
+    dgrad: Callable[[Tensor, Tensor, Tensor, bool, bool, bool], tuple[Tensor, Tensor, Tensor]]
+
+    def unsupported(self, tensors: tuple[Tensor, ...]) -> str | None:
+        """Why these kernels cannot run on such tensors, or None."""
+        if any(t.dtype != tensors[0].dtype for t in tensors):
+            return f"dtypes differ: {', '.join(str(t.dtype) for t in tensors)}"
+        return device_problem(tensors[0])
+
+    def linear_gelu(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none"
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = _LinearGelu.apply(rows, weight, bias, approximate == "tanh", self)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def mlp(
+        self,
+        x: Tensor,
+        fc_weight: Tensor,
+        fc_bias: Tensor | None,
+        proj_weight: Tensor,
+        proj_bias: Tensor | None,
+        approximate: str = "none",
+    ) -> Tensor:
+        rows, tanh = x.reshape(-1, x.shape[-1]), approximate == "tanh"
+        y = _Mlp.apply(rows, fc_weight, fc_bias, proj_weight, proj_bias, tanh, self)
+        return y.view(*x.shape[:-1], proj_weight.shape[0])
 
 
 cublas = Gemms(_cublas_forward, _cublas_dgrad)

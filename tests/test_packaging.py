@@ -29,14 +29,14 @@ LAYERS = """
     checks implementations.sdpa implementations.flash_attn implementations.aten
     linear_cross_entropy
     backend
-    ops
+    ops optim
     fused.launchers [kernels]
     fused.block fused.embedding
     fused.untouched
     fused.whole
     sampling
     model
-    optim examples
+    examples
     train_step environment checkpoint
     commands
     cli

@@ -169,7 +169,8 @@ def _placed(
     for found in records:
         for row in found["rows"]:
             if test := results.flagged(row, doubts):
-                row["flag"] = f"the GPU suite failed: {test}"
+                also = f"; {row['flag']}" if "flag" in row else ""
+                row["flag"] = f"the GPU suite failed: {test}{also}"
         content = (json.dumps(found, indent=1) + "\n").encode()
         path = record.path_of(found, root / "bench/results")
         while path in taken:  # of the same second

@@ -31,9 +31,6 @@ EXTENSION = """
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastgpt_probe", NULL, -1, NULL};
 PyMODINIT_FUNC PyInit_fastgpt_probe(void) { return PyModule_Create(&module); }
 """
-# The op's row would time PyTorch else. Attention is cuDNN's, which PyTorch calls, on most GPUs.
-MUST_BE_OURS = ("layer_norm", "add_layer_norm", "linear_gelu", "mlp", "cross_entropy",
-                "linear_cross_entropy", "block", "adamw")  # fmt: skip
 Facts = dict[str, Any]
 
 
@@ -147,12 +144,14 @@ def kernel(out: Path) -> Facts:
 
 
 def backend(out: Path) -> Facts:
+    from fastgpt import backend as table
     from fastgpt import backend_report
 
     report = backend_report()
     facts = {op: f"{choice.implementation}: {choice.reason}" for op, choice in report.items()}
-    theirs = [op for op in MUST_BE_OURS if report[op].implementation in ("torch", "none")]
-    # where a measurement chose PyTorch, it is right to run
+    # attention is PyTorch's where nobody measured, and any op where a measurement chose that
+    ours = [op for op, entry in table.OPS.items() if entry.unmeasured != "torch"]
+    theirs = [op for op in ours if report[op].implementation in ("torch", "none")]
     theirs = [op for op in theirs if not report[op].reason.startswith("measured")]
     if theirs and not rehearsing():
         raise Refused(f"{theirs[0]} would run in PyTorch: {report[theirs[0]].reason}")

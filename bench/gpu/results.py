@@ -41,7 +41,7 @@ _OPS = {
     "long_contexts": ("causal_attention",),
     "time_strides": ("packed_causal_attention",),
 }
-_LAUNCHERS = {"fc + GELU": "linear_gelu", "proj dgrad + dGELU": "mlp",
+_LAUNCHERS = {"fc + GELU": "linear_gelu", "proj dgrad + dGELU": "mlp", "fc weight gradient": "mlp",
               "AdamW, clip and copy": "adamw"}  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import contextlib
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from bench.gpu.stages import PREFLIGHT, STAGES, Stage
 
 RUNNING, DONE = "running", "done"
 MAX_TRIES = 2
+SCRATCH = "scratch"  # beside the folders of the stages, and empty between them
 
 
 class Stopped(BaseException):
@@ -61,6 +61,7 @@ class Session:
                 raise ValueError(f"{path} is {kind}, this call is not: give another --out")
             self.state = state
         self.work = store.work_folder(self.state)
+        shutil.rmtree(self.work / SCRATCH, ignore_errors=True)  # of a driver that was killed
         if (tar := path.with_name(store.TAR)).exists() and self.state["calls"]:
             store.unpack(tar, self.work)
         self.state["work"] = str(self.work)
@@ -225,7 +226,8 @@ class Session:
     def _run(self, stage: Stage, seconds: float) -> keeper.Outcome:
         folder = stage.out(self.work)
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix="fastgpt-stage-"))
+        scratch = self.work / SCRATCH
+        scratch.mkdir()
         try:
             values = self.given.values() | {"out": folder, "seconds": int(0.85 * seconds)}
             limits = self.limits._replace(seconds=seconds)

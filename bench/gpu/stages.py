@@ -48,13 +48,13 @@ B4 = f"{TRAIN} --batch-size {{small}} --rounds {{rounds}} --steps {{steps}} --va
 OWN = "fastgpt fastgpt-nologits fastgpt-step fastgpt-step-graph"
 # the record is written after every variant: what is cut off comes last
 COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt fastgpt-compile fastgpt-compile-ops"
-COMPILED += " nanogpt fastgpt-nologits liger-fused"  # so that its record shows all there is
+MORE = "nanogpt fastgpt-nologits liger-fused"  # so that one record shows all there is
 PROFILE = "bench.profiler --out {out} --size {size} --batch-size {large} --variant"
 OPS = (
     "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
 )
 OPS += " --seconds {sampling} --op"
-BESIDE = "bench.launchers --tokens {tokens} --width {width} --parameters {parameters}"
+BESIDE = "bench.kernels_alone --tokens {tokens} --width {width} --parameters {parameters}"
 BESIDE += " --seconds {sampling} --op"
 
 
@@ -72,8 +72,8 @@ STAGES = (
     Stage("suite", f"{SUITE} ops", 190, 60, fine=(0, 1)),
     Stage("gemm", "bench.gpu.gemms --tokens {tokens} --width {width} --vocabulary {vocabulary}"
           " --seconds {sampling}", 30, 12),
-    Stage("train-b16", f"{B16} eager nanogpt {OWN} liger-fused liger", 120, 40),
-    Stage("train-b16-compiled", f"{B16} eager {COMPILED}", 340, 140),
+    Stage("train-b16", f"{B16} eager nanogpt {OWN} liger-fused", 120, 40),
+    Stage("train-b16-compiled", f"{B16} eager {COMPILED} {MORE}", 340, 140),
     Stage("suite-huge", f"{SUITE} huge", 120, 40, fine=(0, 1)),
     Stage("profile-step", f"{PROFILE} fastgpt-step", 60, 25),
     Stage("profile-compile", f"{PROFILE} {{compile}}", 120, 60),
@@ -86,9 +86,9 @@ STAGES = (
     Stage("curves", "bench.curves --data {data} --size {size} --batch-size {large} --block-size {T}"
           " --steps 1000 --out {out}/records", 300, 150, needs="data"),
     # what has never met a GPU, and may hang or fault
-    Stage("own-gemm", f"{BESIDE} fc dgrad", 45, 20, last=True),
-    Stage("specialized", "bench.specialized --tokens {tokens} --width {width}", 45, 20, last=True,
-          gpu=True),
+    Stage("own-gemm", f"{BESIDE} wgrad fc dgrad", 45, 20, last=True),
+    Stage("suite-races", f"{SUITE} races", 60, 20, last=True, gpu=True, fine=(0, 1)),
+    Stage("specialized", f"{BESIDE} specialized", 45, 20, last=True, gpu=True),
     *(_op(name, last=True) for name in (
         "linear_gelu", "mlp", "causal_attention", "packed_causal_attention")),
     Stage("tune", "fastgpt tune --seconds {seconds}", 330, 60, last=True, gpu=True),

@@ -8,9 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastgpt.timing import Variants as Variants
-from fastgpt.timing import host_sample
-from fastgpt.timing import in_turns as in_turns
+from fastgpt.timing import host_sample, in_turns
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

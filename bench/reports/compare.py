@@ -1,26 +1,28 @@
-"""Is fastgpt slower than at the last run? `make bench-compare`; exit status 1 if it is.
+"""Is fastgpt slower than at the last run? `python -m bench.reports.compare` exits with 1 if it is.
 
 A run is held against the last one before it on the same device with the same settings. What is
 compared is each variant's time over eager's in the same round of the same run: a machine that is
-slower today slows both. fastgpt's rows fail if
+slower today slows both. (pytest-benchmark, which compares ops, knows nothing of rounds.) fastgpt's
+rows fail if
 
     the median of the ratios grew by more than 3 %, and
     a rank test finds growth (Mann-Whitney, one-sided, at 5 % shared by all of fastgpt's rows),
 
-or if a row that had a time is refused one now. The rank test asks how often chance alone would
-order the rounds of both runs like this; it assumes no shape of the noise and no outlier moves it
-much. What it cannot see is what differs between two processes and not between rounds: that is what
-the 3 % are for. The other variants are shown, for an eager that changed moves all of them.
+or if a row that had a time has none now or is flagged now. The rank test assumes no shape of the
+noise, and no outlier moves it much. It sees differences between rounds, but not what differs
+between two processes: that is what the 3 % are for. The other variants are shown, for an eager that
+changed moves all of them.
 """
 
 import argparse
-import itertools
 import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scipy.stats import mannwhitneyu
 
 from bench.harness import record
 from bench.harness.record import Record
@@ -56,11 +58,16 @@ def baseline(run: Record, records: Sequence[Record]) -> Record | None:
 def compare(old: Record, new: Record) -> list[Verdict]:
     """A verdict per row that both runs have."""
     before, now = ratios(old), ratios(new)
-    problems = {_key(row): row["problem"] for row in new["rows"] if "problem" in row}
+    problems = _texts(new, "problem")
+    known, flags = (_texts(run, "flag") for run in (old, new))
+    new_doubts = {key: flag for key, flag in flags.items() if key not in known}
     ours = [key for key in before.keys() & now.keys() if _ours(key)]
     alpha = ALPHA / max(len(ours), 1)
     verdicts = []
     for key, was in before.items():
+        if key in now and key in new_doubts:
+            verdicts.append(Verdict(key, f"to be doubted now: {new_doubts[key]}", _ours(key)))
+            continue
         if key in now:
             verdicts.append(_judge(key, was, now[key], alpha))
             continue
@@ -80,6 +87,10 @@ def ratios(found: Record) -> dict[Key, list[float]]:
         for key, (eager, own) in pairs.items()
         if eager and key[-1] != YARDSTICK
     }
+
+
+def _texts(run: Record, field: str) -> dict[Key, str]:
+    return {_key(row): row[field] for row in run["rows"] if field in row}
 
 
 def _key(row: dict[str, Any]) -> Key:
@@ -112,31 +123,11 @@ def _judge(key: Key, was: list[float], now: list[float], alpha: float) -> Verdic
 
 
 def chance(old: Sequence[float], new: Sequence[float]) -> float:
-    """How often chance would rank `new` this high above `old` if both were drawn alike.
-
-    The one-sided Mann-Whitney test: exact for few samples, ties included, else by the normal
-    approximation with tie and continuity corrections.
-    """
-    n, m = len(old), len(new)
-    ranks = _ranks([*old, *new])
-    observed = sum(ranks[n:])
-    if math.comb(n + m, m) <= 20_000:
-        sums = [sum(chosen) for chosen in itertools.combinations(ranks, m)]
-        return sum(s >= observed for s in sums) / len(sums)
-    total = n + m
-    ties = sum(count**3 - count for count in map(ranks.count, set(ranks)))
-    variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
-    if variance == 0:  # all alike
-        return 1.0
-    z = (observed - m * (total + 1) / 2 - 0.5) / math.sqrt(variance)
-    return 1 - statistics.NormalDist().cdf(z)
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """1 for the smallest; equal values share the mean of their ranks."""
-    ordered = sorted(values)
-    first = {value: i for i, value in reversed(list(enumerate(ordered, 1)))}
-    return [first[value] + (ordered.count(value) - 1) / 2 for value in values]
+    """How often chance would rank `new` this high above `old` if both were drawn alike: the
+    one-sided Mann-Whitney test. Equal samples have a p of 1."""
+    if len({*old, *new}) == 1:
+        return 1.0  # scipy gives NaN
+    return float(mannwhitneyu(new, old, alternative="greater").pvalue)
 
 
 def _about(found: Record) -> str:

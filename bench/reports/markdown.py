@@ -36,11 +36,15 @@ def how(run: Record) -> str:
     return ", ".join(f"{key}: {settings[key]}" for key in HOW if key in settings)
 
 
-def figures(run: Record) -> str:
-    """The table of a record's rows that have any."""
+def cells(run: Record) -> tuple[list[str], list[list[str]]]:
+    """The header, and a line of cells for every row of a record that has figures."""
     columns = COLUMNS.get(run["bench"], OTHERWISE)
     timed = [row for row in run["rows"] if "problem" not in row]
-    return table(list(columns), [[cell(row) for cell in columns.values()] for row in timed])
+    return list(columns), [[cell(row) for cell in columns.values()] for row in timed]
+
+
+def figures(run: Record) -> str:
+    return table(*cells(run))
 
 
 def _field(name: str, form: str, scale: float = 1.0) -> Cell:

@@ -72,7 +72,7 @@ def _unigram_loss(vocab_size: int) -> float:
 def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
     """Training steps of fastgpt and of eager PyTorch in turns: a busy machine slows both."""
     ours, eager = _quiet_trainer(config), _quiet_trainer(config)
-    eager.engine = _nanogpts_step(eager)
+    eager.take_step = _nanogpts_step(eager)
     tokens = steps * config.batch_size * config.block_size
     rates: dict[str, list[float]] = {"auto": [], "torch": []}
     end = time.perf_counter() + seconds

@@ -119,8 +119,8 @@ def _run_launchers(dtype: torch.dtype) -> None:
     attention.dropout_mask(seed, 1, H, 1024, 0.1)
     for V in (65, 50304):
         logits, targets, scale = meta(M, V), meta(M, dtype=torch.int64), meta(dtype=torch.float32)
-        _, lse = cross_entropy.forward(logits, targets, -1)
-        cross_entropy.backward(logits, targets, lse, scale, -1)
+        _, top, total = cross_entropy.forward(logits, targets, -1)
+        cross_entropy.backward(logits, targets, top, total, scale, -1)
         cross_entropy.cross_entropy_(logits, targets, -1, 1.0)
     table, chunks = meta(148, 6, dtype=torch.int64), meta(M, 2, dtype=torch.int64)
     clip, decay, corrections = (meta(*s, dtype=torch.float32) for s in ((), (148,), (148, 2)))
@@ -167,17 +167,20 @@ def compile_specimen(specimen: Specimen) -> dict[str, Any]:
     import importlib
 
     import triton
-    from triton.backends.compiler import GPUTarget
+    from triton.backends import compiler
     from triton.compiler import ASTSource
 
+    attributes: Any = {(i,): [["tt.divisibility", 16]] for i in specimen.divisible}
+    if hasattr(compiler, "AttrsDescriptor"):  # before Triton 3.3
+        attributes = compiler.AttrsDescriptor.from_hints(dict.fromkeys(specimen.divisible, 16))
     source = ASTSource(
         getattr(importlib.import_module(specimen.module), specimen.kernel),
         dict(specimen.signature),
         dict(specimen.constants),
-        {(i,): [["tt.divisibility", 16]] for i in specimen.divisible},
+        attributes,
     )
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", specimen.arch, 32), options=dict(specimen.options)
+        source, target=compiler.GPUTarget("cuda", specimen.arch, 32), options=dict(specimen.options)
     )
     registers, spills = _read_machine_code(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
@@ -205,9 +208,7 @@ def _config(specimen: Specimen) -> dict[str, Any]:
 
 def _read_machine_code(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and spill instructions, by the cuobjdump that comes with triton."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = _tools() / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -221,6 +222,21 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int]:
     if registers is None:
         raise RuntimeError(f"cuobjdump printed no register count: {usage[:200]!r}")
     return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass))
+
+
+def _tools() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def compilable() -> list[str]:
+    """What the assemblers that come with this Triton know: 3.2's end at sm_90."""
+    helps = [
+        subprocess.run([tool, "--help"], capture_output=True, text=True, check=True).stdout
+        for tool in _tools().glob("ptxas*")
+    ]
+    return [f"sm_{arch}" for arch in SHARED_LIMITS if f"'sm_{arch}'" in "".join(helps)]
 
 
 def rows(
@@ -240,11 +256,10 @@ def rows(
 
 
 def _parse_arch(name: str) -> int:
-    match = re.fullmatch(r"sm_(\d{2,3})", name)
-    if not match or int(match[1]) not in SHARED_LIMITS:
-        known = ", ".join(f"sm_{arch}" for arch in SHARED_LIMITS)
-        raise ValueError(f"unknown arch {name!r}; use one of {known}")
-    return int(match[1])
+    known = compilable()
+    if name not in known:
+        raise ValueError(f"unknown arch {name!r}; this Triton compiles for {', '.join(known)}")
+    return int(name.removeprefix("sm_"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -255,7 +270,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    compiled = rows(args.arch or ARCHS, args.dtype or DTYPES, args.kernel or ("",))
+    archs = args.arch or [arch for arch in ARCHS if arch in compilable()]
+    compiled = rows(archs, args.dtype or DTYPES, args.kernel or ("",))
     if args.json:
         print(json.dumps(compiled, indent=1))
         return 0

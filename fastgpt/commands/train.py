@@ -84,17 +84,17 @@ def train(config: TrainConfig) -> Result:
     with _ctrl_c_noted() as pressed:
         while True:
             over = trainer.fraction() >= 1 or bool(pressed)
-            if over or trainer.step % config.eval_every == 0:
+            if over or trainer.steps_done % config.eval_every == 0:
                 # first: a loss that is not finite must not be saved
-                progress.show(trainer.step, trainer.fraction())
+                progress.show(trainer.steps_done, trainer.fraction())
                 val_loss = trainer.validate()
-                progress.note(f"step {trainer.step:,}: validation loss {val_loss:.4f}")
-                if trainer.step > 0:
+                progress.note(f"step {trainer.steps_done:,}: validation loss {val_loss:.4f}")
+                if trainer.steps_done > 0:
                     trainer.save()
             if over:
-                return Result(trainer.model, trainer.step, val_loss, bool(pressed))
+                return Result(trainer.model, trainer.steps_done, val_loss, bool(pressed))
             loss = trainer.train_step()
-            progress.add(loss, trainer.step, trainer.fraction())
+            progress.add(loss, trainer.steps_done, trainer.fraction())
 
 
 class Trainer:
@@ -128,8 +128,8 @@ class Trainer:
             compile=config.compile,
         )
         self.optimizer, self.scaler = step.optimizer, step.scaler
-        self.engine: Callable[[Sequence[Batch]], Tensor] = step
-        self.step = 0
+        self.take_step: Callable[[Sequence[Batch]], Tensor] = step
+        self.steps_done = 0
         self.best_val_loss = math.inf
         self.started = time.perf_counter()
         if saved is not None:
@@ -158,13 +158,15 @@ class Trainer:
     def fraction(self) -> float:
         """How much of the run is done, 1 or more at its end."""
         limit = self.config.minutes
-        return self.step / self.config.steps if limit is None else self.seconds() / (60 * limit)
+        if limit is not None:
+            return self.seconds() / (60 * limit)
+        return self.steps_done / self.config.steps
 
     def learning_rate(self) -> float:
         """Linear warm-up under a cosine from lr to min_lr."""
         cfg = self.config
         cosine = 0.5 * (1 + math.cos(math.pi * min(self.fraction(), 1)))
-        warmup = min((self.step + 1) / (cfg.warmup + 1), 1)
+        warmup = min((self.steps_done + 1) / (cfg.warmup + 1), 1)
         return warmup * (cfg.min_lr + cosine * (cfg.lr - cfg.min_lr))
 
     def train_step(self) -> Tensor:
@@ -172,13 +174,13 @@ class Trainer:
         cfg, lr, T = self.config, self.learning_rate(), self.model.config.block_size
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.engine(
+        loss = self.take_step(
             [
                 data.random_batch(self.train_ids, cfg.batch_size, T, self.data_rng, self.device)
                 for _ in range(cfg.grad_accum)
             ]
         )
-        self.step += 1
+        self.steps_done += 1
         return loss
 
     def validate(self) -> float:
@@ -201,7 +203,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "model_args": self.model_args,
-            "iter_num": self.step,
+            "iter_num": self.steps_done,
             "best_val_loss": self.best_val_loss,
             "config": asdict(self.config) | {"dataset": _dataset(Path(self.config.data))},
             "fastgpt": ours,
@@ -212,7 +214,7 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.optimizer.copy_weights()
-        self.step, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
+        self.steps_done, self.best_val_loss = saved["iter_num"], float(saved["best_val_loss"])
         if (ours := saved.get("fastgpt")) is None:
             return  # nanoGPT's own: batches and dropout start from our seed
         self.started -= ours["seconds"]

@@ -4,21 +4,31 @@ Functions on tensors without autograd, with the arguments and results of the lau
 so that the units of the fused path do not know which of the two they call.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import reference
-from fastgpt.kernels._autograd import differentiable_once
+from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 
 aten = torch.ops.aten
 
 
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (M, K) @ b (K, N) in `dtype`, from the accumulator if it can."""
+    if a.is_cuda and dtype != a.dtype and "dtype" in aten.mm.overloads():  # PyTorch 2.8
+        return torch.mm(a, b, out_dtype=dtype)
+    if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may not fit into fp16
+        with torch.autocast(a.device.type, enabled=False):
+            return a.float() @ b.float()
+    return (a @ b).to(dtype)
+
+
 def wgrad(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dy.T @ x: dy (M, N), x (M, K) -> (N, K) in `dtype`, from the accumulator if it can."""
-    if dy.is_cuda and dtype != dy.dtype and "dtype" in aten.mm.overloads():  # PyTorch 2.8
-        return torch.mm(dy.t(), x, out_dtype=dtype)
-    return (dy.t() @ x).to(dtype)
+    """dy.T @ x: dy (M, N), x (M, K) -> (N, K) in `dtype`."""
+    return matmul(dy.t(), x, dtype)
 
 
 def norm(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype):
@@ -70,7 +80,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, factor: f
     In strips of rows that stay in the cache. The loss is (max - picked) - log p(max), which is as
     exact as logsumexp and needs no second pass.
     """
-    losses = torch.empty(logits.shape[0], device=logits.device)
+    losses = torch.empty(logits.shape[0], device=logits.device, dtype=torch.float32)
     for start in range(0, logits.shape[0], 32):
         strip, ids = logits[start : start + 32], targets[start : start + 32, None]
         counted = ids != ignore_index
@@ -82,20 +92,26 @@ def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, factor: f
         loss = top - picked - p.gather(1, at).log()
         losses[start : start + 32] = loss.where(counted, 0).squeeze(1)
         p.scatter_add_(1, ids, torch.full_like(picked, -1.0))
-        p *= counted * factor
+        p *= counted.float() * factor  # not bool * factor, whose dtype is the default one
         if p is not strip:
             strip.copy_(p)
     return losses
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient is made with the loss, while the logits are in the cache, in a copy of them."""
+    """The gradient is made with the loss, while the logits are in the cache, in a copy of them.
+
+    fp16 would flush most of it to zero before the loss scale arrives: there the copy is larger by
+    a power of two, so that scaling it down rounds no second time where dloss is one too.
+    """
 
     @staticmethod
     def forward(ctx, logits, targets, ignore_index):
         count = (targets != ignore_index).sum()
+        n = max(count.item(), 1)
+        ctx.unit = 2.0 ** (14 + math.floor(math.log2(n))) if logits.dtype == torch.float16 else 1.0
         dlogits = logits.clone(memory_format=torch.contiguous_format)
-        losses = cross_entropy_(dlogits, targets, ignore_index, 1.0 / max(count.item(), 1))
+        losses = cross_entropy_(dlogits, targets, ignore_index, ctx.unit / n)
         ctx.save_for_backward(dlogits)
         return losses.sum() / count
 
@@ -103,9 +119,17 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         differentiable_once()
         (dlogits,) = ctx.saved_tensors
-        # as after loss.backward(); nobody writes to an incoming gradient
-        scaled = dlogits if dloss == 1 else (dlogits.float() * dloss).to(dlogits.dtype)
-        return scaled, None, None
+        scale = dloss / ctx.unit
+        if scale != 1:
+            return scaled(dlogits, scale, dlogits.dtype), None, None
+        # as after loss.backward(): the copy is the gradient, and the caller's, who may write to it;
+        # unless the graph is kept for another backward
+        return dlogits.clone() if graph_is_kept() else dlogits, None, None
+
+
+def scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """t * scale, a scalar tensor that must not be rounded to t's dtype first, in `dtype`."""
+    return (t.float() * scale).to(dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import decode
-from bench.harness import fit, machine
+from bench.harness import machine, memory_budget
 from bench.peers import models
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_absent_peers_say_so_and_the_rest_runs(tmp_path):
 
 
 def test_too_large_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(memory_budget, "free_bytes", lambda device: 2**20)
     rows = bench(tmp_path, "eager fastgpt")["rows"]
     assert all(row["problem"].endswith(" GiB are missing") for row in rows)
 

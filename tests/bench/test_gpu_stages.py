@@ -36,12 +36,14 @@ def test_what_was_carried_is_what_stages_are_given(tmp_path, monkeypatch):
     assert not site.exists()
     monkeypatch.setenv("NANOGPT_DIR", str(tmp_path / "elsewhere"))
     assert "NANOGPT_DIR" not in one.environment()
+    one.forget()
 
 
 class Parsed(Exception):
     """The arguments were understood."""
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("sizes", ["REAL", "TOY"])
 @pytest.mark.parametrize("stage", [stages.PREFLIGHT, *stages.STAGES], ids=lambda s: s.name)
 def test_every_stage_is_a_command_that_exists(stage, sizes, tmp_path, monkeypatch):
@@ -65,8 +67,8 @@ def test_our_own_comes_last_and_each_op_is_alone():
     assert names[0] == "suite" and len(names) == len(set(names))
     last = [stage.last for stage in stages.STAGES]
     assert last == sorted(last) and {"own-gemm", "tune"} <= set(names[last.index(True) :])
-    with_op = {word for stage in stages.STAGES for word in stage.command.split()}
-    assert set(backend.OPS) - {"block"} <= with_op  # those have no op to call
+    ops = {stage.name[3:] for stage in stages.STAGES if stage.name.startswith("op-")}
+    assert ops <= set(backend.OPS) and len(ops) >= 8
 
 
 @pytest.mark.skipif(os.environ.get("FASTGPT_DEEP") != "1", reason="minutes; make test-deep")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.close import DEVICE
 from tests.gpu import __main__ as suite
-from tests.gpu.__main__ import HUGE, KERNELS, SHARED
+from tests.gpu.__main__ import HUGE, KERNELS, RACES, SHARED
 from tests.gpu.shard import outcomes
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_collects_with_torch_triton_and_pytest_only():
-    files = [HUGE, *SHARED, *(f"tests/{name}.py" for name in KERNELS)]
+    files = [HUGE, RACES, *SHARED, *(f"tests/{name}.py" for name in KERNELS)]
     code = f"import sys, pytest; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
     code += f"sys.exit(pytest.main(['--collect-only', *{files}]))"
     done = run("-c", code, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import launchers, ops, profiler
-from bench.harness import op_cases, record, roofline, timeline
+from bench import kernels_alone, ops, profiler
+from bench.harness import op_cases, roofline, timeline
 from bench.harness.roofline import Ceilings, Shape, Work
 from bench.peers import models, training
 from bench.peers.ops import Peer
@@ -48,12 +48,12 @@ def test_kernels_pass_the_check_and_are_timed_beside_eager(op):
 
 
 def test_what_only_the_fused_path_calls_is_checked_and_timed(monkeypatch):
-    rows = launchers.measure(CPU, torch.float16, 16, 64, 40_000, 0.01)
+    rows = kernels_alone.measure(CPU, torch.float16, 16, 64, 40_000, 0.01)
     assert not [row["problem"] for row in rows if "problem" in row]
-    assert len(rows) == 8 and all(row["microseconds"] > 0 for row in rows)
+    assert len(rows) == 10 and all(row["microseconds"] > 0 for row in rows)
     with monkeypatch.context() as patch:
         patch.setattr(AdamW, "step", lambda self: None)
-        rows = launchers.measure(CPU, torch.float16, 16, 64, 40_000, 0.01)
+        rows = kernels_alone.measure(CPU, torch.float16, 16, 64, 40_000, 0.01)
     (refused,) = (row for row in rows if "problem" in row)
     assert refused["op"].startswith("AdamW") and "away from eager" in refused["problem"]
 
@@ -101,31 +101,59 @@ def test_gradients_made_in_the_forward_are_timed_with_it_only():
 )
 def test_sizes_that_cannot_be_measured(wrong):
     parser = argparse.ArgumentParser()
-    ops.add_options(parser.add_argument)
+    ops.add_arguments(parser)
     with pytest.raises(ValueError, match=f"{wrong[0]} {wrong[1]}.* must be"):
-        ops.Run(parser.parse_args(["--device", "cpu", *wrong]))
+        ops.OpsRecord(parser.parse_args(["--device", "cpu", *wrong]))
 
 
-def test_pytest_benchmark_shows_the_samples_of_the_record(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    saved = tmp_path / "benchmark.json"
+def pytest_benchmark(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "bench/pytest_ops.py", "--benchmark-only"]
-    command += ["-k", "test_op[layer_norm-forward", f"--benchmark-json={saved}", "--device=cpu"]
-    command += ["--tokens=8", "--width=64", "--seconds=0.01", f"--results={tmp_path / 'results'}"]
-    # compiling is another test's business, and threads wait for each other on a busy machine
-    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
-    (found,) = record.load_all(tmp_path / "results")
-    assert f"ops-{found['date'][:4]}" in run.stdout and found["settings"]["only"] == ["layer_norm"]
-    shown = {
-        b["params"]["variant"]: b["stats"]["data"]
-        for b in json.loads(saved.read_text())["benchmarks"]
-    }
-    assert {"eager", "fastgpt"} <= shown.keys()
-    for row in found["rows"]:
-        if row.get("direction") == "forward":
-            assert shown[row["variant"]] == row["seconds"]
+    command += ["--device=cpu", "--tokens=8", "--width=64", f"--benchmark-storage={folder}", *args]
+    # not as a worker of whatever runs these tests in parallel; compiling is another test's
+    # business, and threads wait for each other on a busy machine
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_pytest_benchmark_times_calls_saves_and_compares_them(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    only = ("-k", "test_op[layer_norm-forward", "--rounds=5")
+    first = pytest_benchmark(tmp_path, *only, "--benchmark-autosave")
+    assert first.returncode == 0, first.stdout
+    (saved,) = tmp_path.glob("*/*.json")
+    found = json.loads(saved.read_text())
+    timed = {b["params"]["variant"]: b["stats"] for b in found["benchmarks"]}
+    assert {"eager", "fastgpt"} <= timed.keys()
+    assert all(stats["rounds"] == 5 and stats["min"] > 0 for stats in timed.values())
+
+    for entry in found["benchmarks"]:  # as if it had taken no time
+        entry["stats"]["median"] /= 1e6
+    saved.write_text(json.dumps(found))
+    options = ("--benchmark-compare", "--benchmark-compare-fail=median:3%")
+    second = pytest_benchmark(tmp_path, *only, *options)
+    assert second.returncode != 0 and "Performance has regressed" in second.stdout + second.stderr
+
+
+def test_pytest_benchmark_fails_what_computes_something_else(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from bench.peers import ops\n"
+        "from fastgpt import reference\n"
+        "def peers(op):\n"
+        "    bad = ops.Peer(lambda *args: 1.001 * reference.layer_norm(*args))\n"
+        "    return {'eager': ops.Peer(getattr(reference, op)), 'fastgpt': bad}\n"
+        "ops.peers = peers\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        only = ("-k", "test_op[layer_norm-forward", "--benchmark-autosave")
+        done = pytest_benchmark(tmp_path, "-p", "wrong", *only)
+    assert done.returncode == 1 and "ArithmeticError: tensor" in done.stdout
+    (saved,) = tmp_path.glob("*/*.json")
+    timed = json.loads(saved.read_text())["benchmarks"]
+    assert [b["params"]["variant"] for b in timed] == ["eager"]
 
 
 @pytest.mark.parametrize(

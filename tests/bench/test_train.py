@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import memory, train
-from bench.harness import fit, machine, trainee
+from bench.harness import machine, memory_budget, training_record, training_variant
 from bench.peers import models, training
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_record_and_table(tmp_path, capsys):
     assert record["schema"] == 1 and record["bench"] == "train" and record["environment"]["torch"]
     assert record["settings"] == {
         "size": "char", "B": 2, "T": 16, "dtype": "float32", "rounds": 2, "steps": 2,
-        "order": train.IN_TURNS,
+        "order": training_record.IN_TURNS,
     }  # fmt: skip
     eager, *ours = record["rows"]
     assert eager["variant"] == "eager" and eager["over_eager"] == 1.0 and eager["loss_gap"] == 0.0
@@ -102,7 +102,9 @@ def test_sixteen_bits(tmp_path, dtype):
 def test_nanogpt_from_a_checkout(tmp_path, checkout):
     path = list(sys.path)
     record = bench(tmp_path, "eager nanogpt")
-    assert record["rows"][1]["final_loss"] == record["rows"][0]["final_loss"]
+    # a rounding apart where PyTorch's ops on both sides add in another order
+    eager, theirs = (row["final_loss"] for row in record["rows"])
+    assert theirs == pytest.approx(eager, rel=1e-6)
     assert record["peers"]["nanogpt"].startswith("model.py sha256 ")
     assert sys.path == path and "model" not in sys.modules
 
@@ -171,7 +173,7 @@ def test_a_wrong_loss_flags_the_time(tmp_path, monkeypatch, capsys, wrong, why):
     eager, flagged, ours = bench(tmp_path, "eager hf fastgpt")["rows"]
     assert why in flagged["flag"] and len(flagged["seconds"]) == 2
     assert flagged["over_eager"] > 0 and "flag" not in eager and "flag" not in ours
-    assert f"! {flagged['flag']}" in capsys.readouterr().out
+    assert f"(!) hf: {flagged['flag']}" in capsys.readouterr().out
 
 
 def test_absent_peers_say_so_and_the_rest_runs(tmp_path, monkeypatch):
@@ -194,7 +196,7 @@ def test_out_of_device_memory_says_what_is_missing():
         "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.81 GiB "
         "of which 512.00 MiB is free. Including non-PyTorch memory, this process has 139.3 GiB"
     )
-    said = trainee.describe(torch.OutOfMemoryError(text))
+    said = training_variant.describe(torch.OutOfMemoryError(text))
     assert said == "does not fit: at least 19.5 GiB of device memory were missing"
 
 
@@ -202,18 +204,20 @@ def test_the_estimate_of_parameters():
     config = models.config_of("124M")
     with models.quietly(), torch.device("meta"):
         model = models.GPT(config)
-    assert fit.parameters(config) == sum(p.numel() for p in model.parameters())
+    assert memory_budget.parameters(config) == sum(p.numel() for p in model.parameters())
 
 
 def test_two_passes_where_the_variants_do_not_fit_together(tmp_path, monkeypatch):
     in_turns = bench(tmp_path / "a", "eager fastgpt")
-    monkeypatch.setattr(fit, "all_at_once", lambda *_: False)
+    monkeypatch.setattr(memory_budget, "all_at_once", lambda *_: False)
     order: list[str] = []
-    build = trainee.Trainee.build
-    monkeypatch.setattr(trainee.Trainee, "build", lambda t: (order.append(t.variant), build(t)))
+    build = training_variant.Variant.build
+    monkeypatch.setattr(
+        training_variant.Variant, "build", lambda t: (order.append(t.name), build(t))
+    )
     record = bench(tmp_path / "b", "eager fastgpt")
     assert order == ["eager", "fastgpt", "fastgpt", "eager"]
-    assert record["settings"]["order"] == train.ALONE
+    assert record["settings"]["order"] == training_record.ALONE
     for alone, row in zip(record["rows"], in_turns["rows"], strict=True):
         assert len(alone["seconds"]) == 2
         assert alone["final_loss"] != row["final_loss"]  # one round less in each pass
@@ -222,7 +226,7 @@ def test_two_passes_where_the_variants_do_not_fit_together(tmp_path, monkeypatch
 
 def test_without_memory_for_all_it_starts_again_one_at_a_time(tmp_path, monkeypatch):
     """The estimate was too low, and one that fits alone ran out of memory among the others."""
-    build, alive = trainee.Trainee.build, []
+    build, alive = training_variant.Variant.build, []
 
     def crowded(self):
         alive.append(self)
@@ -230,9 +234,9 @@ def test_without_memory_for_all_it_starts_again_one_at_a_time(tmp_path, monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory.")
         build(self)
 
-    monkeypatch.setattr(trainee.Trainee, "build", crowded)
+    monkeypatch.setattr(training_variant.Variant, "build", crowded)
     record = bench(tmp_path, "eager fastgpt")
-    assert record["settings"]["order"] == train.ALONE
+    assert record["settings"]["order"] == training_record.ALONE
     assert all("seconds" in row for row in record["rows"])
 
 
@@ -250,7 +254,7 @@ def test_without_memory_for_all_it_starts_again_one_at_a_time(tmp_path, monkeypa
     ],
 )
 def test_which_attention_ran(names, attention):
-    assert trainee.attention_in(names) == attention
+    assert training_variant.attention_in(names) == attention
 
 
 @pytest.mark.parametrize(
@@ -287,7 +291,7 @@ def test_peak_memory_in_processes_of_their_own(tmp_path, monkeypatch):
     assert memory.main([*TOY, *variants, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/memory-*.json")
     eager, nanogpt, ours = json.loads(path.read_text())["rows"]
-    held = 12 * fit.parameters(models.config_of("char", 16))
+    held = 12 * memory_budget.parameters(models.config_of("char", 16))
     assert eager["peak_bytes"] > held and ours["peak_bytes"] > held
     assert eager["over_eager"] == 1.0
     assert "NANOGPT_DIR" in nanogpt["problem"]

@@ -85,7 +85,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(config, tmp_path, monkeypat
 
     def step_then_ctrl_c(trainer):
         loss = step(trainer)
-        if trainer.step == 5:
+        if trainer.steps_done == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return loss
 

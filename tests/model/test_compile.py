@@ -44,9 +44,9 @@ def operator_samples():
     yield attention._packed_forward, (qkv, 2, seed, 0.5)
     yield attention._packed_backward, (y, qkv, y, lse, seed, 2, 0.5)
     targets = torch.randint(24, (6,), device=DEVICE)
-    _, lse = cross_entropy.forward(x, targets, -1)
+    _, *top_and_total = cross_entropy.forward(x, targets, -1)
     yield cross_entropy._forward, (x, targets, -1)
-    yield cross_entropy._backward, (x, targets, lse, torch.ones((), device=DEVICE), -1)
+    yield cross_entropy._backward, (x, targets, *top_and_total, torch.ones((), device=DEVICE), -1)
 
 
 def test_opcheck():
@@ -158,9 +158,22 @@ def test_a_third_batch_or_length_compiles_nothing(mode):
     assert graphs() == 2
 
 
+def embeddings_compile() -> bool:
+    """Whether PyTorch's own embedding has the right gradient once compiled: on a CPU 2.6's not."""
+    weight, ids = randn(33, 32).requires_grad_(), torch.arange(34, device=DEVICE) % 3
+
+    def loss(weight):
+        return torch.nn.functional.embedding(ids, weight).square().sum()
+
+    gradients = [torch.autograd.grad(f(weight), weight)[0] for f in (loss, torch.compile(loss))]
+    return torch.allclose(*gradients)
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("mode", ["auto", "triton"])
 def test_through_inductor(mode):
+    if not embeddings_compile():
+        pytest.skip("this PyTorch's compiled embeddings lose gradients of repeated ids")
     model = small()
     with use_backend(mode):
         torch.testing.assert_close(step(torch.compile(model, fullgraph=True)), step(model))

@@ -92,7 +92,7 @@ def test_embedding_and_head_share_a_gradient(made_of, dtype):
 
 @pytest.mark.parametrize("made_of", MADE_OF)
 @pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
-@pytest.mark.parametrize("upstream", [1.0, 1 / 3, 1e4])
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3, 65536.0])
 def test_linear_cross_entropy(monkeypatch, made_of, chunked, upstream, dtype):
     if chunked:
         monkeypatch.setitem(linear_cross_entropy.CHUNKS, DEVICE, (1, 16))
@@ -112,6 +112,30 @@ def test_linear_cross_entropy(monkeypatch, made_of, chunked, upstream, dtype):
     given = randn(N, C, dtype=dtype), randn(V, C, dtype=dtype, scale=C**-0.5)
     grad = torch.tensor(upstream, device=DEVICE)
     assert_as_accurate(ours, theirs, *given, grads=[grad], budget=2.0)
+
+
+@pytest.mark.parametrize("made_of", MADE_OF)
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+def test_sums_of_half_precision_gradients_neither_overflow_nor_vanish(
+    monkeypatch, made_of, chunked
+):
+    """dw adds up rows that all pull one way; times 2^15 fp16 does not hold the sum."""
+    if chunked:
+        monkeypatch.setitem(linear_cross_entropy.CHUNKS, DEVICE, (1, 64))
+    x = 30 + randn(200, C, dtype=torch.float16)
+    weight = randn(V, C, dtype=torch.float16, scale=8 * C**-0.5)
+    weight -= weight.mean(1, keepdim=True)  # or the 30 made all logits huge
+    targets = torch.full((200,), 5, device=DEVICE)
+
+    def ours(x, weight):
+        in_place = launchers_for(made_of, x).cross_entropy_
+        return mean_loss(in_place, x, weight, weight.detach(), targets, -1)
+
+    def theirs(x, weight):
+        return reference.linear_cross_entropy(x, weight, targets)
+
+    grad = torch.tensor(1024.0, device=DEVICE)
+    assert_as_accurate(ours, theirs, x, weight, grads=[grad], budget=2.0)
 
 
 @pytest.mark.parametrize("made_of", MADE_OF)

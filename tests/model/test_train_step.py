@@ -151,14 +151,17 @@ def batches(step: int, count: int, size: int) -> list[tuple[torch.Tensor, torch.
 def nanogpt_losses(steps: int, dtype: torch.dtype) -> list[float]:
     gpt = model()
     optimizer = gpt.configure_optimizers(0.1, 1e-2, BETAS, DEVICE)
+    scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == torch.float16)
     losses = []
     for step in range(steps):
         ((x, y),) = batches(step, 1, 8)
         with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
             loss = gpt(x, y)[1]
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     return losses
@@ -170,11 +173,31 @@ def test_step_is_nanogpts_loop(dtype, count):
     with use_backend("torch"):
         theirs = nanogpt_losses(20, dtype)
     step = TrainStep(model(), 0.1, 1e-2, BETAS, 1.0, dtype)
-    step.scaler._init_scale = 1024.0  # as if the first, skipped steps had found it
     ours = [step(batches(i, count, 8 // count)).item() for i in range(20)]
     assert theirs[0] - theirs[-1] > 0.5  # it learns
     tolerance = 2e-5 if dtype == torch.float32 else 0.02
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+@pytest.mark.parametrize("returned", [True, False], ids=["logits", "no logits"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_default_dtype_changes_nothing(mode, returned, default):
+    results = []
+    for dtype in (torch.float32, default):
+        gpt = model()
+        gpt.config.return_logits = returned
+        step = TrainStep(gpt, 0.1, 1e-2, BETAS)
+        torch.set_default_dtype(dtype)
+        try:
+            with use_backend(mode):
+                losses = [step(batches(i, 2, 3)) for i in range(2)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        states = [t for state in step.optimizer.state.values() for t in state.values()]
+        results.append([*losses, *gpt.parameters(), *states])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 def test_copies_follow_the_weights():
@@ -208,7 +231,7 @@ def test_a_batch_that_does_not_fit_names_three_ways_out(monkeypatch):
     with pytest.raises(RuntimeError, match=r"batch_size=8 .*block_size=16, or set checkpoint_bl"):
         step(batches(0, 1, 8))
     other = RuntimeError("something else")
-    assert _explained(other, torch.empty(2, 3)) is other
+    assert _explained(other, torch.empty(2, 3)) is None
 
 
 def test_pytorchs_own_out_of_memory_error_on_a_cpu_is_one():

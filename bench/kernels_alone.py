@@ -2,9 +2,10 @@
 
     fc + GELU               h = x @ w.T + b, gelu(h)
     proj dgrad + dGELU      dh = (dy @ w) * gelu'(h), gelu(h), and the bias gradient
+    fc weight gradient      dw = dy.T @ x in fp32, of operands in the matmuls' dtype
     AdamW, clip and copy    of a whole model: the norm of its gradients, the update, its bf16 copies
 
-    python -m bench.launchers --op fc dgrad adamw
+    python -m bench.kernels_alone --op fc dgrad wgrad adamw
 
 A variant that computes something else than eager is refused a time. A line of JSON each.
 """
@@ -21,12 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness.ceilings import Variants, in_turns
 from fastgpt import optim, use_backend
 from fastgpt.commands.tune import distance
+from fastgpt.implementations import aten
+from fastgpt.timing import Variants, in_turns
 
 Row = dict[str, Any]
-ALL = ("fc", "dgrad", "adamw")
+ALL = ("fc", "dgrad", "wgrad", "adamw")
+RISKY = ("specialized",)  # fc with specialised warps, which may hang: tests/gpu/test_specialized.py
 BETAS, LR = (0.9, 0.95), 0.1  # large: a wrong step shows
 
 
@@ -38,6 +41,8 @@ def measure(
     makers = {
         "fc": ("fc + GELU", functools.partial(_fc, device, dtype, M, C)),
         "dgrad": ("proj dgrad + dGELU", functools.partial(_dgrad, device, dtype, M, C)),
+        "wgrad": ("fc weight gradient", functools.partial(_wgrad, device, dtype, M, C)),
+        "specialized": ("fc + GELU", functools.partial(_specialized, device, dtype, M, C)),
         "adamw": ("AdamW, clip and copy", functools.partial(_adamw, device, dtype, C, n_params)),
     }
     rows = []
@@ -88,6 +93,19 @@ def _fc(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
     }
 
 
+def _specialized(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    from fastgpt.kernels import _tuned, gemm_tma
+
+    variants = _fc(device, dtype, M, C)
+    own = variants["own GEMM"]
+
+    def specialized() -> object:
+        with _tuned.trying("gemm_tma_fc", gemm_tma.SPECIALIZED):
+            return own()
+
+    return {"eager": variants["eager"], "own GEMM": own, "specialized": specialized}
+
+
 def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
     from fastgpt.kernels import gemm_gelu, mlp
 
@@ -102,6 +120,15 @@ def _dgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants
         "eager": eager,
         "cuBLAS and a pass": functools.partial(mlp.cublas.dgrad, dy, w, h, False, True, True),
         "own GEMM": functools.partial(gemm_gelu.dgrad, dy, w, h, False, True, True),
+    }
+
+
+def _wgrad(device: torch.device, dtype: torch.dtype, M: int, C: int) -> Variants:
+    """eager is what autocast makes of it: a product in `dtype`, then a cast."""
+    dy, x = (torch.randn(M, N, device=device).to(dtype) for N in (4 * C, C))
+    return {
+        "eager": lambda: (dy.t() @ x).float(),
+        "fp32 out": functools.partial(aten.wgrad, dy, x, torch.float32),
     }
 
 
@@ -144,8 +171,8 @@ def _adamw(device: torch.device, dtype: torch.dtype, C: int, n_params: int) -> V
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.launchers", description=__doc__)
-    parser.add_argument("--op", nargs="+", choices=ALL, default=ALL)
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels_alone", description=__doc__)
+    parser.add_argument("--op", nargs="+", choices=ALL + RISKY, default=ALL)
     parser.add_argument("--tokens", type=int, default=16384, help="M (%(default)s)")
     parser.add_argument("--width", type=int, default=768, help="C (%(default)s)")
     parser.add_argument("--parameters", type=int, default=124_000_000, help="of AdamW")

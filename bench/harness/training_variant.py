@@ -29,14 +29,14 @@ _ATTENTION = {
 }
 
 
-class Trainee:
+class Variant:
     """Every round trains on the same batches, so that the loss falls and a wrong gradient shows."""
 
     EARLY = -1  # the turn taken as soon as the variant is built, in case that nothing comes after
 
-    def __init__(self, variant: str, run: Run, batches: Batches, caches: Path):
-        self.variant, self.run, self.batches = variant, run, batches
-        self.caches = caches / variant
+    def __init__(self, name: str, run: Run, batches: Batches, caches: Path):
+        self.name, self.run, self.batches = name, run, batches
+        self.caches = caches / name
         self._step: Step | None = None
         self._held = 0  # bytes on the device between rounds
         self.losses: list[float] = []
@@ -73,7 +73,7 @@ class Trainee:
         for name in _CACHES:
             os.environ[name] = str(self.caches / name.lower())
         before = _allocated(self.run.device)
-        self._step = VARIANTS[self.variant](self.run)
+        self._step = VARIANTS[self.name](self.run)
         start = time.perf_counter()
         loss = self._step(*self.batches[0]).item()
         if math.isnan(self.first_step):

@@ -1,0 +1,99 @@
+"""What torch.compile makes of the model on a CUDA machine, seen without one: run as a script.
+
+Tensors that say they are on CUDA and hold no data (fake tensors), and a `torch.cuda` that answers
+for an H200. Dynamo traces fastgpt's dispatch on them as it would there, line by line; nothing is
+launched. Prints a JSON object: case -> graphs, graph breaks with their reasons, operators of ours.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch.fx import GraphModule
+
+from fastgpt import GPT, GPTConfig, backend, use_backend
+
+H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+KERNELS: dict[str, dict[str, str]] = {  # op -> implementation, as use_backend takes them
+    "none chosen": {},
+    "row ops chosen": dict.fromkeys(("layer_norm", "add_layer_norm", "cross_entropy"), "triton"),
+    "all chosen": dict.fromkeys(backend.OPS, "triton"),
+}
+
+
+def pretend() -> None:
+    """Answer for torch.cuda, in this process for good."""
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "is_bf16_supported": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": H200,
+        "get_device_capability": (9, 0),
+        "get_device_name": H200.name,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "_lazy_init": None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    torch._C._ensureCUDADeviceGuardSet()  # one that does nothing, as there is no device
+    torch.accelerator.is_available = lambda: False  # of streams
+    fake_tensor.init_gpu_context = lambda *_: None  # it would allocate there
+
+
+def model(**changes: Any) -> GPT:
+    with contextlib.redirect_stdout(io.StringIO()):
+        made = GPT(GPTConfig(32, 64, 1, 2, 64, **changes))
+    moved = {p: nn.Parameter(torch.empty(p.shape, device="cuda")) for p in made.parameters()}
+    for module in made.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, moved[p])  # tied ones stay tied
+    return made
+
+
+def traced(made: nn.Module, B: int = 2, T: int = 16) -> dict[str, Any]:
+    torch._dynamo.reset()
+    idx = torch.empty(B, T, device="cuda", dtype=torch.int64)
+    found = torch._dynamo.explain(made)(idx, idx)
+    # an autograd.Function's forward and backward are graphs inside the graph
+    modules = [module for graph in found.graphs for module in graph.modules()]
+    nodes = [n for m in modules if isinstance(m, GraphModule) for n in m.graph.nodes]
+    return {
+        "graphs": found.graph_count,
+        "breaks": [str(reason.reason)[:200] for reason in found.break_reasons],
+        "ours": sorted({str(n.target) for n in nodes if str(n.target).startswith("fastgpt.")}),
+    }
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "train": dict(dropout=0.1),
+    "train without logits": dict(return_logits=False),
+    "eval": {},
+}
+
+
+def main() -> None:
+    pretend()
+    report = {}
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        for kernels, way, autocast in itertools.product(KERNELS, WAYS, (True, False)):
+            made = model(**WAYS[way]).train(way != "eval")
+            with (
+                use_backend("auto", **KERNELS[kernels]),
+                torch.autocast("cuda", torch.bfloat16, enabled=autocast),
+                torch.set_grad_enabled(way != "eval"),
+            ):
+                report[f"{kernels}, {way}, autocast {autocast}"] = traced(made)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
