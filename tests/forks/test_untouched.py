@@ -22,11 +22,11 @@ from fastgpt.fused import untouched
 from fastgpt.fused.block import Settings
 from fastgpt.fused.whole import fused_model
 from fastgpt.implementations.interception import interception, sdpa_is_restricted
-from tests.model.changes.hooks import double_output, halve_gradient, halve_incoming, halve_input
-from tests.model.changes.patches import Doubling, DoublingBelow
-from tests.model.changes.sizes import SIZES, C
-from tests.model.changes.tensors import Subclass
-from tests.model.changes.wrappers import Doubled
+from tests.forks.changes.hooks import double_output, halve_gradient, halve_incoming, halve_input
+from tests.forks.changes.patches import Doubling, DoublingBelow
+from tests.forks.changes.sizes import SIZES, C
+from tests.forks.changes.tensors import Subclass
+from tests.forks.changes.wrappers import Doubled
 
 IDX = torch.zeros(2, 8, dtype=torch.int64)
 MATH = SDPBackend.MATH

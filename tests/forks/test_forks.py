@@ -10,7 +10,7 @@ from torch import nn
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.implementations import sdpa
-from tests.model import nanogpt
+from tests.forks import nanogpt
 
 SIZES = {"block_size": 8, "vocab_size": 23, "n_layer": 1, "n_head": 2, "n_embd": 32}
 
