@@ -78,9 +78,9 @@ def mutants() -> Iterator[Mutant]:
 
 
 def run_tests(tree: Path, name: str) -> subprocess.CompletedProcess[str]:
-    """tests/*/test_<name>.py up to its first failure, beginning with what failed the last time."""
+    """tests/**/test_<name>.py up to its first failure, beginning with what failed the last time."""
     options = ["-x", "--failed-first", "--tb=no", "-rf"]
-    (path,) = tree.glob(f"tests/*/test_{name}.py")
+    (path,) = tree.glob(f"tests/**/test_{name}.py")
     command = [sys.executable, "-m", "pytest", *options, str(path)]
     env = {
         **os.environ,
