@@ -34,7 +34,7 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    bias: Tensor  # a causal mask, where a fork registers one and turns `flash` off
+    bias: Tensor  # (1, 1, T, T), 0 where nobody attends: what a fork registers for flash=False
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
@@ -252,26 +252,28 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         max_new_tokens: int,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         stop_token: int | None = None,
     ) -> Tensor:
         """idx (B, T) with up to `max_new_tokens` sampled ids appended.
 
-        temperature 0 is argmax. `top_k` keeps ties, `top_p` the smallest set of ids of that
-        probability. `stop_token` ends a row, which is filled up with it; the batch ends when every
-        row has. Fills a key-value cache up to block_size; past it the window moves and is computed
-        anew, as in nanoGPT.
+        temperature 0 is argmax, inf draws evenly, a tensor (B, 1) is one for each row. `top_k`
+        keeps ties, `top_p` the smallest set of ids of that probability. `stop_token` ends a row,
+        which is filled up with it; the batch ends when every row has. Fills a key-value cache up to
+        block_size; past it the window moves and is computed anew, as in nanoGPT.
         """
-        how = temperature, top_k, top_p, stop_token
-        return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *how)], dim=1)
+        self._check_tokens(idx, None)
+        how = sampling.Sampling(temperature, top_k, top_p)
+        new = sampling.stream(self, idx, max_new_tokens, how, stop_token, watched=False)
+        return torch.cat([idx, *new], dim=1)
 
     def generate_stream(
         self,
         idx: Tensor,
         max_new_tokens: int,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         stop_token: int | None = None,

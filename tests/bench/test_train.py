@@ -102,7 +102,9 @@ def test_sixteen_bits(tmp_path, dtype):
 def test_nanogpt_from_a_checkout(tmp_path, checkout):
     path = list(sys.path)
     record = bench(tmp_path, "eager nanogpt")
-    assert record["rows"][1]["final_loss"] == record["rows"][0]["final_loss"]
+    # a rounding apart where PyTorch's ops on both sides add in another order
+    eager, theirs = (row["final_loss"] for row in record["rows"])
+    assert theirs == pytest.approx(eager, rel=1e-6)
     assert record["peers"]["nanogpt"].startswith("model.py sha256 ")
     assert sys.path == path and "model" not in sys.modules
 

@@ -19,8 +19,8 @@ import fastgpt
 from fastgpt import use_backend
 from fastgpt.train_step import TrainStep
 from tests.model import nanogpt
-from tests.model.changes import CHANGES
 from tests.model.changes.sizes import SIZES
+from tests.model.changes.table import CHANGES
 
 THEIRS: Any = nanogpt.original() or nanogpt
 TOLERANCE = 2e-5  # of the largest element: rounding in fp32, some layers later

@@ -158,9 +158,22 @@ def test_a_third_batch_or_length_compiles_nothing(mode):
     assert graphs() == 2
 
 
+def embeddings_compile() -> bool:
+    """Whether PyTorch's own embedding has the right gradient once compiled: on a CPU 2.6's not."""
+    weight, ids = randn(33, 32).requires_grad_(), torch.arange(34, device=DEVICE) % 3
+
+    def loss(weight):
+        return torch.nn.functional.embedding(ids, weight).square().sum()
+
+    gradients = [torch.autograd.grad(f(weight), weight)[0] for f in (loss, torch.compile(loss))]
+    return torch.allclose(*gradients)
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("mode", ["auto", "triton"])
 def test_through_inductor(mode):
+    if not embeddings_compile():
+        pytest.skip("this PyTorch's compiled embeddings lose gradients of repeated ids")
     model = small()
     with use_backend(mode):
         torch.testing.assert_close(step(torch.compile(model, fullgraph=True)), step(model))

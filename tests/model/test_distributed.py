@@ -159,6 +159,9 @@ def train_sharded(return_logits: bool, backend: str) -> tuple[list[float], dict[
     return losses, {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's FSDP2 needs a GPU"
+)
 @pytest.mark.parametrize(
     "backend, return_logits", [("auto", True), ("auto", False), on_kernels(False)]
 )

@@ -168,7 +168,17 @@ def test_greedy_tokens_past_block_size(trained):
     assert torch.equal(tokens, expected)
 
 
+def drawn_as_recorded() -> bool:
+    """Whether torch.multinomial makes of a seed what it made of it in the release that recorded."""
+    torch.manual_seed(0)
+    return torch.multinomial(torch.full((3, 97), 1 / 97), 1).flatten().tolist() == [40, 26, 54]
+
+
 def test_sampled_tokens(trained):
+    if not drawn_as_recorded():
+        pytest.skip(
+            "this PyTorch draws other samples; test_sampling.py compares with nanoGPT's loop"
+        )
     prompt, fact = trained.case["generate"]["prompt"], trained.case["generate"]["sampled"]
     how = {name: fact[name] for name in ("max_new_tokens", "temperature", "top_k")}
     torch.manual_seed(fact["seed"])
