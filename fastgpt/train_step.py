@@ -46,7 +46,7 @@ class TrainStep:
     ):
         self.model, self.dtype = model, dtype
         self.forward: Callable[..., Any] = torch.compile(model) if compile else model
-        self.device = model.lm_head.weight.device
+        self.device = next(model.parameters()).device  # a fork's head may have no weight
         if capture and self.device.type != "cuda":
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
         # what autocast casts, float64 is not among it
