@@ -174,9 +174,11 @@ def check(names: tuple[str, ...], probe: Any) -> None:
 
 
 def allowed(names: tuple[str, ...], probe: Any) -> float:
+    if set(names) & ROUNDED:
+        return LOW_TOLERANCE
     if probe is ten_steps:  # which clips and updates what is in bfloat16 in another order
         return LOW_TOLERANCE if any("bfloat16" in name for name in names) else AFTER_STEPS
-    return LOW_TOLERANCE if set(names) & ROUNDED else TOLERANCE
+    return TOLERANCE
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.__name__)
