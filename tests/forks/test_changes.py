@@ -112,6 +112,7 @@ def ten_steps(model: Any) -> Iterator[torch.Tensor]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        torch.clear_autocast_cache()  # of an autocast around the loop: the weights before the step
         yield loss.detach()
 
 
