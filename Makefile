@@ -11,7 +11,7 @@ demo: $(VENV)    ## train a small GPT for two minutes and show what it learned; 
 	$(PYTHON) -m fastgpt.commands.demo $(if $(DATA),--data $(DATA))
 
 test: $(VENV)    ## all tests; CPU: Triton's interpreter, GPU: the compiled kernels
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(if $(VENV),-n auto)
 
 test-deep: $(VENV) ## the tests with 20 times the drawn cases and 200 training steps
 	FASTGPT_DEEP=1 $(PYTHON) -m pytest

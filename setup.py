@@ -24,7 +24,7 @@ setup(
         "hf": ["transformers", "safetensors"],
         "plot": ["matplotlib"],
         "dev": [
-            *("pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"),
+            *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("numpy", "scipy", "matplotlib"),
         ],
     },

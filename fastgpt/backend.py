@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import reference
-from fastgpt.interception import interception, sdpa_is_restricted
+from fastgpt.implementations.interception import interception, sdpa_is_restricted
 from fastgpt.kernels import _tuned
 
 MODES = ("auto", "triton", "torch")
@@ -204,7 +204,7 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
         return Choice("torch", _needs_cuda(tensors[0]))
     if any(t.numel() == 0 for t in tensors):  # nothing to gain, and kernels divide by sizes
         return Choice("torch", "an operand is empty")
-    problem = _interception(op) or _tensor_problem(tensors) or why_not(op, wanted, tensors, facts)
+    problem = _tensor_problem(tensors) or _interception(op) or why_not(op, wanted, tensors, facts)
     if problem is None:
         return Choice(wanted, why)
     if _mode == "triton":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import init
-from fastgpt.interception import interception
+from fastgpt.implementations.interception import interception
 
 
 def check_config(config: Any, known: type) -> None:
@@ -19,8 +19,9 @@ def check_config(config: Any, known: type) -> None:
             setattr(config, known_field.name, known_field.default)
     for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, field)
-        if not isinstance(value, Integral) or value < 1:  # numpy's integers are none of int
-            raise ValueError(f"{field}={value!r} must be a positive integer")
+        least = 0 if field == "n_layer" else 1  # embeddings and a head alone are a bigram model
+        if not isinstance(value, Integral) or value < least:  # numpy's integers are none of int
+            raise ValueError(f"{field}={value!r} must be an integer of at least {least}")
     if config.n_embd % config.n_head:
         raise ValueError(
             f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "

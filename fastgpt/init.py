@@ -46,7 +46,8 @@ def linear_std(config: Any) -> float:
 
 
 def residual_std(config: Any) -> float:
-    return scheme("residual_init", config.residual_init, RESIDUAL_INIT)(config.n_layer)
+    """Of the output projections; without layers there are none, and any value serves."""
+    return scheme("residual_init", config.residual_init, RESIDUAL_INIT)(max(config.n_layer, 1))
 
 
 def init_module(module: nn.Module, std: float) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import checks, devices, init, ops, reference, sampling, weights
+from fastgpt import checks, devices, init, ops, optim, reference, sampling, weights
 from fastgpt.fused.untouched import plain_lookup, plain_matmul, remember
 from fastgpt.fused.whole import fused_model
 
@@ -34,7 +34,7 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    bias: Tensor  # a causal mask, where a fork registers one and turns `flash` off
+    bias: Tensor  # (1, 1, T, T), 0 where nobody attends: what a fork registers for flash=False
 
     def __init__(self, config: "GPTConfig"):
         super().__init__()
@@ -226,7 +226,9 @@ class GPT(nn.Module):
             print(f"num {name} parameter tensors: {len(group)}, with {count:,} parameters")
         fused = device_type in ("cuda", "cpu")  # exact on both, and several times faster
         print(f"using fused AdamW: {fused}")
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused or None)
+        names = {p: name for name, p in self.named_parameters()}
+        how = dict(lr=learning_rate, betas=betas, fused=fused or None)
+        return optim.CheckedAdamW(groups, names, **how)
 
     def estimate_mfu(
         self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None
@@ -250,26 +252,28 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         max_new_tokens: int,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         stop_token: int | None = None,
     ) -> Tensor:
         """idx (B, T) with up to `max_new_tokens` sampled ids appended.
 
-        temperature 0 is argmax. `top_k` keeps ties, `top_p` the smallest set of ids of that
-        probability. `stop_token` ends a row, which is filled up with it; the batch ends when every
-        row has. Fills a key-value cache up to block_size; past it the window moves and is computed
-        anew, as in nanoGPT.
+        temperature 0 is argmax, inf draws evenly, a tensor (B, 1) is one for each row. `top_k`
+        keeps ties, `top_p` the smallest set of ids of that probability. `stop_token` ends a row,
+        which is filled up with it; the batch ends when every row has. Fills a key-value cache up to
+        block_size; past it the window moves and is computed anew, as in nanoGPT.
         """
-        how = temperature, top_k, top_p, stop_token
-        return torch.cat([idx, *self.generate_stream(idx, max_new_tokens, *how)], dim=1)
+        self._check_tokens(idx, None)
+        how = sampling.Sampling(temperature, top_k, top_p)
+        new = sampling.stream(self, idx, max_new_tokens, how, stop_token, watched=False)
+        return torch.cat([idx, *new], dim=1)
 
     def generate_stream(
         self,
         idx: Tensor,
         max_new_tokens: int,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         stop_token: int | None = None,

@@ -137,15 +137,15 @@ def packed_causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) ->
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean over the counted rows of logsumexp(logits) - logits[target], in fp32.
 
-    logits (N, V), targets (N,) int64 -> fp32 scalar, float64 for float64 logits. Rows whose
-    target is `ignore_index` count neither in the sum nor in the mean; if all are ignored the mean
-    is NaN and the gradient 0. A target outside [0, V) raises IndexError on a CPU; on CUDA it is
-    never read out of bounds.
+    logits (N, V), targets (N,) int64 or uint8 -> fp32 scalar, float64 for float64 logits. Rows
+    whose target is `ignore_index` count neither in the sum nor in the mean; if all are ignored the
+    mean is NaN and the gradient 0. A target outside [0, V) raises IndexError on a CPU; on CUDA it
+    is never read out of bounds.
     """
     _check_tensors(logits=logits, targets=targets)
     if logits.dim() != 2:
         raise ValueError(f"logits are {tuple(logits.shape)}, they must be (N, V)")
-    _check_targets(targets, logits.shape[0])
+    targets = checked_targets(logits, targets)
     picked = backend.choose("cross_entropy", logits, targets)
     try:
         return picked.cross_entropy(logits, targets, ignore_index)
@@ -158,22 +158,24 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x @ weight.T, targets), with the logits never kept.
 
-    x (N, C), weight (V, C), targets (N,) int64 -> fp32 scalar. The logits exist once, in x's dtype,
-    or in chunks where they would take more than 2 GiB, and become their own gradient in one pass;
-    softmax, loss and the accumulated weight gradient are fp32. All other is as in cross_entropy.
+    x (N, C), weight (V, C), targets (N,) as there -> fp32 scalar. The logits exist once, in x's
+    dtype, or in chunks where they would take more than 2 GiB, and become their own gradient in one
+    pass; softmax, loss and the accumulated weight gradient are fp32. All else is cross_entropy's.
     """
     _check_tensors(x=x, weight=weight, targets=targets)
     if x.dim() != 2:
         raise ValueError(f"x is {tuple(x.shape)}, it must be (N, C)")
     _check_shape("weight", weight, weight.shape[0], x.shape[1])
-    _check_targets(targets, x.shape[0])
+    targets = checked_targets(x, targets)
     chosen = backend.choose("linear_cross_entropy", x, weight, targets)
-    # what works in place is no operator that torch.compile could keep whole; cross_entropy is
-    if chosen is reference or torch.compiler.is_compiling():
+    dtype = autocast_dtype(x)
+    # what works in place is no operator that torch.compile could keep whole; cross_entropy is.
+    # linear refuses two dtypes
+    torchs = chosen is reference or torch.compiler.is_compiling() or dtype != autocast_dtype(weight)
+    if torchs:
         return cross_entropy(torch.nn.functional.linear(x, weight), targets, ignore_index)
-    (x,) = _autocast(x)
-    low = weight.detach().to(x.dtype)
-    return mean_loss(chosen.cross_entropy_, x, weight, low, targets, ignore_index)
+    low = weight.detach().to(dtype)
+    return mean_loss(chosen.cross_entropy_, x.to(dtype), weight, low, targets, ignore_index)
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
@@ -222,10 +224,13 @@ def _check_shape(name: str, t: Tensor | None, *expected: int) -> None:
         raise ValueError(f"{name} is {tuple(t.shape)}, it must be {expected} to fit the others")
 
 
-def _check_targets(targets: Tensor, N: int) -> None:
-    _check_shape("targets", targets, N)
-    if targets.dtype != torch.int64:
+def checked_targets(x: Tensor, targets: Tensor) -> Tensor:
+    """targets (N,) of x (N, ...) in int64; uint8 is what F.cross_entropy takes beside it."""
+    _check_tensors(x=x, targets=targets)
+    _check_shape("targets", targets, x.shape[0])
+    if targets.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"targets must be int64, got {targets.dtype}; convert with .long()")
+    return targets.long()
 
 
 def _check_approximate(approximate: str) -> None:

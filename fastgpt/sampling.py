@@ -21,12 +21,12 @@ from fastgpt.fused.untouched import decodable
 
 @dataclass(frozen=True)
 class Sampling:
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0  # inf draws evenly; (B, 1) is one for each row
     top_k: int | None = None
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not isinstance(self.temperature, Tensor) and not self.temperature >= 0:  # NaN is not
             raise ValueError(f"temperature={self.temperature} must be 0 (argmax) or positive")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} keeps nothing; use None to keep every id")
@@ -35,7 +35,7 @@ class Sampling:
 
     def draw(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> ids (B, 1), consuming the generator exactly as nanoGPT does."""
-        if self.temperature == 0:
+        if not isinstance(self.temperature, Tensor) and self.temperature == 0:
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits / self.temperature
         if self.top_k is not None:
@@ -61,11 +61,16 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     stop_token: int | None,
+    watched: bool = True,
 ) -> Iterator[Tensor]:
-    """Columns (B, 1) of new ids after the prompt idx (B, T)."""
+    """Columns (B, 1) of new ids after the prompt idx (B, T). Between two of them a caller who is
+    `watched` may change the model.
+    """
     done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
     next_logits = _NextLogits(model)
-    for _ in range(max_new_tokens):
+    for i in range(max_new_tokens):
+        if watched or i == 0:
+            next_logits.cacheable = decodable(model)
         new = sampling.draw(next_logits(idx))
         if stop_token is not None:
             new = new.masked_fill(done, stop_token)
@@ -84,13 +89,13 @@ class _NextLogits:
     """
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.cacheable = model, False
         self.cache: list[tuple[Tensor, Tensor]] = []  # per layer k, v (B, H, block_size, D)
         self.filled = 0  # positions in it
 
     def __call__(self, idx: Tensor) -> Tensor:
         block_size = self.model.config.block_size
-        if 0 < idx.size(1) <= block_size and decodable(self.model):
+        if 0 < idx.size(1) <= block_size and self.cacheable:
             return self._extend(idx)[:, -1, :]
         self.cache, self.filled = [], 0
         logits, _ = self.model(idx[:, -block_size:])

@@ -7,6 +7,7 @@ optimizer keeps the bf16 copies itself, in the pass that updates the fp32 weight
 nanoGPT's step: same gradients, same update.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ class TrainStep:
     `capture` records forward and backward of a batch in a CUDA graph at the first call and replays
     it from then on, for batches of that shape: no Python between kernels, which is what small
     batches wait for. `compile` runs the model under torch.compile.
+
+    A step whose gradients are not all finite changes nothing. After `max_skipped` of them in a row
+    FloatingPointError ends the training, 0 never does; a warning comes earlier.
     """
 
     def __init__(
@@ -38,31 +42,40 @@ class TrainStep:
         dtype: torch.dtype = torch.float32,
         capture: bool = False,
         compile: bool = False,
+        max_skipped: int = 100,
     ):
         self.model, self.dtype = model, dtype
         self.forward: Callable[..., Any] = torch.compile(model) if compile else model
         self.device = model.lm_head.weight.device
         if capture and self.device.type != "cuda":
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
-        matrices = [p for p in model.parameters() if p.dtype != dtype]
-        self.copies: dict[Tensor, Tensor] = {p: torch.empty_like(p, dtype=dtype) for p in matrices}
+        # what autocast casts, float64 is not among it
+        lower = (torch.float32, torch.float16, torch.bfloat16) if dtype != torch.float32 else ()
+        cast = [p for p in model.parameters() if p.dtype in lower and p.dtype != dtype]
+        self.copies: dict[Tensor, Tensor] = {p: torch.empty_like(p, dtype=dtype) for p in cast}
         plain = model.configure_optimizers(weight_decay, lr, betas, self.device.type)
-        self.optimizer = AdamW(plain.param_groups, lr, betas, max_norm, self.copies)
+        names = {p: name for name, p in model.named_parameters()}
+        self.optimizer = AdamW(plain.param_groups, lr, betas, max_norm, self.copies, names)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.graph = _Graph(self) if capture else None
+        self.skipped = _Skipped(max_skipped)
 
     def __call__(self, batches: Sequence[Batch]) -> Tensor:
         """The mean loss, () fp32, still on the device: reading it would wait for the step.
 
         RuntimeError names what to change if the batch does not fit in memory.
         """
+        self.optimizer.copy_weights()  # of those that somebody changed since
         run = self.graph.replay if self.graph else self.micro_step
         try:
             losses = [run(x, y, len(batches)) for x, y in batches]
         except RuntimeError as error:
-            raise _explained(error, batches[0][0]) from error
+            if (explained := _explained(error, batches[0][0])) is None:
+                raise
+            raise explained from error
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.skipped.look(self.optimizer.skipped)
         if self.graph is None:
             self.optimizer.zero_grad()
         elif len(batches) > 1:  # one batch's gradients are written anew, several are added up
@@ -81,6 +94,45 @@ class TrainStep:
         return loss.detach()
 
 
+class _Skipped:
+    """Looks at the number of steps skipped in a row, some steps late on a GPU rather than waiting
+    for it.
+    """
+
+    WARN_AFTER = 20  # a loss scale of 65536 halves 16 times before it is 1
+
+    def __init__(self, most: int):
+        self.most, self.warned = most, False
+        self.on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def look(self, count: Tensor | None) -> None:
+        if count is None:  # no step yet
+            return
+        if not count.is_cuda:
+            self._judge(int(count))
+        elif self.on_its_way is None:
+            event = torch.cuda.Event()
+            with torch.cuda.device(count.device):
+                here = torch.empty_like(count, device="cpu", pin_memory=True)
+                here.copy_(count, non_blocking=True)
+                event.record()
+            self.on_its_way = here, event
+        elif self.on_its_way[1].query():
+            here, self.on_its_way = self.on_its_way[0], None
+            self._judge(int(here))
+
+    def _judge(self, count: int) -> None:
+        message = (
+            f"{count} steps in a row were skipped, as their gradients are not finite. Look for "
+            "what made them so: a learning rate too high, weights or data that are not finite"
+        )
+        if 0 < self.most <= count:
+            raise FloatingPointError(f"{message}. TrainStep's max_skipped={self.most} ends it here")
+        if count >= self.WARN_AFTER and not self.warned:
+            warnings.warn(f"fastgpt: {message}", stacklevel=4)
+        self.warned = count >= self.WARN_AFTER
+
+
 class _Graph:
     """A micro step in a CUDA graph, on tensors that stay where they are."""
 
@@ -89,7 +141,7 @@ class _Graph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def replay(self, x: Tensor, y: Tensor, count: int) -> Tensor:
-        if self.graph is None:
+        if self.graph is None or self.recorded != self._facts():
             self._record(x, y, count)
         if (x.shape, count) != (self.x.shape, self.count):
             raise ValueError(
@@ -100,7 +152,14 @@ class _Graph:
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()
+        for p, grad in self.grads:  # somebody may have set it to None
+            p.grad = grad
         return self.loss.clone()
+
+    def _facts(self) -> list[Any]:
+        """What a recording stands on: addresses, what needs a gradient, dropout."""
+        model = self.step.model
+        return [model.training, *((p.data_ptr(), p.requires_grad) for p in model.parameters())]
 
     def _record(self, x: Tensor, y: Tensor, count: int) -> None:
         self.x, self.y, self.count = x.clone(), y.clone(), count
@@ -115,13 +174,15 @@ class _Graph:
         with torch.cuda.graph(self.graph):
             self.loss = self.step.micro_step(self.x, self.y, count)
         optimizer.zero_grad(set_to_none=False)
+        self.grads = [(p, p.grad) for p in self.step.model.parameters() if p.grad is not None]
+        self.recorded = self._facts()
 
 
-def _explained(error: RuntimeError, x: Tensor) -> RuntimeError:
-    """PyTorch's out-of-memory errors, with what would help; any other as it is."""
+def _explained(error: RuntimeError, x: Tensor) -> RuntimeError | None:
+    """PyTorch's out-of-memory errors, with what would help; None for any other."""
     first_line = (str(error).splitlines() or [""])[0]
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in first_line:
-        return error
+        return None
     B, T = x.shape
     return RuntimeError(
         f"a batch of {B} sequences of {T} tokens does not fit in memory. Lower batch_size={B} (and "

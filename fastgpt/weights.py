@@ -26,14 +26,29 @@ def accept_wrapped_names(
 ) -> None:
     """A load_state_dict pre-hook: names match whatever torch.compile or DDP wrapped, then or now.
 
-    The dict is load_state_dict's own shallow copy; the caller's stays as it is.
+    A name that is the module's own as it is, or behind wrappers of the whole, stays: a fork's own
+    wrapper may call what it wraps `module`, and have a weight of its own beside. The dict is
+    load_state_dict's own shallow copy; the caller's stays as it is.
     """
-    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
-    names = {_bare(name): name for name, _ in own}
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        value, bare = state_dict.pop(name), _bare(name[len(prefix) :])
-        if bare in names or not name.endswith(_MASKS):
-            state_dict[prefix + names.get(bare, bare)] = value
+    pairs = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    own = {name for name, _ in pairs}
+    given = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    found = {name: _inside(name[len(prefix) :], own) for name in given}
+    free = {_bare(name): name for name in own.difference(found.values())}
+    for name, value in given.items():
+        bare = _bare(name[len(prefix) :])
+        target = found[name] or free.get(bare)
+        if target or not name.endswith(_MASKS):
+            state_dict[prefix + (target or bare)] = value
+
+
+def _inside(name: str, own: set[str]) -> str | None:
+    """The name without the wrappers that it begins with, where it is one of `own`."""
+    while name not in own:
+        wrapper, _, name = name.partition(".")
+        if wrapper not in _WRAPPERS:
+            return None
+    return name
 
 
 def _bare(name: str) -> str:

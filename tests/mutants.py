@@ -1,17 +1,17 @@
-"""Mutation testing of the kernels: break each one on purpose and see that its tests notice.
+"""Mutation testing: break kernels, and what decides about them, and see that the tests notice.
 
     python -m tests.mutants [--out FILE] [NAME ...]
 
 The mutants are in tests/mutations/<name>.diff, one below another; tests/test_<name>.py is to catch
 them:
 
-    @@ file under kernels/ function or class: what is wrong now
+    @@ file function or class: what is wrong now
     -text that occurs in it once
     +what stands there instead
 
-In a copy of the tree, whose tests have to pass first, a mutant takes the place of the code, and the
-tests run until the first failure. A line per mutant says which test caught it; the exit status is 1
-if any survived.
+A file is one of kernels/, or of fastgpt/ where that has none of the name. In a copy of the tree,
+whose tests have to pass first, a mutant takes the place of the code, and the tests run until the
+first failure. A line per mutant says which test caught it; the exit status is 1 if any survived.
 """
 
 import argparse
@@ -33,12 +33,16 @@ ROOT = Path(__file__).parent.parent
 
 
 class Mutant(NamedTuple):
-    file: str  # under kernels/
+    file: str
     function: str  # or class
     name: str
     old: str
     new: str
     test: str  # tests/test_<test>.py is to catch it
+
+    def path(self, tree: Path) -> Path:
+        of_kernels = tree / "kernels" / self.file
+        return of_kernels if of_kernels.exists() else tree / "fastgpt" / self.file
 
     def within(self, source: str) -> str:
         """The source of its file, broken."""
@@ -52,7 +56,7 @@ class Mutant(NamedTuple):
                     return "".join([*lines[:first], broken, *lines[last:]])
         raise ValueError(
             f"mutant {self.name!r} of tests/mutations/{self.test}.diff: {self.function} of "
-            f"kernels/{self.file} no longer contains {self.old!r} once; adapt it to the kernel"
+            f"{self.file} no longer contains {self.old!r} once; adapt it to the code"
         )
 
 
@@ -74,9 +78,9 @@ def mutants() -> Iterator[Mutant]:
 
 
 def run_tests(tree: Path, name: str) -> subprocess.CompletedProcess[str]:
-    """tests/*/test_<name>.py up to its first failure, beginning with what failed the last time."""
+    """tests/**/test_<name>.py up to its first failure, beginning with what failed the last time."""
     options = ["-x", "--failed-first", "--tb=no", "-rf"]
-    (path,) = tree.glob(f"tests/*/test_{name}.py")
+    (path,) = tree.glob(f"tests/**/test_{name}.py")
     command = [sys.executable, "-m", "pytest", *options, str(path)]
     env = {
         **os.environ,
@@ -87,7 +91,7 @@ def run_tests(tree: Path, name: str) -> subprocess.CompletedProcess[str]:
 
 
 def judge(mutant: Mutant, tree: Path) -> Verdict:
-    path = tree / "kernels" / mutant.file
+    path = mutant.path(tree)
     source = path.read_text()
     path.write_text(mutant.within(source))
     done = run_tests(tree, mutant.test)

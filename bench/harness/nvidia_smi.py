@@ -8,6 +8,7 @@ it does when its driver is in trouble, costs TIMEOUT seconds and is not asked ag
 """
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -47,8 +48,7 @@ def _output() -> str:
     if _hung:
         return ""
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
-    if torch.cuda.is_available():  # the one that PyTorch uses, of several
-        command.append(f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}")
+    command += _which_gpu()
     try:
         process = subprocess.Popen(
             command,
@@ -67,6 +67,14 @@ def _output() -> str:
             os.killpg(process.pid, signal.SIGKILL)  # not waited for: the driver may keep it alive
         return ""
     return printed.decode(errors="replace") if process.returncode == 0 else ""
+
+
+@functools.cache  # asked before the run: of a device that a fault took PyTorch knows nothing
+def _which_gpu() -> list[str]:
+    """The one that PyTorch uses, of several."""
+    if not torch.cuda.is_available():
+        return []
+    return [f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"]
 
 
 def _number(text: str) -> float | None:

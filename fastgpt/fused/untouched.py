@@ -1,9 +1,8 @@
 """Whether a GPT is as it was built: then its weights may be read and its modules' forwards skipped.
 
-The one place that answers this, for training, TrainStep and sampling alike. What a fork changes is
-either in a module (its class, hooks, attributes, weights), in a class, or in PyTorch's functions
-(interception.py); each is looked at where one of the questions below is asked, and nothing is
-remembered from one forward to the next.
+The one place that answers this, for training, TrainStep and sampling alike. A fork changes a module
+(its class, hooks, attributes, weights), a class, or PyTorch's functions (interception.py). All are
+looked at again in every forward: what was found in the last one may have changed since.
 """
 
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fastgpt.fused.block import Settings, Weights
-from fastgpt.interception import from_pytorch, interception
+from fastgpt.implementations.interception import from_pytorch, interception
 
 # What a call of a module goes through, and reading an attribute of it.
 _METHODS = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
@@ -38,13 +37,13 @@ def _remember(kind: type[nn.Module], methods: dict[str, Any]) -> None:
 def remember(*kinds: type[nn.Module]) -> None:
     """For model.py, whose classes this file cannot import."""
     for kind in kinds:
-        inherited = {name: from_pytorch(getattr(kind, name)) for name in _METHODS}
+        inherited = {name: from_pytorch(kind, name) for name in _METHODS}
         _remember(kind, inherited | {"forward": kind.forward})
         _KINDS[kind.__name__] = kind
 
 
 for _kind in (nn.Linear, nn.GELU, nn.Dropout, nn.Embedding):
-    _remember(_kind, {name: from_pytorch(getattr(_kind, name)) for name in _METHODS})
+    _remember(_kind, {name: from_pytorch(_kind, name) for name in _METHODS})
 
 
 def calls_untouched() -> bool:

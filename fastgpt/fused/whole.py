@@ -104,7 +104,7 @@ class FusedModel(NamedTuple):
             rows = x.reshape(-1, x.shape[-1])
             if weight is None or x.dtype != self.dtype:
                 return None, ops.linear_cross_entropy(rows, head.weight, targets)
-            low = self._low(head.weight)
+            targets, low = ops.checked_targets(rows, targets), self._low(head.weight)
             return None, mean_loss(self.run.cross_entropy_, rows, weight, low, targets, -1)
         logits = head(x) if weight is None else F.linear(x, weight)
         loss = ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets)

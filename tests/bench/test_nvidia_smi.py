@@ -5,7 +5,6 @@ import signal
 import time
 
 import pytest
-import torch
 
 from bench import decode
 from bench.harness import machine, nvidia_smi, record
@@ -30,7 +29,7 @@ SMI = {  # what nvidia-smi does -> what is read
 def fake_smi(tmp_path, monkeypatch):
     """A program of that name, first on PATH."""
     monkeypatch.setattr(nvidia_smi, "_hung", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(nvidia_smi, "_which_gpu", lambda: [])
     path = tmp_path / "bin" / "nvidia-smi"
     path.parent.mkdir()
     monkeypatch.setenv("PATH", str(path.parent), prepend=os.pathsep)

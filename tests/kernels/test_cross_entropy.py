@@ -150,3 +150,15 @@ def test_linear_cross_entropy(dtype):
     assert_as_accurate(
         ops.linear_cross_entropy, reference.linear_cross_entropy, x, w, targets, grads=[scalar()]
     )
+
+
+@pytest.mark.parametrize("op", CROSS_ENTROPIES)
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_the_gradient_is_the_callers_to_write_to(op, upstream):
+    logits, targets = randn(9, 33).requires_grad_(), targets_of(9, 33)
+    with use_backend("triton"):
+        loss = upstream * CROSS_ENTROPIES[op](logits, targets)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], kept)

@@ -101,10 +101,10 @@ MISTAKES = {
     ),
     "n_head": Mistake(lambda: model(n_head=3), ValueError, "n_head=3", "try n_embd=18"),
     "no vocabulary": Mistake(
-        lambda: model(vocab_size=0), ValueError, "vocab_size=0", "positive integer"
+        lambda: model(vocab_size=0), ValueError, "vocab_size=0", "an integer of at least 1"
     ),
     "a fractional width": Mistake(
-        lambda: model(n_embd=16.0), ValueError, r"n_embd=16\.0", "positive integer"
+        lambda: model(n_embd=16.0), ValueError, r"n_embd=16\.0", "an integer of at least 1"
     ),
     "gelu": Mistake(lambda: model(gelu="relu"), ValueError, "gelu='relu'", "'none'.*'tanh'"),
     "dropout": Mistake(lambda: model(dropout=1.5), ValueError, "1.5", "between 0 and 1"),

@@ -5,7 +5,7 @@ one to use); what it changes outside of the model, the stack puts back. What it 
 draws the same for every implementation: test_changes.py seeds before it.
 """
 
-from tests.model.changes import architecture, hooks, patches, tensors, wrappers
+from tests.forks.changes import architecture, hooks, patches, tensors, wrappers
 
 CHANGES = {
     change.__name__: change

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.model.changes.sizes import C, V
+from tests.forks.changes.sizes import C, V
 
 
 class Attention(nn.Module):

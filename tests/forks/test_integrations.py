@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import fastgpt
-from tests.model.test_changes import THEIRS, batch, built
+from tests.forks.test_changes import THEIRS, batch, built
 
 IDX, TARGETS = batch()
 

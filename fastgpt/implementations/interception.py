@@ -16,14 +16,17 @@ from torch.utils._device import DeviceContext
 _C = torch._C
 
 
-def from_pytorch(function: Any) -> Any:
-    """`function` where PyTorch defines it, else a new object, which is equal to nothing: what was
-    assigned before fastgpt was imported is found too.
+def from_pytorch(owner: Any, name: str) -> Any:
+    """The function called `name` where PyTorch defines it, else an object that is equal to nothing:
+    so that what was assigned before fastgpt was imported is found too.
     """
-    code = getattr(function, "__code__", None)
-    home = os.path.dirname(torch.__file__)
-    own = isinstance(function, BuiltinFunctionType) or (code and code.co_filename.startswith(home))
-    return function if own else object()
+    function = getattr(owner, name)
+    own_names = (name, "_wrapped_call_impl")  # the other is nn.Module.__call__
+    code, home = getattr(function, "__code__", None), os.path.dirname(torch.__file__)
+    of_torch = isinstance(function, BuiltinFunctionType) or (
+        code is not None and code.co_filename.startswith(home)
+    )
+    return function if of_torch and function.__name__ in own_names else object()
 
 
 # What nanoGPT's forward calls, directly or through torch.nn.
@@ -34,7 +37,7 @@ _FUNCTIONS = {
     torch._C._nn: ("cross_entropy_loss",),
 }  # fmt: skip
 _ORIGINALS = tuple(
-    (vars(owner), name, from_pytorch(getattr(owner, name)))
+    (vars(owner), name, from_pytorch(owner, name))
     for owner, names in _FUNCTIONS.items()
     for name in names
 )

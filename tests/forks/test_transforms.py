@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
 from fastgpt import use_backend
-from tests.model.test_changes import THEIRS, batch, built
+from tests.forks.test_changes import THEIRS, batch, built
 
 
 def both() -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from tests.model.changes.sizes import C
+from tests.forks.changes.sizes import C
 
 
 class Wrapper(nn.Module):

@@ -6,7 +6,7 @@ import pickle
 import torch
 from torch import nn
 
-from tests.model.changes.sizes import C, V
+from tests.forks.changes.sizes import C, V
 
 
 class Subclass(torch.Tensor):

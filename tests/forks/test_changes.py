@@ -1,7 +1,7 @@
 """Whatever a fork changes, fastgpt gives nanoGPT's numbers for it, or a clear error.
 
-Each change of tests/model/changes/ is made to nanoGPT's model (the one that NANOGPT_DIR names, or
-tests/model/nanogpt.py) and to fastgpt's, with the same weights, and each probe below looks at both.
+Each change of tests/forks/changes/ is made to nanoGPT's model (the one that NANOGPT_DIR names, or
+tests/forks/nanogpt.py) and to fastgpt's, with the same weights, and each probe below looks at both.
 """
 
 import os
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import fastgpt
 from fastgpt import use_backend
 from fastgpt.train_step import TrainStep
-from tests.model import nanogpt
-from tests.model.changes import CHANGES
-from tests.model.changes.sizes import SIZES
+from tests.forks import nanogpt
+from tests.forks.changes.sizes import SIZES
+from tests.forks.changes.table import CHANGES
 
 THEIRS: Any = nanogpt.original() or nanogpt
 TOLERANCE = 2e-5  # of the largest element: rounding in fp32, some layers later

@@ -1,13 +1,16 @@
 """What forks add to the model and the fused paths must not lose."""
 
+import math
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.implementations import sdpa
+from tests.forks import nanogpt
 
 SIZES = {"block_size": 8, "vocab_size": 23, "n_layer": 1, "n_head": 2, "n_embd": 32}
 
@@ -49,6 +52,56 @@ def test_buffers_of_the_models_own_are_loaded():
     saved = {name: t.clone() + 1 for name, t in model.state_dict().items()}
     model.load_state_dict(saved)
     assert all(torch.equal(t, saved[name]) for name, t in model.state_dict().items())
+
+
+def test_a_wrapper_with_a_weight_beside_what_it_wraps():
+    """Both end in `c_fc.weight` once `module` is taken out of the names."""
+
+    class Doubled(nn.Linear):
+        def __init__(self, module: nn.Linear):
+            super().__init__(32, 128)
+            self.module = module
+
+        def forward(self, x):
+            return super().forward(x) + self.module(x)
+
+    model = GPT(GPTConfig(**SIZES))
+    model.transformer.h[0].mlp.c_fc = Doubled(model.transformer.h[0].mlp.c_fc)
+    saved = {name: torch.randn_like(t) for name, t in model.state_dict().items()}
+    saved["transformer.wte.weight"] = saved["lm_head.weight"]
+    for prefix in ("", "module.", "_orig_mod.module."):
+        model.load_state_dict({prefix + name: t for name, t in saved.items()})
+        assert all(torch.equal(t, saved[name]) for name, t in model.state_dict().items())
+        with torch.no_grad():
+            model.transformer.h[0].mlp.c_fc.weight.zero_()
+            model.transformer.h[0].mlp.c_fc.module.weight.zero_()
+
+
+def test_an_error_in_a_hook_is_the_callers_own():
+    def hook(*_):
+        raise IndexError("mine")
+
+    model = GPT(GPTConfig(**SIZES))
+    model.transformer.wte.register_forward_hook(hook)
+    with pytest.raises(IndexError, match=r"^mine$"):
+        model(torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_no_layers_and_any_temperature():
+    sizes = SIZES | {"n_layer": 0}
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(**sizes))
+    torch.manual_seed(4)
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(**sizes))
+    theirs.load_state_dict(model.state_dict())
+    idx = torch.randint(23, (2, 8))
+    torch.testing.assert_close(model(idx, idx), theirs(idx, idx))
+    for temperature in (math.inf, torch.tensor([[0.3], [2.0]]), torch.tensor(0.7)):
+        tokens = []
+        for gpt in (model, theirs):
+            torch.manual_seed(1)
+            tokens.append(gpt.generate(idx[:, :2], 9, temperature=temperature, top_k=4))
+        assert torch.equal(*tokens)
 
 
 def test_autocast_remembers_weights_where_pytorch_runs():
