@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 
 from fastgpt import GPT, GPTConfig, backend, ops, use_backend
-from fastgpt.interception import interception
+from fastgpt.implementations.interception import interception
 from fastgpt.kernels import attention, cross_entropy, gelu, gemm_gelu, layer_norm
 from tests.close import DEVICE, randn
 
