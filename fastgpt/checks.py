@@ -57,7 +57,7 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
         raise RuntimeError(f"idx is on meta, the model on {wte.weight.device}; move one with .to()")
     if _can_be_read(idx):
         low, high = (t.item() for t in idx.aminmax())
-        V = wte.num_embeddings
+        V = wte.weight.shape[0]  # which a fork may have given more rows than num_embeddings
         if low < 0 or high >= V:
             raise IndexError(
                 f"idx holds ids from {low} to {high}, but vocab_size={V} allows 0 to {V - 1}; "

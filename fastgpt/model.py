@@ -244,7 +244,7 @@ class GPT(nn.Module):
         L, H, Q, T = cfg.n_layer, cfg.n_head, cfg.n_embd // cfg.n_head, cfg.block_size
         flops = (6 * self.get_num_params() + 12 * L * H * Q * T) * T * fwdbwd_per_iter
         if peak_flops is None:
-            peak_flops = devices.peak_flops(self.lm_head.weight.device)
+            peak_flops = devices.peak_flops(next(self.parameters()).device)
         return flops / dt / peak_flops
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ def stream(
     done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
     next_logits = _NextLogits(model)
     for i in range(max_new_tokens):
-        if watched or i == 0:
+        if watched and i > 0:
             next_logits.cacheable = decodable(model)
         new = sampling.draw(next_logits(idx))
         if stop_token is not None:
@@ -89,7 +89,7 @@ class _NextLogits:
     """
 
     def __init__(self, model: Any):
-        self.model, self.cacheable = model, False
+        self.model, self.cacheable = model, decodable(model)
         self.cache: list[tuple[Tensor, Tensor]] = []  # per layer k, v (B, H, block_size, D)
         self.filled = 0  # positions in it
 

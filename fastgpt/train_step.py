@@ -47,7 +47,9 @@ class TrainStep:
     ):
         self.model, self.dtype = model, dtype
         self.forward: Forward = torch.compile(model) if compile else model
-        self.device = model.lm_head.weight.device
+        # not the head's: a fork's may have no weight of its own
+        devices = (p.device for p in model.parameters() if not p.is_meta)
+        self.device = next(devices, torch.device("cpu"))
         if capture and self.device.type != "cuda":
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
         # what autocast casts, float64 is not among it
@@ -91,7 +93,8 @@ class TrainStep:
         try:
             with autocast(self.device, self.dtype):
                 loss = self.forward(x, y)[1] / count
-            self.scaler.scale(loss).backward()
+            with autocast(self.device, torch.float32):  # none, whatever the caller is in
+                self.scaler.scale(loss).backward()
         finally:
             del self.model.matmul_copies
         return loss.detach()

@@ -26,12 +26,13 @@ THEIRS: Any = nanogpt.original() or nanogpt
 TOLERANCE = 2e-5  # of the largest element: rounding in fp32, some layers later
 AFTER_STEPS = 1e-3  # of a loss: Adam turns the rounding of a small gradient into a step's length
 # Where fastgpt rounds to fewer bits what nanoGPT rounds, but not at the same places.
-ROUNDED, LOW_TOLERANCE = {"bfloat16", "bfloat16_autocast", "rounded_saved_tensors"}, 5e-2
+ROUNDED = {"bfloat16", "bfloat16_autocast", "float16", "float16_autocast", "rounded_saved_tensors"}
+LOW_TOLERANCE = 5e-2
 
 # Not nanoGPT's result but an error, whose message holds these words.
 REFUSED: dict[str, str] = {}
-# Where nanoGPT fails, and fastgpt does what was meant.
-EXTENSIONS: set[str] = set()
+# Where nanoGPT fails, and fastgpt does what was meant: TrainStep takes no step to NaN.
+EXTENSIONS = {"float16"}
 # Changes that no number shows; what they could break is in the way they are found.
 UNSEEN = {
     "wrapper_of_a_block", "wrapper_of_the_embedding", "checkpoint_wrapper_of_a_block",
@@ -108,10 +109,12 @@ def ten_steps(model: Any) -> Iterator[torch.Tensor]:
     optimizer = torch.optim.AdamW(groups, fused=True)  # takes a tenth of the time
     for _ in range(10):
         loss = model(*batch())[1]
+        assert loss.isfinite(), "there is no training to compare with"
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        torch.clear_autocast_cache()  # of an autocast around the loop: the weights before the step
         yield loss.detach()
 
 
@@ -174,9 +177,11 @@ def check(names: tuple[str, ...], probe: Any) -> None:
 
 
 def allowed(names: tuple[str, ...], probe: Any) -> float:
+    if set(names) & ROUNDED:
+        return LOW_TOLERANCE
     if probe is ten_steps:  # which clips and updates what is in bfloat16 in another order
         return LOW_TOLERANCE if any("bfloat16" in name for name in names) else AFTER_STEPS
-    return LOW_TOLERANCE if set(names) & ROUNDED else TOLERANCE
+    return TOLERANCE
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.__name__)

@@ -246,6 +246,20 @@ def test_streaming_computes_a_column_when_asked_for_it(cached):
     assert cached == [4, 1]
 
 
+def test_a_model_changed_between_two_columns(cached):
+    """From then on it runs as a whole, and changed back it fills a new cache."""
+    model, idx = tiny(), prompt(length=4)
+    stream = model.generate_stream(idx, 6, temperature=0)
+    next(stream), next(stream)
+    hook = model.transformer.h[0].register_forward_hook(lambda m, x, y: y.flip(-1))
+    changed = next(stream)
+    hook.remove()
+    assert cached == [4, 1] and len(list(stream)) == 3 and cached == [4, 1, 7, 1, 1]
+    tokens = model.generate(idx, 2, temperature=0)
+    model.transformer.h[0].register_forward_hook(lambda m, x, y: y.flip(-1))
+    assert torch.equal(changed, model(tokens)[0][:, -1].argmax(-1, keepdim=True))
+
+
 def test_no_new_tokens_are_the_prompt():
     idx = prompt()
     assert torch.equal(tiny().generate(idx, 0), idx)

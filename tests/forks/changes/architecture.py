@@ -260,6 +260,11 @@ def larger_vocabulary(model, undo):
     model.lm_head.weight = model.transformer.wte.weight = nn.Parameter(rows)
 
 
+def larger_vocabulary_in_the_weight_alone(model, undo):
+    rows = torch.cat([model.lm_head.weight.detach(), 2 * torch.randn(3, C)])
+    model.lm_head.weight = model.transformer.wte.weight = nn.Parameter(rows)
+
+
 def more_blocks(model, undo):
     block = type(model.transformer.h[0])(model.config)
     model.transformer.h.append(block)
@@ -291,6 +296,7 @@ CHANGES = (
     tanh_gelu_in_one_layer, gelu_set_to_tanh, wider_mlp_in_one_layer, no_bias_in_one_linear,
     no_bias_in_one_norm, no_attention_in_one_layer, bigram_embeddings, sinusoidal_positions,
     norm_after_embeddings, untied_head, head_bias, capped_logits, smaller_head, two_layer_head,
-    larger_vocabulary, more_blocks, fewer_blocks, no_blocks, one_row_of_positions,
-    fewer_positions_than_block_size, more_positions_than_block_size,
+    larger_vocabulary, larger_vocabulary_in_the_weight_alone, more_blocks, fewer_blocks, no_blocks,
+    one_row_of_positions, fewer_positions_than_block_size,
+    more_positions_than_block_size,
 )  # fmt: skip

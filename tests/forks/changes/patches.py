@@ -280,6 +280,10 @@ def bfloat16_autocast(model, undo):
     undo.enter_context(torch.autocast("cpu", torch.bfloat16))
 
 
+def float16_autocast(model, undo):
+    undo.enter_context(torch.autocast("cpu", torch.float16))
+
+
 def bfloat16_autocast_of_one_block(model, undo):
     block = model.transformer.h[0]
     run = block.forward
@@ -303,5 +307,5 @@ CHANGES = (
     one_models_forward, one_attentions_call_impl, own_generate, generates_by_an_own_call,
     mode_on_gelu, mode_on_linear, mode_on_attention, mode_on_cross_entropy, dispatch_mode_on_gelu,
     dispatch_mode_on_its_gradient, dispatch_mode_on_norms, attention_held_to_math, anomaly_mode,
-    default_dtype_of_doubles, bfloat16_autocast, bfloat16_autocast_of_one_block,
+    default_dtype_of_doubles, bfloat16_autocast, float16_autocast, bfloat16_autocast_of_one_block,
 )  # fmt: skip

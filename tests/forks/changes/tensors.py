@@ -102,6 +102,10 @@ def bfloat16(model, undo):
     model.bfloat16()
 
 
+def float16(model, undo):
+    model.half()
+
+
 def one_bfloat16_block(model, undo):
     in_dtype(model.transformer.h[0], torch.bfloat16)
 
@@ -350,7 +354,7 @@ def embedding_of_options(model, undo):
 CHANGES = (
     block_used_twice, mlp_used_twice, norm_used_everywhere, linear_used_twice, weight_used_twice,
     weight_used_twice_in_one_block, positions_tied_to_tokens, frozen_blocks, frozen_embeddings,
-    only_norms_learn, one_frozen_bias, doubles, bfloat16, one_bfloat16_block,
+    only_norms_learn, one_frozen_bias, doubles, bfloat16, float16, one_bfloat16_block,
     bfloat16_block_behind_a_wider_one, bfloat16_embeddings, double_head, double_norms, double_block,
     bfloat16_scalar_first, double_vector_first, unused_meta_parameter_first, meta_block,
     no_parameters, plain_tensors_for_weights, weight_made_of_others, tensor_subclass,
