@@ -30,6 +30,8 @@ class Op(NamedTuple):
     implementations: Mapping[str, str]
     unmeasured: str  # the choice on a GPU that nobody measured: GEMMs and attention from PyTorch
     on_cpu: str = "torch"
+    public: bool = True  # whether ops.py has a function of its name
+    calls_sdpa: bool = False  # PyTorch's, where it is not our kernel: it heeds SDPA's switches
 
 
 _KERNELS, _OTHERS = "fastgpt.kernels.", "fastgpt.implementations."
@@ -50,17 +52,19 @@ OPS: dict[str, Op] = {
     "add_layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
     "linear_gelu": Op(_MLP, "cublas"),
     "mlp": Op(_MLP, "cublas"),
-    "causal_attention": Op(_ATTENTION, "torch"),
-    "packed_causal_attention": Op(_ATTENTION, "torch"),
+    "causal_attention": Op(_ATTENTION, "torch", calls_sdpa=True),
+    "packed_causal_attention": Op(_ATTENTION, "torch", calls_sdpa=True),
     "cross_entropy": Op(_LOSS, "triton", on_cpu="aten"),
     "linear_cross_entropy": Op(_LOSS, "triton", on_cpu="aten"),
-    # the two that no public function is called like: a GPT's fused path, and TrainStep's optimizer
+    # no public functions: a GPT's fused path, and TrainStep's optimizer
     "block": Op(
         {"triton": "fastgpt.fused.launchers:kernels", "aten": "fastgpt.fused.launchers:aten"},
         "triton",
         on_cpu="aten",
+        public=False,
+        calls_sdpa=True,
     ),
-    "adamw": Op({"triton": _KERNELS + "adamw"}, "triton"),
+    "adamw": Op({"triton": _KERNELS + "adamw"}, "triton", public=False),
 }
 
 
@@ -85,7 +89,7 @@ class use_backend:
     """Set the mode, for good as a plain call or for a block as `with use_backend(mode): ...`.
 
     Keywords choose an op's implementation over the table's, as in `use_backend("auto",
-    causal_attention="flash-attn", mlp="triton")`. ValueError names what exists. Activation
+    packed_causal_attention="flash-attn", mlp="triton")`. ValueError names what exists. Activation
     checkpointing runs forwards again in the backward: keep the block around both.
     """
 
@@ -139,6 +143,12 @@ def implementation(op: str, name: str) -> Any:
     return _loaded[path]
 
 
+def load_for_start() -> None:
+    """For fastgpt/__init__.py, when all it imports is there: what $FASTGPT_BACKEND asks for."""
+    if _mode == "triton":
+        load_all()
+
+
 def load_all() -> None:
     """Import every implementation now: torch.compile cannot trace an import by name."""
     for path in {path for op in OPS.values() for path in op.implementations.values()}:
@@ -170,7 +180,9 @@ def asked_for(op: str) -> str | None:
 
 
 def kernels_possible(tensor: Tensor) -> bool:
-    """Whether any op on such a tensor might run outside PyTorch: cheap, and wrong only upwards."""
+    """Whether any op on such a tensor might run outside PyTorch: cheap; it may
+    say yes where none does, never no where one does.
+    """
     return _mode == "triton" or (_mode == "auto" and tensor.is_cuda)
 
 
@@ -217,7 +229,8 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
         return _overrides[op], "asked for by use_backend"
     if _mode == "auto" and not tensor.is_cuda:
         name = OPS[op].on_cpu if tensor.device.type == "cpu" else "torch"
-        return name, _needs_cuda(tensor) if name == "torch" else "PyTorch's ops, our backward"
+        why = _needs_cuda(tensor) if name == "torch" else "PyTorch's ops under fastgpt's backward"
+        return name, why
     choice, source = OPS[op].unmeasured, "the conservative choice"
     if tensor.is_cuda and not torch.compiler.is_compiling():  # which can read no file
         device = torch.cuda.get_device_properties(tensor.device).name
@@ -243,10 +256,12 @@ def _needs_cuda(tensor: Tensor) -> str:
 
 
 def _interception(op: str) -> str | None:
-    """Who must see PyTorch's own ops at work. torch.compile does not: it traces our choice."""
+    """Why PyTorch's own ops must run, or None: a script has patched them or is tracing them. Under
+    torch.compile nothing is asked, it traces what is chosen.
+    """
     if torch.compiler.is_compiling():
         return None
-    if op in ("causal_attention", "packed_causal_attention", "block") and sdpa_is_restricted():
+    if OPS[op].calls_sdpa and sdpa_is_restricted():
         return "SDPA is held to some of its backends"
     return interception()
 

@@ -41,8 +41,12 @@ def load_model(saved: dict[str, Any]) -> GPT:
     return model
 
 
+NANOGPT_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+
+
 def model_args(config: GPTConfig) -> dict[str, Any]:
-    """nanoGPT's fields, and of fastgpt's those that differ from what nanoGPT does."""
-    own = ("return_logits", "gelu", "residual_init", "linear_init")
-    args = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {k: v for k, v in args.items() if k not in own or v != getattr(GPTConfig, k)}
+    """nanoGPT's fields, and of fastgpt's own those that change something: nanoGPT's loader takes no
+    other name.
+    """
+    args = {field.name: (getattr(config, field.name), field.default) for field in fields(GPTConfig)}
+    return {k: v for k, (v, default) in args.items() if k in NANOGPT_FIELDS or v != default}

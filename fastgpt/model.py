@@ -200,8 +200,8 @@ class GPT(nn.Module):
         """GPT-2 with OpenAI's weights, through Hugging Face: gpt2, gpt2-medium, gpt2-large,
         gpt2-xl.
 
-        `override_args` may set `dropout` and our own fields. As in nanoGPT the GELU stays exact;
-        dict(gelu="tanh") gives what the weights were trained with.
+        `override_args` may set dropout, gelu, return_logits and checkpoint_blocks. As in nanoGPT
+        the GELU stays exact; dict(gelu="tanh") gives what the weights were trained with.
         """
         return weights.from_hugging_face(cls, GPTConfig, model_type, override_args or {})
 

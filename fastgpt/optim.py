@@ -250,8 +250,10 @@ class AdamW(CheckedAdamW):
         taken = torch.stack(steps).double()
         corrections = torch.stack([1 - beta**taken for beta in group["betas"]], dim=1)
         dtype = next((c.dtype for c in self.copies.values()), torch.float32)
-        adamw.update(table, chunks, 1 / divisor, corrections.float(), decay,
-                     group["lr"], group["betas"], group["eps"], dtype)  # fmt: skip
+        adamw.launch_update(
+            table, chunks, 1 / divisor, corrections.float(), decay,
+            group["lr"], group["betas"], group["eps"], dtype,
+        )  # fmt: skip
         self._note_copied(params)
 
     def _tables(self, adamw: Any, params: list[Tensor]) -> tuple[Tensor, ...]:

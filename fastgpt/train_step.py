@@ -19,6 +19,7 @@ from fastgpt.model import GPT
 from fastgpt.optim import AdamW
 
 Batch = tuple[Tensor, Tensor]  # idx and targets, (B, T) int64 on the model's device
+Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Any]]  # logits, loss
 
 
 class TrainStep:
@@ -45,7 +46,7 @@ class TrainStep:
         max_skipped: int = 100,
     ):
         self.model, self.dtype = model, dtype
-        self.forward: Callable[..., Any] = torch.compile(model) if compile else model
+        self.forward: Forward = torch.compile(model) if compile else model
         # not the head's: a fork's may have no weight of its own
         devices = (p.device for p in model.parameters() if not p.is_meta)
         self.device = next(devices, torch.device("cpu"))
@@ -67,6 +68,8 @@ class TrainStep:
 
         RuntimeError names what to change if the batch does not fit in memory.
         """
+        if not batches:
+            raise ValueError("no batches: a training step needs at least one (x, y)")
         self.optimizer.copy_weights()  # of those that somebody changed since
         run = self.graph.replay if self.graph else self.micro_step
         try:

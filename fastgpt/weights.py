@@ -61,7 +61,7 @@ def from_hugging_face(
     """A `model_class` with the weights that transformers has under `model_type`."""
     if model_type not in SIZES:
         raise ValueError(f"unknown model_type={model_type!r}; use one of {', '.join(SIZES)}")
-    allowed = {"dropout", "gelu", "return_logits"}
+    allowed = {"dropout", "gelu", "return_logits", "checkpoint_blocks"}
     if not set(override_args) <= allowed:
         wrong = ", ".join(sorted(set(override_args) - allowed))
         raise ValueError(f"cannot override {wrong}: {model_type} fixes it; only {sorted(allowed)}")

@@ -100,7 +100,7 @@ def sum_of_squares(table: Tensor, chunks: Tensor) -> Tensor:
     return out.sum()
 
 
-def update(
+def launch_update(
     table: Tensor, chunks: Tensor, scale: Tensor, corrections: Tensor, decay: Tensor,
     lr: float, betas: tuple[float, float], eps: float, copy_dtype: torch.dtype,
 ) -> None:  # fmt: skip

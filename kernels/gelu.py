@@ -4,8 +4,8 @@
     dh = dy * gelu'(h)     db = sum over rows of dh
 
 Forward, a program owns 2048 elements. Backward, it owns a strip of rows of some columns: it reads
-dy and h and writes dh, its part of db and, where the MLP asks for it, gelu(h) again, which the
-second GEMM's weight gradient needs and nothing had to store.
+dy and h and writes dh, its part of db and, for the MLP, gelu(h) again: the second GEMM's weight
+gradient needs it, so the forward need not store it.
 """
 
 import torch

@@ -6,6 +6,7 @@ date first. Prints a line per pair at the end and fails if any pair does; what p
 """
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def main() -> int:
         parser.error(f"unknown pair {', '.join(unknown)}; use {', '.join(PAIRS)}")
     VENVS.mkdir(exist_ok=True)
     chosen = args.pairs or list(PAIRS)
-    results = {name: tested(name, PAIRS[name], args.pytest.split()) for name in chosen}
+    results = {name: tested(name, PAIRS[name], shlex.split(args.pytest)) for name in chosen}
     for name, (passed, words) in results.items():
         print(f"{'passed' if passed else 'FAILED'}  {name}: {words}")
     return 0 if all(passed for passed, _ in results.values()) else 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.harness.roofline import Work, attention, gemm
-from fastgpt import backend, ops, reference
+from fastgpt import backend, reference
 from fastgpt.examples import Sizes, example, outline
 
 
@@ -26,7 +26,7 @@ def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> I
     T, D = min(M, 1024), 64
     sizes = Sizes(M // T, T, C, C // D, V)
     work = _work(M, C, V, M // T, T, C // D, dtype.itemsize)
-    for op in (op for op in backend.OPS if hasattr(ops, op)):
+    for op in (op for op, entry in backend.OPS.items() if entry.public):
         given = outline(op, sizes, "meta", dtype)
         tensors = [t for t in given.inputs if t is not None]
 

@@ -6,7 +6,7 @@ be launched: the same constants, the same specialisation on strides and divisibi
 
 Per kernel, configuration and architecture: registers per thread, spill instructions (local loads
 and stores in the SASS), shared memory, which tensor-core instruction the PTX issues, and how many
-address computations would wrap around beyond 2**31 elements (offsets.py).
+address computations would wrap around beyond 2**31 elements (narrow_offsets.py).
 """
 
 import argparse
@@ -125,7 +125,7 @@ def _run_launchers(dtype: torch.dtype) -> None:
     table, chunks = meta(148, 6, dtype=torch.int64), meta(M, 2, dtype=torch.int64)
     clip, decay, corrections = (meta(*s, dtype=torch.float32) for s in ((), (148,), (148, 2)))
     adamw.sum_of_squares(table, chunks)
-    adamw.update(table, chunks, clip, corrections, decay, 6e-4, (0.9, 0.95), 1e-8, dtype)
+    adamw.launch_update(table, chunks, clip, corrections, decay, 6e-4, (0.9, 0.95), 1e-8, dtype)
     embedding.add_rows_(meta(50304, C, dtype=torch.float32), meta(M, dtype=torch.int64), x)
 
 

@@ -29,17 +29,12 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig, backend, examples, ops, reference, use_backend
 from fastgpt.devices import autocast
 from fastgpt.examples import example, outline
+from fastgpt.fused.launchers import FUSABLE
 from fastgpt.kernels import _tuned
 from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
 MARGIN = 1.02  # what a winner must be faster by: less is noise
-# The ops inside a block, and the implementations that fused/launchers.py can make a fused one of.
-FUSABLE = {
-    "add_layer_norm": ("triton",),
-    "mlp": ("triton", "cublas"),
-    "packed_causal_attention": ("triton", "torch", "cudnn", "flash"),
-}
 
 
 class Sizes(NamedTuple):
@@ -192,7 +187,7 @@ def distance(ours: Any, theirs: Any) -> float:
 
 def implementations(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
     """A row per op and implementation that runs here: the time of forward and backward."""
-    raced = [op for op in backend.OPS if hasattr(ops, op)]
+    raced = [op for op, entry in backend.OPS.items() if entry.public]
     share = seconds / (len(raced) + 1)
     rows = [row for op in raced for row in _race_op(op, device, sizes, share)]
     return rows + _race_block(device, sizes, rows, share)
@@ -237,7 +232,10 @@ def _race_block(
     times = _times(races)
 
     def backend_of(implementation: str) -> use_backend:
-        parts = _fastest_parts(times, fused=implementation != "torch")
+        fused = implementation != "torch"
+        parts = _fastest_parts(times, fused)
+        if fused:
+            parts = {op: name for op, name in parts.items() if op in FUSABLE}
         return use_backend("auto", block=implementation, **parts)
 
     def step() -> list[Tensor]:

@@ -37,9 +37,9 @@ class _Embed(torch.autograd.Function):
         wte_shape, wpe_shape = ctx.sizes
         if dx is None:
             return None, None, dwte, None
-        if dwte is None:  # the head took no part in the loss
-            dwte = dx.new_zeros(wte_shape)
         if ctx.needs_input_grad[2]:
+            if dwte is None:  # the head took no part in the loss
+                dwte = dx.new_zeros(wte_shape)
             # the head's matmul made this tensor for us alone: nobody else can reach the alias
             ctx.add_rows_(dwte, idx.flatten(), dx.reshape(-1, dx.shape[-1]))
         dwpe = dx.new_zeros(wpe_shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgpt import backend
 from fastgpt.implementations import aten as on_aten
 from fastgpt.implementations import sdpa
+from fastgpt.implementations.sdpa import State
 from fastgpt.linear_cross_entropy import InPlace
 
 # M rows, N or C columns, K the reduction; what is None or (0,) was not asked for.
@@ -35,7 +36,6 @@ LinearGelu = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tenso
 GeluDgrad = Callable[
     [Tensor, Tensor, Tensor, bool, bool, bool], tuple[Tensor, Tensor | None, Tensor | None]
 ]
-State = tuple[Tensor | None, ...]  # what attention's backward needs besides: lse, dropout's seed
 # qkv, n_head, dropout_p -> y, state
 Attention = Callable[[Tensor, int, float], tuple[Tensor, State]]
 # dy, qkv, y, state, n_head, dropout_p -> dqkv
@@ -56,8 +56,13 @@ class Launchers(NamedTuple):
     cross_entropy_: InPlace
 
 
-class Maker(NamedTuple):
-    """An implementation of "block" in backend.OPS."""
+class PackedAttention(NamedTuple):
+    forward: Attention
+    backward: AttentionBackward
+
+
+class BlockImplementation(NamedTuple):
+    """As backend.OPS names them for "block"."""
 
     # for qkv (B, T, 3C) in the matmuls' dtype, n_head, dropout_p; or the reason why there are none
     launchers: Callable[[Tensor, int, float], Launchers | str]
@@ -67,31 +72,54 @@ class Maker(NamedTuple):
         return made if isinstance(made, str) else None
 
 
+# The ops inside a block, and the implementations that a fused one can be made of.
+FUSABLE: dict[str, tuple[str, ...]] = {
+    "add_layer_norm": ("triton",),
+    "mlp": ("triton", "cublas"),
+    "packed_causal_attention": ("triton", "torch", "cudnn", "flash"),
+}
+STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")  # a fused GPT, besides
+
+
+def _asked_otherwise() -> str | None:
+    """A block is chosen as a whole: that PyTorch is faster at one part alone does not refuse it,
+    that use_backend names what it cannot be made of does.
+    """
+    for op, names in FUSABLE.items():
+        if (asked := backend.asked_for(op)) is not None and asked not in names:
+            return f"use_backend asks for {op} in {asked}"
+    for op in STANDS_IN_FOR:
+        if backend.asked_for(op) == "torch":
+            return f"use_backend asks for {op} in torch"
+    return None
+
+
 def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
     attention = sdpa.choice(qkv, n_head, dropout_p)
     if attention is None:
         return "SDPA has no fused dropout on a CPU"
-    return on_aten.unsupported((qkv,)) or Launchers(
-        norm=on_aten.norm,
-        add_norm=on_aten.add_norm,
-        norm_backward=on_aten.norm_backward,
-        linear_gelu=on_aten.linear_gelu,
-        gelu_dgrad=on_aten.gelu_dgrad,
-        attention=attention.packed_forward,
-        attention_backward=attention.packed_backward,
-        add_rows_=on_aten.add_rows_,
-        cross_entropy_=on_aten.cross_entropy_,
+    return (
+        _asked_otherwise()
+        or on_aten.unsupported((qkv,))
+        or Launchers(
+            norm=on_aten.norm,
+            add_norm=on_aten.add_norm,
+            norm_backward=on_aten.norm_backward,
+            linear_gelu=on_aten.linear_gelu,
+            gelu_dgrad=on_aten.gelu_dgrad,
+            attention=attention.packed_forward,
+            attention_backward=attention.packed_backward,
+            add_rows_=on_aten.add_rows_,
+            cross_entropy_=on_aten.cross_entropy_,
+        )
     )
 
 
 def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
-    """A block is measured as a whole: a part that PyTorch wins alone does not refuse it, a part
-    that use_backend leaves to PyTorch does.
-    """
+    if reason := _asked_otherwise():
+        return reason
     needed = {"add_layer_norm": ("triton", dict(width=qkv.shape[-1] // 3)), "mlp": ("cublas", {})}
     for op, (name, facts) in needed.items():
-        if backend.asked_for(op) == "torch":
-            return f"{op} was asked to run in torch"
         if problem := backend.why_not(op, name, (qkv,), facts):
             return f"{op} cannot run: {problem}"
     attention = _attention(qkv, n_head, dropout_p)
@@ -107,28 +135,26 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
         norm_backward=layer_norm.backward,
         linear_gelu=gemm_gelu.forward if own else mlp.cublas.forward,
         gelu_dgrad=gemm_gelu.dgrad if own else mlp.cublas.dgrad,
-        attention=attention[0],
-        attention_backward=attention[1],
+        attention=attention.forward,
+        attention_backward=attention.backward,
         add_rows_=embedding.add_rows_,
         cross_entropy_=cross_entropy.cross_entropy_,
     )
 
 
-def _attention(
-    qkv: Tensor, n_head: int, dropout_p: float
-) -> tuple[Attention, AttentionBackward] | str:
+def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> PackedAttention | str:
     """Forward and backward of the attention that dispatch chooses, or why they cannot be had."""
     op, head_dim = "packed_causal_attention", qkv.shape[-1] // 3 // n_head
     name, reason = backend.explain(op, (qkv,), dict(head_dim=head_dim, dropout_p=dropout_p))
     if name == "triton":
         from fastgpt.kernels import attention
 
-        return attention.seeded_forward, attention.seeded_backward
+        return PackedAttention(attention.seeded_forward, attention.seeded_backward)
     held = sdpa.choice(qkv, n_head, dropout_p) if name == "torch" else getattr(sdpa, name, None)
     if held is None:
         return f"{op} runs in {name}: {reason}"
-    return held.packed_forward, held.packed_backward
+    return PackedAttention(held.packed_forward, held.packed_backward)
 
 
-aten = Maker(_of_aten)
-kernels = Maker(_of_kernels)
+aten = BlockImplementation(_of_aten)
+kernels = BlockImplementation(_of_kernels)

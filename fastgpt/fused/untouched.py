@@ -17,6 +17,13 @@ from fastgpt.implementations.interception import from_pytorch, interception
 
 # What a call of a module goes through, and reading an attribute of it.
 _METHODS = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
+# on all modules: not asked by _has_any_global_hook, which PyTorch 2.6 has not
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 _KINDS: dict[str, type[nn.Module]] = {}  # model.py's classes by name
 _ORIGINALS: list[tuple[type[nn.Module], str, Any]] = []  # class, name of a method, that method
 _FORWARDS: dict[type[nn.Module], Any] = {}
@@ -45,7 +52,7 @@ def calls_untouched() -> bool:
     """
     return torch.compiler.is_compiling() or (
         all(getattr(kind, name) is method for kind, name, method in _ORIGINALS)
-        and not nn_module._has_any_global_hook()
+        and not any(getattr(nn_module, hooks) for hooks in _GLOBAL_HOOKS)
     )
 
 

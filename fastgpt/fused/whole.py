@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import backend, ops, reference
 from fastgpt.fused import block as block_unit
 from fastgpt.fused import embedding
-from fastgpt.fused.block import Settings, Weights
+from fastgpt.fused.block import MATMULS, Settings, Weights
 from fastgpt.fused.launchers import Launchers
 from fastgpt.fused.untouched import (
     alike,
@@ -33,7 +33,8 @@ from fastgpt.linear_cross_entropy import mean_loss
 
 def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     """The chain for a forward of `model`, a GPT, on idx (B, T); None where the modules are to run
-    one by one: under backend "torch", where a kernel cannot run, and under torch.compile and
+    one by one: under backend "torch", where a kernel cannot run (under
+    "triton" that raises), and under torch.compile and
     torch.func. torch.compile fuses across modules, and would stop at each unit.
     """
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
@@ -45,10 +46,10 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     facts = dict(n_head=cfg.n_head, dropout_p=settings.dropout_p)
     dtype = ops.autocast_dtype(weight)
     qkv = weight.new_empty((1, idx.shape[1], 3 * weight.shape[1]), dtype=dtype)
-    maker = backend.choose("block", qkv, **facts)
-    if maker is reference:
+    chosen = backend.choose("block", qkv, **facts)
+    if chosen is reference:
         return None
-    return FusedModel(model, maker.launchers(qkv, **facts), settings, weight, dtype)
+    return FusedModel(model, chosen.launchers(qkv, **facts), settings, weight, dtype)
 
 
 class FusedModel(NamedTuple):
@@ -112,8 +113,10 @@ class FusedModel(NamedTuple):
 
     def _low_matrices(self, weights: Weights) -> Weights:
         """The weights with those of matmuls, and their biases, as the matmuls read them."""
-        named = weights._asdict().items()
-        return Weights(**{n: t if t is None or "ln" in n else self._low(t) for n, t in named})
+        of_matmuls = {name: getattr(weights, name) for name in MATMULS}
+        return weights._replace(
+            **{name: self._low(t) for name, t in of_matmuls.items() if t is not None}
+        )
 
     def _low(self, p: Tensor) -> Tensor:
         """A parameter in the matmuls' dtype, without autograd: TrainStep's copy, or a cast."""

@@ -1,7 +1,7 @@
 """Causal attention by PyTorch's SDPA, held to one of its own backends.
 
 Left to itself SDPA picks one ("torch"). These are for a device where a measurement says which wins,
-and for the fused path (fused.py), which calls a backend's forward and backward itself: it then
+and for the fused path (fused/block.py), which calls a backend's forward and backward itself: it
 reads q, k and v by strides from one (B, T, 3C) tensor, with nothing of autograd in between.
 """
 

@@ -36,7 +36,7 @@ def cases() -> dict[str, Callable[[Sizes, torch.dtype], Case]]:
         f"{op}, {name}": functools.partial(_case, op, name)
         for op, entry in backend.OPS.items()
         for name, path in entry.implementations.items()
-        if hasattr(ops, op) and path.startswith("fastgpt.kernels.")
+        if entry.public and path.startswith("fastgpt.kernels.")
     }
     return kernels | {DROPOUT: functools.partial(_case, *DROPOUT.split(", ")[:2], dropout_p=0.1)}
 

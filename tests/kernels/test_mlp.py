@@ -124,7 +124,7 @@ def test_a_triton_without_descriptors_takes_the_other_kernels(monkeypatch):
         "_gelu_backward_kernel",
     ]
     grads = [randn(140, 72, dtype=torch.float16)]
-    assert_as_accurate(gemm_gelu.mlp, reference.mlp, x, w, b, proj, none, grads=grads)
+    assert_as_accurate(mlp.own.mlp, reference.mlp, x, w, b, proj, none, grads=grads)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "offset"])  # for TMA, and not

@@ -97,6 +97,8 @@ def test_a_graph_gives_the_same_bits_again_and_no_second_derivative(name, data):
     call = data.draw(calls(OPS[name]))
     graph = Graph(call, floating(call))
     assert_same_bits(graph.gradients(retain_graph=True), graph.gradients(retain_graph=True))
+    if any(t is not None and t.numel() == 0 for t in call.inputs):
+        return  # PyTorch's own op, which has a second derivative
     with pytest.raises(RuntimeError, match="only once"):
         graph.gradients(create_graph=True)
 

@@ -38,6 +38,7 @@ def pretend() -> None:
         "get_device_properties": H200,
         "get_device_capability": (9, 0),
         "get_device_name": H200.name,
+        "is_current_stream_capturing": False,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": None,
         "_lazy_init": None,

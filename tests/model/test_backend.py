@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastgpt
 from fastgpt import GPT, GPTConfig, backend, ops, reference, use_backend
+from fastgpt.fused.whole import fused_model
 from fastgpt.kernels import _launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -324,3 +325,18 @@ def test_sampling_under_autocast_leaves_weights_to_pytorch(monkeypatch):
             assert all(y.dtype == torch.bfloat16 for y in both()) and not casts
         both()
         assert [len(tensors) for tensors in casts] == [3, 5]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="what a CPU's table chooses")
+@pytest.mark.parametrize("op", ["layer_norm", "mlp", "linear_cross_entropy"])
+def test_an_op_that_is_given_to_pytorch_is_left_to_it_in_a_fused_gpt_too(op):
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=32))
+    idx = torch.zeros(1, 8, dtype=torch.int64)
+    assert fused_model(model, idx) is not None
+    with use_backend("auto", **{op: "torch"}):
+        assert fused_model(model, idx) is None
+
+
+def test_the_start_value_triton_loads_what_torch_compile_cannot_import():
+    code = "import fastgpt; from fastgpt import backend; print(len(backend._loaded))"
+    assert int(run_python(code, FASTGPT_BACKEND="triton", TRITON_INTERPRET="1").stdout) > 5

@@ -16,6 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 
 from fastgpt import GPT, GPTConfig, backend, ops, use_backend
+from fastgpt.implementations.interception import interception
 from fastgpt.kernels import attention, cross_entropy, gelu, gemm_gelu, layer_norm
 from tests.close import DEVICE, randn
 
@@ -204,7 +205,7 @@ def test_func_transforms_fall_back():
     w, x, problems = randn(16), randn(3, 5, 16), []
 
     def loss(w, x):
-        problems.append(backend._tensor_problem((x, w)))
+        problems.append(interception() or "nothing")
         return ops.layer_norm(x, w).square().sum()
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(w, x)

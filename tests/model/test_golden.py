@@ -171,7 +171,7 @@ def test_greedy_tokens_past_block_size(trained):
 def drawn_as_recorded() -> bool:
     """Whether torch.multinomial makes of a seed what it made of it in the release that recorded."""
     torch.manual_seed(0)
-    return torch.multinomial(torch.full((3, 97), 1 / 97), 1).flatten().tolist() == [40, 26, 54]
+    return torch.multinomial(torch.full((3, 97), 1 / 97), 1).flatten().tolist() == [58, 71, 57]
 
 
 def test_sampled_tokens(trained):

@@ -161,7 +161,7 @@ def nodes(root: Node) -> set[Node]:
 def test_a_step_writes_to_nothing_it_was_given():
     """Inputs, weights, saved tensors and incoming gradients keep their values, and their versions,
     by which autograd would notice. One exception: the tied weight's gradient, which the head makes
-    for the embedding alone, to be added to (fused_head.py)."""
+    for the embedding alone, to be added to (fused/embedding.py)."""
     model, (idx, targets) = tiny(dropout=0.1), batch()
     watched: list[tuple[Tensor, int, Tensor]] = []
     tied: list[Tensor] = []
