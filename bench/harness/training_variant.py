@@ -6,17 +6,21 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from bench.peers import models
 from bench.peers.training import VARIANTS, Batches, Run, Step
 
+Row = dict[str, Any]
+MAX_NAME = 160  # of a kernel: templates' names go on for pages
 _CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 # what attention leaves in a profile: operators of PyTorch, and kernels where a graph is replayed
 _ATTENTION = {
@@ -44,6 +48,7 @@ class Variant:
         self.first_step = math.nan
         self.peak_bytes: int | None = None
         self.attention = "not seen"
+        self.kernels: list[Row] = []  # of one step on a GPU; see kernels_in()
         self.problem = ""
         self.out_of_memory = self.device_lost = False
 
@@ -102,14 +107,16 @@ class Variant:
             self.peak_bytes = max(peak, self.peak_bytes or 0)
 
     def look(self) -> None:
-        """Which attention ran, by a profile of one step; after the timed rounds, which it slows."""
+        """What ran, by a profile of one step; after the timed rounds, which it slows."""
         assert self._step is not None
         activities = [ProfilerActivity.CPU]
         if self.run.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with profile(activities=activities) as seen:
             self._step(*self.batches[0]).item()
-        self.attention = attention_in({event.name for event in seen.events()})
+        events = seen.events()
+        self.attention = attention_in({event.name for event in events})
+        self.kernels = kernels_in(events)
 
     def release(self) -> None:
         """And forget compiled code, which holds on to its model, and to the shapes it has seen."""
@@ -126,6 +133,20 @@ def attention_in(names: set[str]) -> str:
         if any(re.search(pattern, name) for name in names)
     ]
     return " + ".join(found) or "not seen"
+
+
+def kernels_in(events: Iterable[FunctionEvent]) -> list[Row]:
+    """{"kernel", "launches", "us"} of everything the device did, copies and fills too; the longest
+    first."""
+    spent: dict[str, list[float]] = {}
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+            spent.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    rows = [
+        {"kernel": name[:MAX_NAME], "launches": len(times), "us": round(sum(times), 1)}
+        for name, times in spent.items()
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
 
 
 @contextmanager

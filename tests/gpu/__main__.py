@@ -31,7 +31,7 @@ KERNELS = [
     *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
     "commands/test_tune",
 ]
-MAX_PROCESSES = 8  # each holds a CUDA context, and at times some GiB of tensors
+MAX_PROCESSES = 12  # each holds a CUDA context, and at times some GiB of tensors
 MAX_STARTS = 20
 HUNG = 120.0  # seconds in one test; compiling for many configurations takes a minute
 ENDED = (0, 1, 5)  # pytest's exit codes: all passed, some failed, nothing left to run
