@@ -19,6 +19,7 @@ Records lie in bench/results/<device>/, one file per run; runs only ever add fil
 
 import datetime
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -107,6 +108,8 @@ def slug(device: str) -> str:
 
 
 def commit() -> str:
+    """Git's, with "-dirty" where files have changed since; of a copy that is no repository, what
+    FASTGPT_COMMIT says."""
     here = Path(__file__).parents[2]
 
     def git(*args: str) -> str:
@@ -117,5 +120,6 @@ def commit() -> str:
         found = git("rev-parse", "HEAD")
         dirty = git("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:  # no git on this machine
-        return "unknown"
-    return (found or "unknown") + ("-dirty" if dirty else "")
+        found = dirty = ""
+    told = os.environ.get("FASTGPT_COMMIT", "unknown")
+    return found + ("-dirty" if dirty else "") if found else told
