@@ -56,14 +56,12 @@ class _Sdpa:
     def packed_backward(
         self, dy: Tensor, qkv: Tensor, y: Tensor, state: State, n_head: int, dropout_p: float
     ) -> Tensor:
-        """-> dqkv (B, T, 3C). SDPA allocates dq, dk and dv itself: they are copied into it."""
+        """-> dqkv (B, T, 3C). SDPA allocates dq, dk and dv itself: one pass puts them together."""
         q, k, v = reference.split_heads(qkv, n_head)
         do, o = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (dy, y))
-        dqkv = torch.empty_like(qkv)
         grads = self._backward(do, q, k, v, o, state, dropout_p)
-        for part, grad in zip(reference.split_heads(dqkv, n_head), grads, strict=True):
-            part.copy_(grad)
-        return dqkv
+        # in memory they are (B, T, H, D), as q, k and v are in qkv: no copy before that pass
+        return torch.cat([grad.transpose(1, 2).flatten(2) for grad in grads], -1)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> tuple[Tensor, State]:
         if self.backend is SDPBackend.CUDNN_ATTENTION:

@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+FAILURES = "failures.txt"  # at once: a process that is ended never prints its tracebacks
+MAX_TEXT = 6000  # characters of one
 BROKEN = 70  # exit code: the device answers this process no longer
 UNFINISHED = ("waiting", "started")
 
@@ -79,8 +81,11 @@ class Outcomes:
         why = next((line[1:].strip() for line in lines if line.startswith("E ")), "")
         more = {"seed": self.seed, "seconds": round(report.duration, 2), "why": why[:300]}
         write(self.path, report.nodeid, report.outcome, **more)
-        if report.failed and not _device_answers():
-            os._exit(BROKEN)
+        if report.failed:
+            with (self.path.parent / FAILURES).open("a") as file:
+                file.write(f"{report.nodeid}\n{report.longreprtext[-MAX_TEXT:]}\n\n")
+            if not _device_answers():
+                os._exit(BROKEN)
 
 
 def _device_answers() -> bool:
