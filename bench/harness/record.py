@@ -108,8 +108,10 @@ def slug(device: str) -> str:
 
 
 def commit() -> str:
-    """Git's, with "-dirty" where files have changed since; of a copy that is no repository, what
-    FASTGPT_COMMIT says."""
+    """What FASTGPT_COMMIT says, for a copy sent to another machine knows its own no better; else
+    git's, with "-dirty" where files have changed since."""
+    if told := os.environ.get("FASTGPT_COMMIT"):
+        return told
     here = Path(__file__).parents[2]
 
     def git(*args: str) -> str:
@@ -120,6 +122,5 @@ def commit() -> str:
         found = git("rev-parse", "HEAD")
         dirty = git("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:  # no git on this machine
-        found = dirty = ""
-    told = os.environ.get("FASTGPT_COMMIT", "unknown")
-    return found + ("-dirty" if dirty else "") if found else told
+        return "unknown"
+    return (found or "unknown") + ("-dirty" if dirty else "")

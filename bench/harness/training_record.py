@@ -4,6 +4,7 @@ over_eager   median over the turns of eager's seconds over the variant's
 mfu          FLOPs as estimate_mfu counts them, over the datasheet's dense peak in 16 bits
 loss_gap     the largest distance from eager's losses, step by step
 kernels      what the device ran in one profiled step: name, launches, microseconds; [] on a CPU
+span_us      from the first of them to the end of the last
 flag         why the figures are to be doubted: losses that differ, an early end
 """
 
@@ -112,6 +113,7 @@ class TrainingRecord:
             "first_step_seconds": variant.first_step,
             "attention": variant.attention,
             "kernels": variant.kernels,
+            "span_us": variant.span,
             "final_loss": variant.losses[-1] if math.isfinite(variant.losses[-1]) else None,
             "loss_gap": gap,
         }

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ class Variant:
         self.caches = caches / name
         self._step: Step | None = None
         self._held = 0  # bytes on the device between rounds
+        self._replayed = 0  # bytes that a CUDA graph uses again and again, which nobody counts
         self.losses: list[float] = []
         self.samples: dict[int, float] = {}  # turn -> seconds per step; see timed()
         self.first_step = math.nan
         self.peak_bytes: int | None = None
         self.attention = "not seen"
         self.kernels: list[Row] = []  # of one step on a GPU; see kernels_in()
+        self.span = 0.0  # microseconds from that step's first kernel to its last
         self.problem = ""
         self.out_of_memory = self.device_lost = False
 
@@ -77,7 +79,7 @@ class Variant:
         """Compile caches start empty, so that the first step takes what it takes a new user."""
         for name in _CACHES:
             os.environ[name] = str(self.caches / name.lower())
-        before = _allocated(self.run.device)
+        before, graphs = _allocated(self.run.device), _idle_in_graphs(self.run.device)
         self._step = VARIANTS[self.name](self.run)
         start = time.perf_counter()
         loss = self._step(*self.batches[0]).item()
@@ -86,6 +88,7 @@ class Variant:
         self.losses.append(loss)
         self.train()
         self._held = _allocated(self.run.device) - before
+        self._replayed = _idle_in_graphs(self.run.device) - graphs
 
     def train(self) -> None:
         """A step on every batch."""
@@ -103,7 +106,7 @@ class Variant:
         self.train()
         self.samples[turn] = (time.perf_counter() - start) / len(self.batches)
         if on_gpu:
-            peak = torch.cuda.max_memory_allocated() - others
+            peak = torch.cuda.max_memory_allocated() - others + self._replayed
             self.peak_bytes = max(peak, self.peak_bytes or 0)
 
     def look(self) -> None:
@@ -116,7 +119,8 @@ class Variant:
             self._step(*self.batches[0]).item()
         events = seen.events()
         self.attention = attention_in({event.name for event in events})
-        self.kernels = kernels_in(events)
+        on_device = [event for event in events if _on_device(event)]
+        self.kernels, self.span = kernels_in(on_device), span_of(on_device)
 
     def release(self) -> None:
         """And forget compiled code, which holds on to its model, and to the shapes it has seen."""
@@ -135,18 +139,26 @@ def attention_in(names: set[str]) -> str:
     return " + ".join(found) or "not seen"
 
 
-def kernels_in(events: Iterable[FunctionEvent]) -> list[Row]:
-    """{"kernel", "launches", "us"} of everything the device did, copies and fills too; the longest
-    first."""
+def _on_device(event: FunctionEvent) -> bool:
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
+def kernels_in(on_device: list[FunctionEvent]) -> list[Row]:
+    """{"kernel", "launches", "us"}, copies and fills too; what took longest first."""
     spent: dict[str, list[float]] = {}
-    for event in events:
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
-            spent.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    for event in on_device:
+        spent.setdefault(event.name, []).append(event.time_range.elapsed_us())
     rows = [
         {"kernel": name[:MAX_NAME], "launches": len(times), "us": round(sum(times), 1)}
         for name, times in spent.items()
     ]
     return sorted(rows, key=lambda row: -row["us"])
+
+
+def span_of(on_device: list[FunctionEvent]) -> float:
+    """Microseconds from the first start to the last end; beyond the sum of all, the device waits."""
+    times = [event.time_range for event in on_device]
+    return max((t.end for t in times), default=0.0) - min((t.start for t in times), default=0.0)
 
 
 @contextmanager
@@ -182,6 +194,15 @@ def _gibibytes(match: re.Match[str]) -> float:
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _idle_in_graphs(device: torch.device) -> int:
+    """Bytes that belong to captured graphs, without the tensors in them that live on."""
+    if device.type != "cuda":
+        return 0
+    segments = torch.cuda.memory_snapshot()
+    own = [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in own)
 
 
 def _free() -> None:
