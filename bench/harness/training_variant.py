@@ -156,7 +156,7 @@ def kernels_in(on_device: list[FunctionEvent]) -> list[Row]:
 
 
 def span_of(on_device: list[FunctionEvent]) -> float:
-    """Microseconds from the first start to the last end; beyond the sum of all, the device waits."""
+    """Microseconds from the first start to the last end: what exceeds the sum is waiting."""
     times = [event.time_range for event in on_device]
     return max((t.end for t in times), default=0.0) - min((t.start for t in times), default=0.0)
 

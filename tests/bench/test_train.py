@@ -294,7 +294,10 @@ def test_peak_memory_in_processes_of_their_own(tmp_path, monkeypatch):
     held = 12 * memory_budget.parameters(models.config_of("char", 16))
     assert eager["peak_bytes"] > held and ours["peak_bytes"] > held
     assert eager["over_eager"] == 1.0
-    assert "NANOGPT_DIR" in nanogpt["problem"]
+    if models.nanogpt_folder() is None:
+        assert "NANOGPT_DIR" in nanogpt["problem"]
+    else:
+        assert nanogpt["peak_bytes"] > held
 
 
 def test_a_busy_machine_is_warned_about():
