@@ -294,10 +294,8 @@ def test_peak_memory_in_processes_of_their_own(tmp_path, monkeypatch):
     held = 12 * memory_budget.parameters(models.config_of("char", 16))
     assert eager["peak_bytes"] > held and ours["peak_bytes"] > held
     assert eager["over_eager"] == 1.0
-    if models.nanogpt_folder() is None:
-        assert "NANOGPT_DIR" in nanogpt["problem"]
-    else:
-        assert nanogpt["peak_bytes"] > held
+    carried = (Path(models.__file__).parents[2] / ".local/nanoGPT").is_dir()  # the processes see it
+    assert nanogpt["peak_bytes"] > held if carried else "NANOGPT_DIR" in nanogpt["problem"]
 
 
 def test_a_busy_machine_is_warned_about():
