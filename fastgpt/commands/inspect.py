@@ -70,7 +70,7 @@ def specimens(arch: int, dtypes: Iterable[str]) -> list[Specimen]:
                 _run_launchers(torch.float32 if dtype == "tf32" else getattr(torch, dtype))
     finally:
         torch.set_float32_matmul_precision(before)
-    return list(dict.fromkeys(_specimen(launch, arch) for launch in launches))
+    return list(dict.fromkeys(specimen_of(launch, arch) for launch in launches))
 
 
 def _run_launchers(dtype: torch.dtype) -> None:
@@ -129,7 +129,7 @@ def _run_launchers(dtype: torch.dtype) -> None:
     embedding.add_rows_(meta(50304, C, dtype=torch.float32), meta(M, dtype=torch.int64), x)
 
 
-def _specimen(launch: Any, arch: int) -> Specimen:
+def specimen_of(launch: Any, arch: int) -> Specimen:
     """Specialise a launch as triton.jit would: on None, on 1 and on multiples of 16."""
     names = launch.kernel.arg_names
     signature, constants, divisible = {}, {}, []
@@ -162,8 +162,8 @@ def _type(arg: Any) -> str:
     return "i32" if -(2**31) <= arg < 2**31 else "i64"
 
 
-def compile_specimen(specimen: Specimen) -> dict[str, Any]:
-    """Compile to machine code and measure it: one row of the report."""
+def compiled(specimen: Specimen) -> Any:
+    """Triton's compiled kernel: all stages down to machine code in `asm`."""
     import importlib
 
     import triton
@@ -179,21 +179,26 @@ def compile_specimen(specimen: Specimen) -> dict[str, Any]:
         dict(specimen.constants),
         attributes,
     )
-    compiled = triton.compile(
+    return triton.compile(
         source, target=compiler.GPUTarget("cuda", specimen.arch, 32), options=dict(specimen.options)
     )
-    registers, spills = _read_machine_code(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+
+
+def compile_specimen(specimen: Specimen) -> dict[str, Any]:
+    """Compile to machine code and measure it: one row of the report."""
+    made = compiled(specimen)
+    registers, sass = machine_code(made.asm["cubin"])
+    ptx = made.asm["ptx"]
     core = next((name for name, text in _TENSOR_CORE.items() if re.search(text, ptx)), None)
     return {
         "kernel": specimen.name,
         "config": _config(specimen),
         "arch": f"sm_{specimen.arch}",
         "registers": registers,
-        "spills": spills,
-        "shared_bytes": compiled.metadata.shared,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared_bytes": made.metadata.shared,
         "tensor_core": core,
-        "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
+        "narrow_offsets": len(narrow_offsets(made.asm["ttir"])),
     }
 
 
@@ -206,8 +211,8 @@ def _config(specimen: Specimen) -> dict[str, Any]:
     return {"dtypes": ",".join(dict.fromkeys(pointers)), **constants, **dict(specimen.options)}
 
 
-def _read_machine_code(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and spill instructions, by the cuobjdump that comes with triton."""
+def machine_code(cubin: bytes) -> tuple[int, str]:
+    """Registers per thread and SASS, by the cuobjdump that comes with triton."""
     tool = _tools() / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -221,7 +226,7 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int]:
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump printed no register count: {usage[:200]!r}")
-    return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return int(registers[1]), sass
 
 
 def _tools() -> Path:
@@ -271,13 +276,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     archs = args.arch or [arch for arch in ARCHS if arch in compilable()]
-    compiled = rows(archs, args.dtype or DTYPES, args.kernel or ("",))
+    found = rows(archs, args.dtype or DTYPES, args.kernel or ("",))
     if args.json:
-        print(json.dumps(compiled, indent=1))
+        print(json.dumps(found, indent=1))
         return 0
     titles = f"{'regs':>5} {'spills':>6} {'shared':>7} {'core':8} {'narrow':>6}"
     print(f"{'kernel':40} {'arch':7} {titles} config")
-    for row in compiled:
+    for row in found:
         core, narrow = row["tensor_core"] or "-", row["narrow_offsets"]
         config = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)
         print(
