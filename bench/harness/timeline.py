@@ -101,14 +101,14 @@ def _nested(events: Iterable[Event]) -> Iterator[tuple[Event, list[Event], float
 
 def _group(kernel: str, chain: list[Event], matmuls: dict[tuple[int, ...], str]) -> str:
     """By the kernel's own name, else by the innermost op that tells."""
-    if group := _by_words(kernel):
+    if group := by_words(kernel):
         return group
     for e in reversed(chain):
         name = _plain(e["name"])
         if name.split("::")[-1] in MATMULS:
             sizes = _matmul_sizes(e.get("args", {}).get("Input Dims", []))
             return matmuls.get(sizes, OTHER)
-        if group := _by_words(name):
+        if group := by_words(name):
             return group
     return OTHER
 
@@ -117,7 +117,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "")
 
 
-def _by_words(name: str) -> str:
+def by_words(name: str) -> str:
     name = _plain(name)
     return next((group for group, words in WORDS if any(w in name for w in words)), "")
 

@@ -28,8 +28,13 @@ class Kernel:
     shared_bytes: int = 0
     load_bits: int = 0  # of the instruction that loads most of the bytes
     store_bits: int = 0
+    waits: float = 0.0  # for memory, one after the other in a program
     again: float = 0.0  # of `bytes`, those of tensors read before by the same program
 
     def instructions_per_element(self) -> float:
         """Of a thread, for one element."""
         return 32 * self.instructions / self.elements if self.elements else 0.0
+
+    def widths(self) -> list[int]:
+        """Bits of loads and of stores, of those it has."""
+        return [bits for bits in (self.load_bits, self.store_bits) if bits] or [0]

@@ -2,22 +2,28 @@
 
     memory     = bytes / (share of the peak bandwidth)
     issue      = warp instructions / (share of what the schedulers can issue)
-    time       = max(memory, issue)                      of a Triton kernel or a PyTorch op
+    waiting    = waves of programs * loads of a program that wait for each other * LATENCY
+    time       = max(memory, issue) + (min(memory, issue) + waiting) * ALONE / warps at once
+                                                         of a Triton kernel; of a PyTorch op memory
     time       = max(memory, FLOPs / (share of the peak))           of a GEMM or of attention
     step       = sum over launches of time + GAP
 
-The constants are of one GPU (MEASURED_ON) at one size. That the shares hold on another GPU, and for
+Warps do not overlap with themselves, only with others on their multiprocessor: of what takes less
+time a part shows, the larger the fewer they are. The constants are of one GPU (MEASURED_ON) at one size. That the shares hold on another GPU, and for
 other sizes, is assumed.
 """
 
 from typing import NamedTuple
 
-from bench.prediction.kernel import ATTENTION, GEMM, TRITON, Kernel
+from bench.prediction.kernel import ATEN, ATTENTION, GEMM, Kernel
 from fastgpt.devices import peak_flops_of
 
 MEASURED_ON = "an H200, 124M at B=16: bench/results/nvidia-h200/train-20261126T032848.json"
 BANDWIDTH = 0.90  # of the datasheet's: a device copy's 4.3 TB/s of 4.8 (harness/roofline.py)
-ISSUE = 0.80  # of a warp instruction per scheduler and clock: _gelu_kernel, 57 M in 68.5 us
+ISSUE = 0.83  # of a warp instruction per scheduler and clock: _gelu_kernel, 57 M in 68.5 us
+ALONE = 8  # warps on a multiprocessor with which nothing overlaps: _adamw_kernel's, which has no more
+LATENCY = 0.8  # us from a load to its data when memory is busy: _adamw_kernel, alone on its SM
+CAT = 0.34  # of the bandwidth: PyTorch's cat of dq, dk and dv, three copies of 50 MB in 30.5 us each
 SMALLEST = 1.0  # us, that a kernel takes with next to nothing to do
 GAP = 3.0  # us of a step per launch, that no kernel runs: (32.7 - 30.7 ms) / 655, nanogpt-compile
 # of the peak FLOP/s: sums over all GEMMs of a phase, over both calls of cuDNN's with 64 a head
@@ -47,8 +53,8 @@ class Gpu(NamedTuple):
 
 GPUS = {
     "H200": Gpu("NVIDIA H200", 90, 132, 1.98e9, 4.8e12, 50 << 20, 228 << 10, 2048),
-    "H100": Gpu("NVIDIA H100", 90, 132, 1.98e9, 3.35e12, 50 << 20, 228 << 10, 2048),
-    "A100": Gpu("NVIDIA A100", 80, 108, 1.41e9, 2.04e12, 40 << 20, 164 << 10, 2048),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", 90, 132, 1.98e9, 3.35e12, 50 << 20, 228 << 10, 2048),
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", 80, 108, 1.41e9, 2.04e12, 40 << 20, 164 << 10, 2048),
     "RTX 4090": Gpu("NVIDIA GeForce RTX 4090", 89, 128, 2.52e9, 1.008e12, 72 << 20, 100 << 10, 1536),
 }
 _REGISTERS, _WARP, _MOST_PROGRAMS, _RESERVED = 65536, 32, 32, 1024
@@ -83,14 +89,19 @@ def moved(kernel: Kernel, gpu: Gpu) -> float:
 
 def microseconds(kernel: Kernel, gpu: Gpu) -> float:
     """Of one launch."""
-    memory = moved(kernel, gpu) / (BANDWIDTH * gpu.bandwidth)
-    work = 0.0
-    if kernel.kind == TRITON:
-        work = kernel.instructions / (ISSUE * gpu.issued())
-    elif kernel.kind in (GEMM, ATTENTION):
+    memory = 1e6 * moved(kernel, gpu) / (BANDWIDTH * gpu.bandwidth)
+    if kernel.kind in (GEMM, ATTENTION):
         share = (PRODUCTS if kernel.kind == GEMM else ATTENTION_SHARE)[kernel.phase]
-        work = kernel.flops / (share * gpu.flops())
-    return max(1e6 * memory, 1e6 * work, SMALLEST * kernel.parts)
+        return max(memory, 1e6 * kernel.flops / (share * gpu.flops()))
+    if kernel.name == "cat":
+        memory *= BANDWIDTH / CAT
+    if kernel.kind == ATEN:
+        return max(memory, SMALLEST * kernel.parts)
+    issue = 1e6 * kernel.instructions / (ISSUE * gpu.issued())
+    at_once = programs_per_processor(kernel, gpu)
+    waiting = LATENCY * kernel.waits * kernel.grid / (at_once * gpu.processors)
+    shown = (min(memory, issue) + waiting) * ALONE / (at_once * kernel.warps)
+    return max(memory, issue, SMALLEST) + shown
 
 
 def step_ms(kernels: list[Kernel], gpu: Gpu) -> float:
