@@ -98,7 +98,7 @@ def trips(sizes: dict[str, Any], grid: int) -> float:
 
 @functools.cache
 def code_of(specimen: Specimen) -> Code:
-    made = inspect.compiled(specimen)
+    made = inspect.compiled_kernel(specimen)
     warps = dict(specimen.options).get("num_warps", DEFAULT_WARPS)
     return read(made.asm["ttir"], made.asm["cubin"], made.metadata.shared, warps)
 

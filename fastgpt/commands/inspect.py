@@ -162,8 +162,26 @@ def _type(arg: Any) -> str:
     return "i32" if -(2**31) <= arg < 2**31 else "i64"
 
 
-def compiled(specimen: Specimen) -> Any:
-    """Triton's compiled kernel: all stages down to machine code in `asm`."""
+def compile_specimen(specimen: Specimen) -> dict[str, Any]:
+    """Compile to machine code and measure it: one row of the report."""
+    compiled = compiled_kernel(specimen)
+    registers, sass = machine_code(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    core = next((name for name, text in _TENSOR_CORE.items() if re.search(text, ptx)), None)
+    return {
+        "kernel": specimen.name,
+        "config": _config(specimen),
+        "arch": f"sm_{specimen.arch}",
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core": core,
+        "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
+    }
+
+
+def compiled_kernel(specimen: Specimen) -> Any:
+    """As Triton keeps it: `asm` by stage, `metadata`."""
     import importlib
 
     import triton
@@ -184,24 +202,6 @@ def compiled(specimen: Specimen) -> Any:
     )
 
 
-def compile_specimen(specimen: Specimen) -> dict[str, Any]:
-    """Compile to machine code and measure it: one row of the report."""
-    made = compiled(specimen)
-    registers, sass = machine_code(made.asm["cubin"])
-    ptx = made.asm["ptx"]
-    core = next((name for name, text in _TENSOR_CORE.items() if re.search(text, ptx)), None)
-    return {
-        "kernel": specimen.name,
-        "config": _config(specimen),
-        "arch": f"sm_{specimen.arch}",
-        "registers": registers,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "shared_bytes": made.metadata.shared,
-        "tensor_core": core,
-        "narrow_offsets": len(narrow_offsets(made.asm["ttir"])),
-    }
-
-
 def _config(specimen: Specimen) -> dict[str, Any]:
     """What tells this compilation from the kernel's others: dtypes, constants, launch options."""
     pointers = [t[1:] for _, t in specimen.signature if t.startswith("*")]
@@ -212,7 +212,7 @@ def _config(specimen: Specimen) -> dict[str, Any]:
 
 
 def machine_code(cubin: bytes) -> tuple[int, str]:
-    """Registers per thread and SASS, by the cuobjdump that comes with triton."""
+    """Registers per thread, and the SASS, by the cuobjdump that comes with triton."""
     tool = _tools() / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -276,13 +276,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     archs = args.arch or [arch for arch in ARCHS if arch in compilable()]
-    found = rows(archs, args.dtype or DTYPES, args.kernel or ("",))
+    compiled = rows(archs, args.dtype or DTYPES, args.kernel or ("",))
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(compiled, indent=1))
         return 0
     titles = f"{'regs':>5} {'spills':>6} {'shared':>7} {'core':8} {'narrow':>6}"
     print(f"{'kernel':40} {'arch':7} {titles} config")
-    for row in found:
+    for row in compiled:
         core, narrow = row["tensor_core"] or "-", row["narrow_offsets"]
         config = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)
         print(
