@@ -19,7 +19,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,13 +135,20 @@ def _backward_tiles(D: int) -> list[tuple[Config, Config]]:
     return pairs
 
 
-def search(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
-    """A row per candidate, fastest first within a kernel; over_default 1 is what runs today.
+def search(
+    device: torch.device, sizes: Sizes, seconds: float, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """A row per candidate, fastest first within a kernel; over_default 1 is what runs today. `only`
+    names kernels, all by default.
 
     Compiling takes longer than measuring: a search whose share of the time is over leaves the rest
     of its candidates out.
     """
-    found, end = list(searches(device, sizes)), time.perf_counter() + seconds
+    end, found = time.perf_counter() + seconds, list(searches(device, sizes))
+    if unknown := set(only) - {_kernel(one) for one in found}:
+        known = ", ".join(dict.fromkeys(map(_kernel, found)))
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: there is {known}")
+    found = [one for one in found if not only or _kernel(one) in only]
     rows = []
     for i, one in enumerate(found):
         expected, now = (one.result or one.call)(), time.perf_counter()
@@ -153,6 +160,10 @@ def search(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str,
             tried.append(_try(one, config, expected, device, 0.3 * share / len(one.candidates)))
         rows += sorted(tried, key=lambda row: -row.get("over_default", 0.0))
     return rows
+
+
+def _kernel(one: Search) -> str:
+    return one.key.split(" ")[0]
 
 
 def _try(
@@ -331,12 +342,20 @@ def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[
     }
 
 
+def joined(kept: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """An entry of which a part was measured anew."""
+    parts = ("implementations", "configs")
+    return chosen | {part: {**kept.get(part, {}), **chosen[part]} for part in parts}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=300, help="of measuring (%(default)g)")
     parser.add_argument("--n-embd", type=int, default=768, help="model width (%(default)s)")
     parser.add_argument("--n-head", type=int, default=12, help="attention heads (%(default)s)")
     parser.add_argument("--vocab-size", type=int, default=50304, help="(%(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="in a batch (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", default=[],
+                        help="search these kernels' configurations, and race nothing")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -347,19 +366,19 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     sizes = Sizes(args.tokens, args.n_embd, args.n_embd // args.n_head, args.vocab_size)
-    # configurations first: the race is between kernels as they will be launched
-    searched = search(device, sizes, 0.7 * args.seconds)
     path = _tuned.path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, choose([], searched))
-    races = implementations(device, sizes, 0.3 * args.seconds)
-    _write(path, choose(races, searched))
+    kept = _tuned.entry(name) if args.only else {}
+    # configurations first: the race is between kernels as they will be launched
+    searched = search(device, sizes, (1.0 if args.only else 0.7) * args.seconds, args.only)
+    _write(path, joined(kept, choose([], searched)))
+    races = [] if args.only else implementations(device, sizes, 0.3 * args.seconds)
+    chosen = joined(kept, choose(races, searched))
+    _write(path, chosen)
     for row in (*races, *searched):
         result = row.get("problem") or f"{row['microseconds']:.1f} us"
         print(f"{row.get('op') or row['kernel']:28} {row['variant']:12} {result}")
-    print(
-        f"\n{json.dumps(choose(races, searched), indent=1)}\nwritten to {path}; read at every start"
-    )
+    print(f"\n{json.dumps(chosen, indent=1)}\nwritten to {path}; read at every start")
     return 0
 
 
