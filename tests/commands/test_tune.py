@@ -166,7 +166,7 @@ def test_only_some_kernels_leave_what_is_known_of_the_others():
     device = torch.device(DEVICE)
     rows = tune.search(device, SMALL, 0.0, ["layer_norm_forward"])
     assert rows == []  # no time for a candidate
-    with pytest.raises(ValueError, match="--only layer_norn: there is .*layer_norm_forward"):
+    with pytest.raises(ValueError, match=r"--only layer_norn: there is .*layer_norm_forward"):
         tune.search(device, SMALL, 1.0, ["layer_norn"])
     kept = {"date": "then", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1, "b 1": 1}}
     new = {"date": "now", "implementations": {}, "configs": {"b 1": 2}}
