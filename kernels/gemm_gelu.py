@@ -54,7 +54,7 @@ def _gemm_gelu_kernel(
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols % N).to(tl.float32)[None, :]
     h = acc.to(h_ptr.dtype.element_ty)
-    y = gelu(h.to(tl.float32), TANH)
+    y = gelu(h.to(tl.float32), TANH, h.dtype)
     out = rows[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     tl.store(h_ptr + out, h, mask=mask)

@@ -27,7 +27,7 @@ LAYERS = """
     reference kernels._tuned kernels._autograd timing init devices data weights
     implementations.interception
     checks implementations.sdpa implementations.flash_attn implementations.aten
-    linear_cross_entropy
+    linear_cross_entropy [kernels]
     backend
     ops optim
     fused.launchers [kernels]

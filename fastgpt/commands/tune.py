@@ -102,17 +102,19 @@ def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     yield Search(f"layer_norm_backward {C}", call, tiles)
     logits, ids = rand(M, V), torch.randint(V, (M,), device=device)
     leaf = logits.clone().requires_grad_()
+    blocks = _grid(BLOCK=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
     tiles = _grid(BLOCK_M=(1,), BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
+    factor = torch.ones((), device=device)
 
     def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy.cross_entropy_(x, ids, -1, 1.0), x
+        return cross_entropy.cross_entropy_(x, ids, -1, factor), x
 
     def both_ways() -> tuple[Tensor, ...]:
         loss = cross_entropy.cross_entropy(leaf, ids)
         return loss, *torch.autograd.grad(loss, leaf)
 
     call = functools.partial(in_place, logits.clone())
-    yield Search(f"cross_entropy_ {V}", call, tiles, lambda: in_place(logits.clone()))
+    yield Search(f"cross_entropy_ {V}", call, blocks, lambda: in_place(logits.clone()))
     yield Search(f"cross_entropy {V}", both_ways, tiles)
 
 

@@ -74,7 +74,9 @@ def gelu_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, wi
     return dh, y, dh.sum(0) if with_bias else None
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, factor: float) -> Tensor:
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | float
+) -> Tensor:
     """logits (M, V) become factor * dlosses/dlogits, 0 in ignored rows -> losses (M,) fp32.
 
     In strips of rows that stay in the cache. The loss is (max - picked) - log p(max), which is as

@@ -28,6 +28,7 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
     "cross_entropy.backward_kernel": False,
     "cross_entropy.forward_kernel": False,
     "cross_entropy.in_place_kernel": False,
+    "cross_entropy.rescale_kernel": False,
     "embedding.add_rows_kernel": False,
     "gelu.gelu_backward_kernel": False,
     "gelu.gelu_kernel": False,

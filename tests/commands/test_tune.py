@@ -43,8 +43,8 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
 def test_a_search_in_place_is_held_against_fresh_results(monkeypatch):
     """The kernel overwrites its logits: a second call on them gives other losses."""
     (one,) = (s for s in tune.searches(torch.device(DEVICE), SMALL) if s.key == "cross_entropy_ 40")
-    good = dict(BLOCK_M=1, BLOCK_V=64, num_warps=2)
-    part = one._replace(candidates=[good, good | dict(BLOCK_V=32)])
+    good = dict(BLOCK=64, num_warps=2)
+    part = one._replace(candidates=[good, good | dict(BLOCK=32)])
     monkeypatch.setattr(tune, "searches", lambda *_: [part])
     assert not [r for r in tune.search(torch.device(DEVICE), SMALL, 3.0) if "problem" in r]
 
