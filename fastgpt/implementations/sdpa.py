@@ -59,8 +59,10 @@ class _Sdpa:
         """-> dqkv (B, T, 3C). SDPA allocates dq, dk and dv itself: they are copied into it."""
         q, k, v = reference.split_heads(qkv, n_head)
         do, o = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (dy, y))
-        dqkv = torch.empty_like(qkv)
         grads = self._backward(do, q, k, v, o, state, dropout_p)
+        if torch.compiler.is_compiling():  # into one kernel, which it does not make of three copies
+            return torch.stack([g.transpose(1, 2) for g in grads], 2).view(qkv.shape)
+        dqkv = torch.empty_like(qkv)
         for part, grad in zip(reference.split_heads(dqkv, n_head), grads, strict=True):
             part.copy_(grad)
         return dqkv
@@ -115,6 +117,18 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
         return cpu if dropout_p == 0 else None
     if qkv.shape[-1] // (3 * n_head) % 8:  # which SDPA pads before it calls a backend
         return None
-    q, k, v = reference.split_heads(qkv.detach().requires_grad_(), n_head)
-    would_run = SDPBackend(torch._fused_sdp_choice(q, k, v, None, dropout_p, True))
-    return {cudnn.backend: cudnn, flash.backend: flash}.get(would_run)
+    T, C3 = qkv.shape[1:]
+    if torch.compiler.is_compiling() and T > 1:
+        T = 1024  # the answer is the same for all of them, and a constant in the graph
+    would_run = _would_run(qkv.device, qkv.dtype, T, C3, n_head, dropout_p)
+    return {"CUDNN_ATTENTION": cudnn, "FLASH_ATTENTION": flash}.get(would_run)
+
+
+@torch.compiler.assume_constant_result
+def _would_run(
+    device: torch.device, dtype: torch.dtype, T: int, C3: int, n_head: int, dropout_p: float
+) -> str:
+    """The name of an SDPBackend, for packed queries, keys and values with gradients."""
+    qkv = torch.empty(1, T, C3, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = reference.split_heads(qkv, n_head)
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, None, dropout_p, True)).name
