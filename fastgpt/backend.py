@@ -64,6 +64,10 @@ OPS: dict[str, Op] = {
         public=False,
         calls_sdpa=True,
     ),
+    # the fused path inside torch.compile; "torch" leaves the modules to it
+    "compiled": Op(
+        {"triton": "fastgpt.fused.launchers:operators"}, "triton", public=False, calls_sdpa=True
+    ),
     "adamw": Op({"triton": _KERNELS + "adamw"}, "triton", public=False),
 }
 
@@ -125,6 +129,8 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
     `facts` are what else its implementations ask about, such as `width` and `head_dim`.
     """
     given = tuple(t for t in tensors if t is not None)
+    if _mode == "auto" and torch.compiler.is_compiling() and op not in ("compiled", *_overrides):
+        return reference  # torch.compile fuses PyTorch's own ops across modules
     choice = explain(op, given, facts)
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)
@@ -136,7 +142,9 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
 def implementation(op: str, name: str) -> Any:
     """The module or object of OPS; what importing it raised is raised again."""
     path = OPS[op].implementations[name]
-    if path not in _loaded:
+    if torch.compiler.is_compiling():
+        load_all()  # before the first look into _loaded, of which a trace has but one
+    elif path not in _loaded:
         _loaded[path] = _imported(path)
     if isinstance(_loaded[path], Exception):
         raise _loaded[path]
@@ -149,6 +157,7 @@ def load_for_start() -> None:
         load_all()
 
 
+@torch.compiler.assume_constant_result
 def load_all() -> None:
     """Import every implementation now: torch.compile cannot trace an import by name."""
     for path in {path for op in OPS.values() for path in op.implementations.values()}:
@@ -207,8 +216,6 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
     """What `choose` will do and why. RuntimeError in mode "triton" where no kernel can run."""
     if _mode == "torch":
         return Choice("torch", "the backend is set to torch")
-    if _mode == "auto" and torch.compiler.is_compiling() and op not in _overrides:
-        return Choice("torch", "torch.compile fuses PyTorch's own ops")
     wanted, why = _wanted(op, tensors[0])
     if wanted == "torch":
         return Choice("torch", why)
@@ -232,12 +239,16 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
         why = _needs_cuda(tensor) if name == "torch" else "PyTorch's ops under fastgpt's backward"
         return name, why
     choice, source = OPS[op].unmeasured, "the conservative choice"
-    if tensor.is_cuda and not torch.compiler.is_compiling():  # which can read no file
-        device = torch.cuda.get_device_properties(tensor.device).name
-        choice, source = measured(op, device) or (choice, source)
+    if tensor.is_cuda:
+        choice, source = _measured_on(tensor.device, op) or (choice, source)
     if _mode == "triton" and choice == "torch":
         return "triton", "the backend is set to triton"
     return choice, source
+
+
+@torch.compiler.assume_constant_result  # it can trace no reading of a file
+def _measured_on(device: torch.device, op: str) -> tuple[str, str] | None:
+    return measured(op, torch.cuda.get_device_properties(device).name)
 
 
 def measured(op: str, device_name: str) -> tuple[str, str] | None:
@@ -256,11 +267,7 @@ def _needs_cuda(tensor: Tensor) -> str:
 
 
 def _interception(op: str) -> str | None:
-    """Why PyTorch's own ops must run, or None: a script has patched them or is tracing them. Under
-    torch.compile nothing is asked, it traces what is chosen.
-    """
-    if torch.compiler.is_compiling():
-        return None
+    """Why PyTorch's own ops must run, or None: a script has patched them or is tracing them."""
     if OPS[op].calls_sdpa and sdpa_is_restricted():
         return "SDPA is held to some of its backends"
     return interception()

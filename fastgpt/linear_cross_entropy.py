@@ -11,12 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastgpt.implementations.aten import matmul, scaled
+from fastgpt.implementations.aten import matmul, scaled, wgrad
 from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 
 # Makes losses (N,) fp32 of logits (N, V), targets (N,), ignore_index and factor () fp32, and leaves
 # factor * dlosses/dlogits in the logits.
 InPlace = Callable[[Tensor, Tensor, int, Tensor], Tensor]
+
+# The same out of place: logits, targets, ignore_index -> losses, and two (N,) that the backward reads.
+Loss = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+# logits, targets, those two, a scale () fp32, another gradient of the logits or None, ignore_index
+# -> scale * dlosses/dlogits + the other
+LossBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
 
 # Bytes of logits at once, beyond which the rows are taken in chunks; and rows per chunk at least:
 # fewer would not fill a GPU, while a CPU is soon filled and its memory less.
@@ -47,6 +53,47 @@ def with_limits(error: IndexError, V: int, ignore_index: int) -> IndexError:
     """PyTorch says which target is wrong, but not what would be right."""
     allowed = f"Targets must lie in [0, {V}), the vocabulary, or be ignore_index={ignore_index}"
     return IndexError(f"{error} {allowed}")
+
+
+def logits_and_loss(
+    cross_entropy: tuple[Loss, LossBackward],
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """x @ low.T (N, V) and mean_loss of it; `weight` and `low` as there."""
+    return _LogitsAndLoss.apply(cross_entropy, x, weight, low, targets, ignore_index)
+
+
+class _LogitsAndLoss(torch.autograd.Function):
+    """Where logits leave a graph of torch.compile, a gradient of theirs comes back in any case, zeros
+    as a rule: it is added in the pass that makes dlogits, which would be one more otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx, cross_entropy, x, w, low_w, targets, ignore_index):
+        loss, ctx.loss_backward = cross_entropy
+        logits = x @ low_w.t()
+        losses, *state = loss(logits, targets, ignore_index)
+        count = (targets != ignore_index).sum()
+        ctx.save_for_backward(logits, x, low_w, targets, count, *state)
+        ctx.dtype, ctx.ignore_index = w.dtype, ignore_index
+        ctx.set_materialize_grads(False)
+        return logits, losses.sum() / count
+
+    @staticmethod
+    def backward(ctx, dlogits, dloss):
+        differentiable_once()
+        logits, x, low_w, targets, count, *state = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad[1:3]
+        dlogits = ctx.loss_backward(
+            logits, targets, *state, dloss / count, dlogits, ctx.ignore_index
+        )
+        dx = dlogits @ low_w if needs_x else None
+        dw = wgrad(dlogits, x, ctx.dtype) if needs_w else None
+        return None, dx, dw, None, None, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):

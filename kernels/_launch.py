@@ -94,11 +94,14 @@ def device_problem(t: Tensor) -> str | None:
         return None
     if t.device.type != "cuda":
         return f"there are no kernels for {t.device.type}"
-    if torch.compiler.is_compiling():
-        return None  # nothing can be launched while tracing
-    if t.device not in _device_problems:
-        _device_problems[t.device] = _probe(t.device)
-    return _device_problems[t.device]
+    return _problem_of(t.device)
+
+
+@torch.compiler.assume_constant_result  # it launches a kernel, which would be put into the graph
+def _problem_of(device: torch.device) -> str | None:
+    if device not in _device_problems:
+        _device_problems[device] = _probe(device)
+    return _device_problems[device]
 
 
 @triton.jit

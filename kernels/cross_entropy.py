@@ -125,8 +125,9 @@ def _in_place_kernel(
 def _backward_kernel(
     x_ptr, target_ptr,              # in:  (M, V), (M,) int64
     top_ptr, total_ptr, scale_ptr,  # in:  (M,) fp32 each, () fp32
+    dx_out_ptr,                     # in:  (M, V) or None
     dx_ptr,                         # out: (M, V)
-    stride_xm, stride_xv, stride_t,
+    stride_xm, stride_xv, stride_t, stride_dm, stride_dv,
     M, V, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -144,6 +145,9 @@ def _backward_kernel(
         hit = tl.where(cols[None, :] == target[:, None], scale, 0.0)
         dx = tl.exp(x - top[:, None]) * of_exp[:, None] - hit
         dx = tl.where(counted[:, None], dx, 0.0)
+        if dx_out_ptr is not None:
+            dx_out_ptrs = dx_out_ptr + rows[:, None] * stride_dm + cols[None, :] * stride_dv
+            dx += tl.load(dx_out_ptrs, mask=mask, other=0.0).to(tl.float32)
         out = rows[:, None] * V + cols[None, :]
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -172,20 +176,24 @@ def forward(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tens
 
 
 def _gradient(
-    x: Tensor, targets: Tensor, top: Tensor, total: Tensor, scale: Tensor, ignore_index: int
-) -> Tensor:
+    x: Tensor, targets: Tensor, top: Tensor, total: Tensor, scale: Tensor, dx_out: Tensor | None,
+    ignore_index: int,
+) -> Tensor:  # fmt: skip
     return torch.empty(x.shape, device=x.device, dtype=x.dtype)
 
 
 def backward(
-    x: Tensor, targets: Tensor, top: Tensor, total: Tensor, scale: Tensor, ignore_index: int
-) -> Tensor:
-    """scale () fp32 is dloss / count -> dx (M, V)."""
+    x: Tensor, targets: Tensor, top: Tensor, total: Tensor, scale: Tensor, dx_out: Tensor | None,
+    ignore_index: int,
+) -> Tensor:  # fmt: skip
+    """scale () fp32 is dloss / count, dx_out (M, V) what x gets from elsewhere -> dx (M, V)."""
     M, V = x.shape
-    dx = _gradient(x, targets, top, total, scale, ignore_index)
+    dx = _gradient(x, targets, top, total, scale, dx_out, ignore_index)
     config = configured(x, "cross_entropy", _config, V)
-    launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, top, total, scale, dx,
-           *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
+    launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, top, total, scale,
+           dx_out, dx, *x.stride(), *targets.stride(),
+           *(dx_out.stride() if dx_out is not None else (0, 0)),
+           M, V, ignore_index, **config)  # fmt: skip
     return dx
 
 
@@ -235,12 +243,16 @@ def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
         raise IndexError(f"Target {targets[bad][0].item()} is out of bounds.")
 
 
-_forward = register(
+registered_forward = register(
     "cross_entropy_forward(Tensor x, Tensor targets, int ignore_index) -> (Tensor, Tensor, Tensor)",
     forward, _outputs)  # fmt: skip
-_backward = register(
-    "cross_entropy_backward(Tensor x, Tensor targets, Tensor top, Tensor total, Tensor scale, "
-    "int ignore_index) -> Tensor", backward, _gradient)  # fmt: skip
+registered_backward = register(
+    "cross_entropy_backward(Tensor x, Tensor targets, Tensor top, Tensor total, Tensor scale,"
+    " Tensor? dx_out, int ignore_index) -> Tensor", backward, _gradient)  # fmt: skip
+registered_cross_entropy_ = register(
+    "cross_entropy_(Tensor(a!) x, Tensor targets, int ignore_index, Tensor factor) -> Tensor",
+    cross_entropy_, lambda x, *_: torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
+)  # fmt: skip
 
 
 registered_rescale_ = register(
@@ -251,7 +263,7 @@ registered_rescale_ = register(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, targets, ignore_index):
-        loss, *top_and_total = _forward(x, targets, ignore_index)
+        loss, *top_and_total = registered_forward(x, targets, ignore_index)
         count = (targets != ignore_index).sum()
         ctx.save_for_backward(x, targets, count, *top_and_total)
         ctx.ignore_index = ignore_index
@@ -261,7 +273,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         differentiable_once()
         x, targets, count, *top_and_total = ctx.saved_tensors
-        dx = _backward(x, targets, *top_and_total, dloss / count, ctx.ignore_index)
+        scale = dloss / count
+        dx = registered_backward(x, targets, *top_and_total, scale, None, ctx.ignore_index)
         return dx, None, None
 
 

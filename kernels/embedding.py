@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import launch
+from fastgpt.kernels._launch import launch, register
 
 
 @triton.jit
@@ -60,3 +60,8 @@ def add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:
     config = _config(C)
     launch(_add_rows_kernel, N * triton.cdiv(C, config["BLOCK_C"]), table, ids, order, rows,
            *table.stride(), *rows.stride(), N, V, C, **config)  # fmt: skip
+
+
+registered_add_rows_ = register(
+    "add_rows_(Tensor(a!) table, Tensor ids, Tensor rows) -> ()",
+    add_rows_, lambda table, ids, rows: None)  # fmt: skip

@@ -183,14 +183,14 @@ def backward(
     return ds, ddelta, dw, db
 
 
-_forward = register(
+registered_forward = register(
     "layer_norm_forward(Tensor x, Tensor w, Tensor? b, float eps, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)", forward, _outputs)  # fmt: skip
-_add_forward = register(
+registered_add_forward = register(
     "add_layer_norm_forward(Tensor delta, Tensor residual, Tensor w, Tensor? b, float eps,"
     " ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     add_forward, _add_outputs)  # fmt: skip
-_backward = register(
+registered_backward = register(
     "layer_norm_backward(Tensor dy, Tensor? ds_out, Tensor s, Tensor w, Tensor mean, Tensor rstd,"
     " bool has_bias, ScalarType delta_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     backward, _gradients)  # fmt: skip
@@ -199,7 +199,7 @@ _backward = register(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, eps, dtype):
-        y, mean, rstd = _forward(x, w, b, eps, dtype)
+        y, mean, rstd = registered_forward(x, w, b, eps, dtype)
         ctx.save_for_backward(x, w, mean, rstd)
         ctx.has_bias = b is not None
         return y
@@ -208,14 +208,14 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         differentiable_once()
         x, w, mean, rstd = ctx.saved_tensors
-        dx, _, dw, db = _backward(dy, None, x, w, mean, rstd, ctx.has_bias, x.dtype)
+        dx, _, dw, db = registered_backward(dy, None, x, w, mean, rstd, ctx.has_bias, x.dtype)
         return dx, dw, db if ctx.has_bias else None, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta, residual, w, b, eps, dtype):
-        y, s, mean, rstd = _add_forward(delta, residual, w, b, eps, dtype)
+        y, s, mean, rstd = registered_add_forward(delta, residual, w, b, eps, dtype)
         ctx.save_for_backward(s, w, mean, rstd)
         ctx.has_bias = b is not None
         ctx.dtypes = delta.dtype, residual.dtype
@@ -227,7 +227,9 @@ class _AddLayerNorm(torch.autograd.Function):
         s, w, mean, rstd = ctx.saved_tensors
         delta_dtype, residual_dtype = ctx.dtypes
         narrow = delta_dtype if delta_dtype != s.dtype else residual_dtype
-        ds, ds_narrow, dw, db = _backward(dy, ds_out, s, w, mean, rstd, ctx.has_bias, narrow)
+        ds, ds_narrow, dw, db = registered_backward(
+            dy, ds_out, s, w, mean, rstd, ctx.has_bias, narrow
+        )
         ddelta = ds if delta_dtype == s.dtype else ds_narrow
         dresidual = ds if residual_dtype == s.dtype else ds_narrow
         return ddelta, dresidual, dw, db if ctx.has_bias else None, None, None

@@ -14,11 +14,12 @@ from fastgpt import reference
 from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 
 aten = torch.ops.aten
+_FROM_ACCUMULATOR = "dtype" in aten.mm.overloads()  # mm(out_dtype=), of PyTorch 2.8
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a (M, K) @ b (K, N) in `dtype`, from the accumulator if it can."""
-    if a.is_cuda and dtype != a.dtype and "dtype" in aten.mm.overloads():  # PyTorch 2.8
+    if _FROM_ACCUMULATOR and a.device.type == "cuda" and dtype != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may not fit into fp16
         with torch.autocast(a.device.type, enabled=False):
