@@ -88,6 +88,21 @@ class _Sdpa:
         )
 
 
+class _Efficient(_Sdpa):
+    """What SDPA has for float32, TF32 too."""
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> tuple[Tensor, State]:
+        o, *state = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, p, True)
+        return o, tuple(state)
+
+    def _backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, state: State, p: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = [True, True, True, False]  # of q, k, v and a bias
+        backward = aten._scaled_dot_product_efficient_attention_backward
+        return backward(do, q, k, v, None, o, *state, p, wanted, True)[:3]
+
+
 class _Cpu(_Sdpa):
     """SDPA's flash attention for CPUs; it has no dropout."""
 
@@ -104,6 +119,7 @@ class _Cpu(_Sdpa):
 
 cudnn = _Sdpa(SDPBackend.CUDNN_ATTENTION)
 flash = _Sdpa(SDPBackend.FLASH_ATTENTION)
+efficient = _Efficient(SDPBackend.EFFICIENT_ATTENTION)
 cpu = _Cpu(SDPBackend.FLASH_ATTENTION)
 
 
@@ -117,7 +133,7 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
     if torch.compiler.is_compiling() and T > 1:
         T = 1024  # the answer is the same for all of them, and a constant in the graph
     would_run = _would_run(qkv.device, qkv.dtype, T, C3, n_head, dropout_p)
-    return {"CUDNN_ATTENTION": cudnn, "FLASH_ATTENTION": flash}.get(would_run)
+    return {held.backend.name: held for held in (cudnn, flash, efficient)}.get(would_run)
 
 
 @torch.compiler.assume_constant_result
