@@ -99,6 +99,7 @@ def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     call = functools.partial(layer_norm.add_forward, x, x, w, w, 1e-5, dtype)
     yield Search(f"layer_norm_forward {C}", call, tiles)
     call = functools.partial(layer_norm.backward, x, x, s, w, mean, rstd, True, dtype)
+    tiles = _grid(BLOCK_M=(1, 2, 4), **block, STAGES=(1, 2), num_warps=(1, 2, 4, 8))
     yield Search(f"layer_norm_backward {C}", call, tiles)
     logits, ids = rand(M, V), torch.randint(V, (M,), device=device)
     leaf = logits.clone().requires_grad_()

@@ -37,6 +37,7 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
     "gemm_tma.fc_kernel": True,
     "layer_norm.backward_kernel": False,
     "layer_norm.forward_kernel": False,
+    "layer_norm.sum_kernel": False,
 }
 TMA = {name for name in KERNELS if name.startswith("gemm_tma.")}  # sm_90 on, 16-bit operands
 NEW = [arch for arch in ("sm_100",) if arch in compilable()]  # none for Triton 3.2
