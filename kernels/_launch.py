@@ -124,6 +124,7 @@ def _probe(device: torch.device) -> str | None:
 
 
 _library = torch.library.Library("fastgpt", "DEF")
+_registered: list[Any] = []
 
 
 def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -136,4 +137,22 @@ def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]
     _library.define(schema)
     _library.impl(name, launcher, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgpt::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastgpt, name).default
+    operator = getattr(torch.ops.fastgpt, name).default
+    _registered.append(operator)
+    return operator
+
+
+@torch.compiler.assume_constant_result
+def introduce_to_inductor() -> None:
+    """Make the operators known to torch.compile's inductor as what it would take them for itself.
+
+    Up to PyTorch 2.11 it writes out an operator that it meets first with all that its arguments
+    were made of, and what they were made of: that doubles with every block, and behind twelve of
+    them takes hours.
+    """
+    from torch._inductor import lowering
+
+    usual = getattr(lowering, "constrain_to_fake_tensors", lowering.constrain_to_fx_strides)
+    for operator in _registered:
+        if operator not in lowering.lowerings:
+            lowering.make_fallback(operator, usual)

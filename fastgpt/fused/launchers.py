@@ -150,8 +150,9 @@ def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str
     if isinstance(made, str):
         return made
 
-    from fastgpt.kernels import cross_entropy, embedding, gemm_gelu, layer_norm, mlp
+    from fastgpt.kernels import _launch, cross_entropy, embedding, gemm_gelu, layer_norm, mlp
 
+    _launch.introduce_to_inductor()
     gemms = mlp.own if made.linear_gelu is gemm_gelu.forward else mlp.cublas
     return Launchers(
         norm=layer_norm.registered_forward,
