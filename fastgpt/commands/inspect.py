@@ -70,7 +70,7 @@ def specimens(arch: int, dtypes: Iterable[str]) -> list[Specimen]:
                 _run_launchers(torch.float32 if dtype == "tf32" else getattr(torch, dtype))
     finally:
         torch.set_float32_matmul_precision(before)
-    return list(dict.fromkeys(_specimen(launch, arch) for launch in launches))
+    return list(dict.fromkeys(specimen_of(launch, arch) for launch in launches))
 
 
 def _run_launchers(dtype: torch.dtype) -> None:
@@ -130,7 +130,7 @@ def _run_launchers(dtype: torch.dtype) -> None:
     embedding.add_rows_(meta(50304, C, dtype=torch.float32), meta(M, dtype=torch.int64), x)
 
 
-def _specimen(launch: Any, arch: int) -> Specimen:
+def specimen_of(launch: Any, arch: int) -> Specimen:
     """Specialise a launch as triton.jit would: on None, on 1 and on multiples of 16."""
     names = launch.kernel.arg_names
     signature, constants, divisible = {}, {}, []
@@ -165,6 +165,24 @@ def _type(arg: Any) -> str:
 
 def compile_specimen(specimen: Specimen) -> dict[str, Any]:
     """Compile to machine code and measure it: one row of the report."""
+    compiled = compiled_kernel(specimen)
+    registers, sass = machine_code(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    core = next((name for name, text in _TENSOR_CORE.items() if re.search(text, ptx)), None)
+    return {
+        "kernel": specimen.name,
+        "config": _config(specimen),
+        "arch": f"sm_{specimen.arch}",
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared_bytes": compiled.metadata.shared,
+        "tensor_core": core,
+        "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
+    }
+
+
+def compiled_kernel(specimen: Specimen) -> Any:
+    """As Triton keeps it: `asm` by stage, `metadata`."""
     import importlib
 
     import triton
@@ -180,22 +198,9 @@ def compile_specimen(specimen: Specimen) -> dict[str, Any]:
         dict(specimen.constants),
         attributes,
     )
-    compiled = triton.compile(
+    return triton.compile(
         source, target=compiler.GPUTarget("cuda", specimen.arch, 32), options=dict(specimen.options)
     )
-    registers, spills = _read_machine_code(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    core = next((name for name, text in _TENSOR_CORE.items() if re.search(text, ptx)), None)
-    return {
-        "kernel": specimen.name,
-        "config": _config(specimen),
-        "arch": f"sm_{specimen.arch}",
-        "registers": registers,
-        "spills": spills,
-        "shared_bytes": compiled.metadata.shared,
-        "tensor_core": core,
-        "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
-    }
 
 
 def _config(specimen: Specimen) -> dict[str, Any]:
@@ -207,8 +212,8 @@ def _config(specimen: Specimen) -> dict[str, Any]:
     return {"dtypes": ",".join(dict.fromkeys(pointers)), **constants, **dict(specimen.options)}
 
 
-def _read_machine_code(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and spill instructions, by the cuobjdump that comes with triton."""
+def machine_code(cubin: bytes) -> tuple[int, str]:
+    """Registers per thread, and the SASS, by the cuobjdump that comes with triton."""
     tool = _tools() / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -222,7 +227,7 @@ def _read_machine_code(cubin: bytes) -> tuple[int, int]:
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump printed no register count: {usage[:200]!r}")
-    return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    return int(registers[1]), sass
 
 
 def _tools() -> Path:
