@@ -131,7 +131,7 @@ def test_one_graph_that_computes_the_same(choice, way, dynamic):
         torch.testing.assert_close(step(compiled), step(model))
     assert graphs() == 1
     operators = " ".join(name for name in compiler.operators if name.startswith("fastgpt."))
-    parts = ("layer_norm", "attention", "cross_entropy")  # the MLP is the compiler's
+    parts = ("layer_norm", "attention", "gelu", "cross_entropy")
     assert {part for part in parts if part in operators} == (set(parts) if kernels else set())
 
 
