@@ -24,27 +24,28 @@ class Launch(NamedTuple):
     kernel: Any
     args: tuple[Any, ...]
     options: dict[str, Any]  # constexprs, num_warps, num_stages
+    grid: int
 
 
 _recorded: list[Launch] | None = None
-_recorded_arch = 0
+_recorded_arch = _recorded_processors = 0
 _device_problems: dict[torch.device, str | None] = {}
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     """Start `grid` programs of a jitted kernel on the device of its first argument, a tensor."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, args, options))
+        _recorded.append(Launch(kernel, args, options, grid))
         return
     with torch.cuda.device_of(args[0]):
         kernel[(grid,)](*args, **options)
 
 
 @contextmanager
-def record(arch: int = 90) -> Iterator[list[Launch]]:
+def record(arch: int = 90, processors: int = 132) -> Iterator[list[Launch]]:
     """Collect what would be launched on this architecture, starting nothing."""
-    global _recorded, _recorded_arch
-    _recorded, _recorded_arch = [], arch
+    global _recorded, _recorded_arch, _recorded_processors
+    _recorded, _recorded_arch, _recorded_processors = [], arch, processors
     try:
         yield _recorded
     finally:
@@ -54,7 +55,7 @@ def record(arch: int = 90) -> Iterator[list[Launch]]:
 def multiprocessors(t: Tensor) -> int:
     """How many programs run at once, for grids that stride over their work."""
     if _recorded is not None:
-        return 132
+        return _recorded_processors
     if not t.is_cuda:
         return 3  # small and odd: in the interpreter every program strides
     return torch.cuda.get_device_properties(t.device).multi_processor_count

@@ -47,7 +47,7 @@ class Gap(NamedTuple):
 def spans(trace: dict[str, Any], shape: Shape) -> list[Span]:
     """What ran on the device in order of time; on a CPU, all ops. ValueError if there is none."""
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and "dur" in e]
-    matmuls = _matmuls(shape)
+    matmuls = matmuls(shape)
     found = [_on_host(e, chain, inner, matmuls) for e, chain, inner in _nested(events)
              if e["cat"] == "cpu_op"]  # fmt: skip
     if kernels := [e for e in events if e["cat"] in ON_DEVICE]:
@@ -101,14 +101,14 @@ def _nested(events: Iterable[Event]) -> Iterator[tuple[Event, list[Event], float
 
 def _group(kernel: str, chain: list[Event], matmuls: dict[tuple[int, ...], str]) -> str:
     """By the kernel's own name, else by the innermost op that tells."""
-    if group := _by_words(kernel):
+    if group := by_words(kernel):
         return group
     for e in reversed(chain):
         name = _plain(e["name"])
         if name.split("::")[-1] in MATMULS:
             sizes = _matmul_sizes(e.get("args", {}).get("Input Dims", []))
             return matmuls.get(sizes, OTHER)
-        if group := _by_words(name):
+        if group := by_words(name):
             return group
     return OTHER
 
@@ -117,7 +117,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "")
 
 
-def _by_words(name: str) -> str:
+def by_words(name: str) -> str:
     name = _plain(name)
     return next((group for group, words in WORDS if any(w in name for w in words)), "")
 
@@ -132,7 +132,7 @@ def _matmul_sizes(dims: list[Any]) -> tuple[int, ...]:
     return tuple(sorted((math.prod(rows), inner, outer)))
 
 
-def _matmuls(shape: Shape) -> dict[tuple[int, ...], str]:
+def matmuls(shape: Shape) -> dict[tuple[int, ...], str]:
     N, C, V = shape.B * shape.T, shape.n_embd, shape.vocab_size
     layers = {
         (N, C, V): "head",

@@ -1,0 +1,168 @@
+"""What a training step will take on a GPU that is not here, ours beside torch.compile's.
+
+    python -m bench.predict --size 124M --batch-size 16 --gpu H200
+
+Needs triton and no GPU. Our launches and ops are counted by running the step on meta tensors; each
+kernel is compiled for the GPU, and its bytes, instructions, registers and widths are read from what
+came out. torch.compile's side is a recorded count of what inductor generated for nanoGPT's model.
+Microseconds are a model (bench/prediction/model.py). docs/prediction.md says how good it is.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from bench.peers.models import SIZES, config_of
+from bench.prediction import inductor, machine_code, model
+from bench.prediction.kernel import Kernel
+from bench.prediction.model import GPUS, Gpu
+from bench.prediction.step import training_step
+from fastgpt.kernels import _tuned
+
+
+class Prediction(NamedTuple):
+    size: str
+    B: int
+    gpu: Gpu
+    ours: list[Kernel]
+    recorded: dict[str, Any] | None  # inductor.recorded()
+
+    @property
+    def ours_ms(self) -> float:
+        return model.step_ms(self.ours, self.gpu)
+
+    @property
+    def compile_ms(self) -> float | None:
+        return model.step_ms(self.recorded["kernels"], self.gpu) if self.recorded else None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as torch.compile's our step is."""
+        return None if self.compile_ms is None else self.compile_ms / self.ours_ms
+
+
+def predict(size: str, B: int, gpu: Gpu) -> Prediction:
+    """ValueError where the kernels cannot be compiled."""
+    from fastgpt.kernels import _launch
+
+    if _launch.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET=1 replaces the compiler; unset it to predict")
+    with ExitStack() as stack:
+        for key, config in _tuned.SHIPPED.get(gpu.name, {}).get("configs", {}).items():
+            stack.enter_context(_tuned.trying(key, config))
+        launches, ops = training_step(config_of(size), B, gpu.arch, gpu.processors)
+    kernels = Counter(machine_code.kernel_of(name, l, gpu.arch) for name, l in launches)
+    ours = [replace(kernel, launches=n) for kernel, n in kernels.items()] + ops
+    return Prediction(size, B, gpu, ours, inductor.recorded(size, B))
+
+
+def row(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
+    """For --json. All but `launches` is of one launch; None is what a library does not tell."""
+    own = kernel.grid > 0
+    return {
+        "kernel": kernel.name,
+        "component": kernel.component,
+        "kind": kernel.kind,
+        "bytes": round(model.moved(kernel, gpu)),
+        "instructions_per_element": round(kernel.instructions_per_element(), 1) if own else None,
+        "registers": kernel.registers if own else None,
+        "spills": kernel.spills if own else None,
+        "vector_bits": min(kernel.widths()) if own else None,
+        "load_bits": kernel.load_bits if own else None,
+        "store_bits": kernel.store_bits if own else None,
+        "shared_bytes": kernel.shared_bytes if own else None,
+        "programs_per_sm": model.programs_per_processor(kernel, gpu) if own else None,
+        "live_bytes": round(model.live_bytes(kernel, gpu)) if own else None,
+        "launches": kernel.launches * kernel.parts,
+        "microseconds": round(model.microseconds(kernel, gpu), 1),
+    }
+
+
+def rows(kernels: list[Kernel], gpu: Gpu) -> list[dict[str, Any]]:
+    """What takes longest in the step first."""
+    order = sorted(kernels, key=lambda k: -k.launches * model.microseconds(k, gpu))
+    return [row(kernel, gpu) for kernel in order]
+
+
+def as_json(p: Prediction) -> dict[str, Any]:
+    theirs = p.recorded or {}
+    return {
+        "ratio": p.ratio,
+        "ours_ms": p.ours_ms,
+        "compile_ms": p.compile_ms,
+        "kernels": rows(p.ours, p.gpu),
+        "compile_kernels": rows(theirs.get("kernels", []), p.gpu),
+        "compile_source": {k: v for k, v in theirs.items() if k != "kernels"} or None,
+        "settings": {"size": p.size, "B": p.B, "gpu": p.gpu.name, "arch": f"sm_{p.gpu.arch}"},
+    }
+
+
+def by_component(kernels: list[Kernel], gpu: Gpu) -> dict[str, float]:
+    """Milliseconds of the kernels."""
+    sums: Counter[str] = Counter()
+    for k in kernels:
+        sums[k.component] += 1e-3 * k.launches * model.microseconds(k, gpu)
+    return dict(sums.most_common())
+
+
+def table(p: Prediction) -> str:
+    lines = [f"{p.size}, B={p.B}, on {p.gpu.name} (sm_{p.gpu.arch}); us are of one launch"]
+    for title, kernels in _sides(p):
+        lines += ["", title, _HEAD, *map(_line, rows(kernels, p.gpu))]
+        sums = by_component(kernels, p.gpu)
+        lines.append(", ".join(f"{name} {ms:.2f} ms" for name, ms in sums.items()))
+        lines.append(f"step: {model.step_ms(kernels, p.gpu):.2f} ms in "
+                     f"{sum(k.launches * k.parts for k in kernels)} launches")  # fmt: skip
+    if p.ratio is None:
+        known = ", ".join(f"{r['size']} at B={r['B']}" for r in inductor.records())
+        lines.append(f"\nno ratio: torch.compile's kernels are recorded for {known}")
+    else:
+        lines.append(f"\nratio: {p.ratio:.3f}, torch.compile's step over ours")
+    return "\n".join(lines)
+
+
+def _sides(p: Prediction) -> list[tuple[str, list[Kernel]]]:
+    sides = [("fastgpt-step-graph, counted now", p.ours)]
+    if p.recorded:
+        r = p.recorded
+        title = f"nanogpt-compile, recorded {r['date']} with torch {r['torch']}: {r['source']}"
+        sides.append((title, r["kernels"]))
+    return sides
+
+
+_HEAD = (f"{'kernel':44} {'component':12} {'MB':>8} {'instr/el':>8} {'bits':>7} {'regs':>4} "
+         f"{'shared':>6} {'per SM':>6} {'live MB':>7} {'times':>5} {'us':>8}")  # fmt: skip
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = row["kernel"] if len(row["kernel"]) <= 44 else f"{row['kernel'][:20]}..{row['kernel'][-22:]}"
+    start = f"{name:44} {row['component']:12} {1e-6 * row['bytes']:8.1f}"
+    code = " " * 43
+    if row["registers"] is not None:
+        code = (f"{row['instructions_per_element']:8.1f} {row['load_bits']:3}/{row['store_bits']:<3} "
+                f"{row['registers']:4} {row['shared_bytes']:6} {row['programs_per_sm']:6} "
+                f"{1e-6 * row['live_bytes']:7.0f}")  # fmt: skip
+    return f"{start} {code} {row['launches']:5} {row['microseconds']:8.1f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--gpu", choices=GPUS, default="H200")
+    parser.add_argument("--json", action="store_true", help="print an object, not tables")
+    args = parser.parse_args()
+    try:
+        p = predict(args.size, args.batch_size, GPUS[args.gpu])
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    print(json.dumps(as_json(p), indent=1) if args.json else table(p))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""torch.compile's side: what inductor generated for nanoGPT's step, read and recorded.
+
+    python -m bench.prediction.inductor FORWARD.py BACKWARD.py --size 124M --batch-size 16
+
+The two files are inductor's output code of nanoGPT's model.py under bf16 autocast, as
+TORCH_COMPILE_DEBUG=1 leaves them on a machine with a GPU. Every generated kernel is compiled in the
+first configuration that inductor would try, by the torch and Triton installed (they must be those
+that generated it), and counted like one of ours. Products and attention are counted from their
+calls. What the step runs outside of the graph stands in `outside`. The record, inductor.json, is
+what predictions compare with, on any machine.
+"""
+
+import argparse
+import ast
+import importlib.util
+import json
+import math
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.harness.roofline import Shape, attention, shape_of
+from bench.harness.timeline import OTHER, by_words, matmuls
+from bench.peers.models import SIZES
+from bench.prediction import machine_code
+from bench.prediction.kernel import ATEN, ATTENTION, GEMM, Kernel
+
+RECORDS = Path(__file__).with_name("inductor.json")
+ARCH = 90  # what generated kernels are compiled for; on other GPUs they are taken to be alike
+FOREACH = 7  # launches of a foreach op over 124M's 75 tensors, in the record of an H200
+Sizes = dict[str, tuple[int, ...]]
+
+
+def recorded(size: str, B: int) -> dict[str, Any] | None:
+    """{"torch", "triton", "date", "source", "kernels": [Kernel]} of this step, if there is one."""
+    for record in records():
+        if (record["size"], record["B"]) == (size, B):
+            return record | {"kernels": [Kernel(**row) for row in record["kernels"]]}
+    return None
+
+
+def records() -> list[dict[str, Any]]:
+    return json.loads(RECORDS.read_text()) if RECORDS.exists() else []
+
+
+def kernels(files: list[Path], shape: Shape) -> list[Kernel]:
+    """All of the step, those alike counted together."""
+    found: Counter[Kernel] = Counter()
+    for path, phase in zip(files, ("forward", "backward"), strict=True):
+        found.update(_of_graph(path.read_text(), phase, shape))
+    return [replace(kernel, launches=n) for kernel, n in found.items()] + outside(shape)
+
+
+def outside(shape: Shape) -> list[Kernel]:
+    """By hand: what train.py's step runs besides the graph, with logits that get a gradient."""
+    P = 4.0 * shape.parameters()
+    logits = 2.0 * shape.B * shape.T * shape.vocab_size
+    return [
+        Kernel("zeros as the logits' gradient", "loss", ATEN, 1, logits),
+        Kernel("clip_grad_norm_, norms", "optimizer", ATEN, 1, P, parts=FOREACH),
+        Kernel("clip_grad_norm_, scaling", "optimizer", ATEN, 1, 2 * P, parts=FOREACH),
+        Kernel("AdamW, fused", "optimizer", ATEN, 1, 7 * P, parts=FOREACH),
+    ]
+
+
+def _of_graph(code: str, phase: str, shape: Shape) -> Iterator[Kernel]:
+    """The calls in inductor's output code, in order."""
+    made = _generated(code)
+    tokens, groups, heads = shape.B * shape.T, matmuls(shape), shape.n_embd // shape.n_head
+    attended = attention(shape.B, shape.n_head, shape.T, heads, 2)[phase == "backward"]
+    sizes: Sizes = {}
+    for target, called, operands in _calls(code, sizes):
+        shapes = [_shape_of(operand, sizes) for operand in operands]
+        if called.endswith(".run"):
+            yield _triton(made[called.removesuffix(".run")], operands, shapes)
+        elif called == "extern_kernels.mm":
+            (M, K), (_, N) = shapes[:2]
+            role = "wgrad" if K == tokens else ("forward" if phase == "forward" else "dgrad")
+            group = groups.get(tuple(sorted((M, K, N))), OTHER)
+            moved, flops = 2.0 * (M * K + K * N + M * N), 2.0 * M * K * N
+            yield Kernel(f"{M}x{K}x{N}", group, GEMM, 1, moved, flops=flops, phase=role)
+        elif called.startswith("torch.ops.aten._scaled_dot_product_cudnn_attention"):
+            name, parts = f"cudnn_attention {phase}", 3 if phase == "backward" else 1
+            yield Kernel(
+                name, "attention", ATTENTION, 1, attended.bytes, parts, attended.flops, phase
+            )
+        elif called.startswith(("extern_kernels.", "torch.ops.")):
+            raise ValueError(f"nobody counts {called}, which makes {target}")
+
+
+def _calls(code: str, sizes: Sizes) -> Iterator[tuple[str, str, list[ast.expr]]]:
+    """(what is assigned to, called function, arguments) of `call`; `sizes` gets the buffers'."""
+    nodes = ast.walk(ast.parse(code))
+    function = next(n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "call")
+    found = [n for n in ast.walk(function) if isinstance(n, (ast.Assign, ast.Expr))]
+    for statement in sorted(found, key=lambda n: (n.lineno, n.col_offset)):
+        value = statement.value
+        target = ast.unparse(statement.targets[0]) if isinstance(statement, ast.Assign) else ""
+        if isinstance(value, ast.Name) and value.id in sizes:
+            sizes[target] = sizes[value.id]
+        if not isinstance(value, ast.Call):
+            continue
+        called = ast.unparse(value.func)
+        if called == "assert_size_stride":
+            sizes[ast.unparse(value.args[0])] = ast.literal_eval(value.args[1])
+        elif called.startswith("empty_strided_"):
+            sizes[target] = ast.literal_eval(value.args[0])
+        elif called == "reinterpret_tensor":
+            sizes[target] = ast.literal_eval(value.args[1])
+        else:
+            yield target, called, value.args
+
+
+def _shape_of(operand: ast.expr, sizes: Sizes) -> tuple[int, ...]:
+    if isinstance(operand, ast.Call):  # reinterpret_tensor(buffer, shape, strides, offset)
+        return ast.literal_eval(operand.args[1])
+    return sizes.get(ast.unparse(operand), ())
+
+
+def _triton(made: "_Generated", operands: list[ast.expr], shapes: list[Any]) -> Kernel:
+    given = dict(zip(made.arguments, zip(operands, shapes, strict=True), strict=False))
+    numbers = {
+        name: ast.literal_eval(operand)
+        for name, (operand, _) in given.items()
+        if name.endswith("numel")
+    } | made.config
+    grid = 1
+    for axis in "xyz":
+        block = numbers.get("RSPLIT_SIZE", numbers.get(f"{axis.upper()}BLOCK"))
+        if f"{axis}numel" in numbers and block:
+            grid *= math.ceil(numbers[f"{axis}numel"] / block)
+    room = [
+        math.prod(shape) * machine_code.itemsize(made.signature[name]) if shape else 0
+        for name, (_, shape) in given.items()
+    ]
+    component = "attention" if "_cat_" in f"{made.name}_" else by_words(made.name) or OTHER
+    turns = machine_code.trips(numbers, grid)
+    return machine_code.counted(made.name, component, made.code, grid, made.warps, turns, room)
+
+
+class _Generated(NamedTuple):
+    """A Triton kernel of inductor's, in the first configuration that it would try."""
+
+    name: str
+    arguments: list[str]
+    signature: dict[str, str]
+    config: dict[str, int]
+    warps: int
+    code: machine_code.Code
+
+
+def _generated(code: str) -> dict[str, _Generated]:
+    found = {}
+    pattern = r"(triton_\w+) = async_compile\.triton\('\1', '''(.*?)''', device_str"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in re.findall(pattern, code, re.S):
+            path = Path(folder) / f"{name}.py"
+            path.write_text(source.replace("triton_helpers.set_driver_to_gpu()", ""))
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None  # for any path that ends in .py
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module  # where Triton looks for what a kernel calls
+            spec.loader.exec_module(module)
+            found[name] = _compiled(name, getattr(module, name))
+    return found
+
+
+def _compiled(name: str, tuner: Any) -> _Generated:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    config, meta = tuner.configs[0], tuner.triton_meta
+    constants = {**meta.get("constants", {}), **config.kwargs}
+    source = ASTSource(tuner.fn, meta["signature"], constants, meta["configs"][0])
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    made = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    code = machine_code.read(
+        made.asm["ttir"], made.asm["cubin"], made.metadata.shared, config.num_warps
+    )
+    arguments = list(meta["signature"])
+    return _Generated(
+        name, arguments, meta["signature"], dict(config.kwargs), config.num_warps, code
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.prediction.inductor",
+                                     description=__doc__)  # fmt: skip
+    parser.add_argument("files", nargs=2, type=Path, metavar="FILE", help="forward, backward")
+    parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--source", required=True, help="how the files came to be, in a line")
+    args = parser.parse_args()
+    import triton
+
+    shape = shape_of(args.size, args.batch_size, SIZES[args.size][4], "bfloat16")
+    record = {
+        "size": args.size,
+        "B": args.batch_size,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "arch": ARCH,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "source": args.source,
+        "kernels": [asdict(kernel) for kernel in kernels(args.files, shape)],
+    }
+    others = [r for r in records() if (r["size"], r["B"]) != (args.size, args.batch_size)]
+    RECORDS.write_text(json.dumps([*others, record], indent=1) + "\n")
+    print(f"{len(record['kernels'])} kernels of {args.size}, B={args.batch_size}, in {RECORDS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
