@@ -70,7 +70,7 @@ def _backward_config(
     """Strips of rows and tile; a bias gradient needs few strips. Not measured on any GPU yet."""
     if M == 1:
         return 1, dict(BLOCK_M=1, BLOCK_N=BLOCK, num_warps=4)
-    tile = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
+    tile = dict(BLOCK_M=16, BLOCK_N=128, num_warps=8)
     strips = triton.cdiv(M, tile["BLOCK_M"])
     if with_bias:
         strips = min(strips, max(1, 4 * processors // triton.cdiv(N, tile["BLOCK_N"])))
