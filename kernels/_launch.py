@@ -52,6 +52,16 @@ def record(arch: int = 90, processors: int = 132) -> Iterator[list[Launch]]:
         _recorded = None
 
 
+def cdiv(a: int, b: int) -> int:
+    """Triton's own takes microseconds, on the host, in front of every launch."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def multiprocessors(t: Tensor) -> int:
     """How many programs run at once, for grids that stride over their work."""
     if _recorded is not None:

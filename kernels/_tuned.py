@@ -48,10 +48,15 @@ def configured(t: Tensor, kernel: str, guess: Callable[..., Any], *shape: Any) -
     if key in _trial:
         return _trial[key]
     if t.is_cuda:
-        configs = entry(torch.cuda.get_device_properties(t.device).name).get("configs", {})
+        configs = entry(_name(t.device)).get("configs", {})
         if key in configs:
             return configs[key]
     return guess(*shape)
+
+
+@functools.cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_properties(device).name
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt.kernels._attention import head_and_block, kept_scores
 from fastgpt.kernels._autograd import differentiable_once
-from fastgpt.kernels._launch import device_problem, launch, register
+from fastgpt.kernels._launch import cdiv, device_problem, launch, register
 from fastgpt.kernels.attention_backward import launch_backward
 from fastgpt.kernels.attention_forward import launch_forward
 
@@ -148,7 +148,7 @@ def seeded_backward(
 def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
     """The (B, H, T, T) bool mask of the scores that attention with this seed (1,) int64 keeps."""
     mask = torch.empty(B, H, T, T, device=seed.device, dtype=torch.bool)
-    launch(_mask_kernel, B * H * triton.cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
+    launch(_mask_kernel, B * H * cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
     return mask
 
 

@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels._autograd import differentiable_once
-from fastgpt.kernels._launch import device_problem, launch, multiprocessors, register
+from fastgpt.kernels._launch import (
+    cdiv,
+    device_problem,
+    launch,
+    multiprocessors,
+    power_of_2,
+    register,
+)
 from fastgpt.kernels._tuned import configured
 
 
@@ -154,7 +161,7 @@ def _backward_kernel(
 
 def _config(V: int) -> dict[str, int]:
     """About 4096 logits at a time; several rows when the vocabulary is small. Not measured yet."""
-    block = min(4096, max(16, triton.next_power_of_2(V)))
+    block = min(4096, max(16, power_of_2(V)))
     return dict(BLOCK_M=min(32, 4096 // block), BLOCK_V=block, num_warps=8)
 
 
@@ -170,7 +177,7 @@ def forward(x: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tens
         _check_targets(targets, V, ignore_index)
     loss, top, total = _outputs(x, targets, ignore_index)
     config = configured(x, "cross_entropy", _config, V)
-    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, loss, top,
+    launch(_forward_kernel, cdiv(M, config["BLOCK_M"]), x, targets, loss, top,
            total, *x.stride(), *targets.stride(), M, V, ignore_index, **config)  # fmt: skip
     return loss, top, total
 
@@ -190,7 +197,7 @@ def backward(
     M, V = x.shape
     dx = _gradient(x, targets, top, total, scale, dx_out, ignore_index)
     config = configured(x, "cross_entropy", _config, V)
-    launch(_backward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, targets, top, total, scale,
+    launch(_backward_kernel, cdiv(M, config["BLOCK_M"]), x, targets, top, total, scale,
            dx_out, dx, *x.stride(), *targets.stride(),
            *(dx_out.stride() if dx_out is not None else (0, 0)),
            M, V, ignore_index, **config)  # fmt: skip
@@ -215,7 +222,7 @@ def cross_entropy_(x: Tensor, targets: Tensor, ignore_index: int, factor: Tensor
     config = configured(x, "cross_entropy_", _in_place_config, V)
     rest = V % config["BLOCK"]
     launch(_in_place_kernel, M, x, targets, factor, losses, *x.stride(), *targets.stride(), V,
-           ignore_index, REST=triton.next_power_of_2(rest) if rest else 0, **config)  # fmt: skip
+           ignore_index, REST=power_of_2(rest) if rest else 0, **config)  # fmt: skip
     return losses
 
 
@@ -232,7 +239,7 @@ def _rescale_kernel(t_ptr, scale_ptr, SIZE, BLOCK: tl.constexpr):
 
 def rescale_(t: Tensor, scale: Tensor) -> None:
     """t *= scale, () fp32, for a contiguous t."""
-    programs = min(triton.cdiv(t.numel(), 4096), 8 * multiprocessors(t))
+    programs = min(cdiv(t.numel(), 4096), 8 * multiprocessors(t))
     launch(_rescale_kernel, programs, t, scale, t.numel(), BLOCK=4096)
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import launch, multiprocessors, register
+from fastgpt.kernels._launch import cdiv, launch, multiprocessors, register
 from fastgpt.kernels._math import gelu, gelu_and_grad
 
 BLOCK = 4096  # elements of a program where rows do not matter, 32 a thread
@@ -71,9 +71,9 @@ def _backward_config(
     if M == 1:
         return 1, dict(BLOCK_M=1, BLOCK_N=BLOCK, num_warps=4)
     tile = dict(BLOCK_M=16, BLOCK_N=128, num_warps=8)
-    strips = triton.cdiv(M, tile["BLOCK_M"])
+    strips = cdiv(M, tile["BLOCK_M"])
     if with_bias:
-        strips = min(strips, max(1, 4 * processors // triton.cdiv(N, tile["BLOCK_N"])))
+        strips = min(strips, max(1, 4 * processors // cdiv(N, tile["BLOCK_N"])))
     return strips, tile
 
 
@@ -84,7 +84,7 @@ def _gelu_output(h: Tensor, tanh: bool) -> Tensor:
 def gelu_forward(h: Tensor, tanh: bool) -> Tensor:
     """h (M, N) contiguous -> gelu(h)."""
     y = _gelu_output(h, tanh)
-    launch(_gelu_kernel, triton.cdiv(h.numel(), BLOCK), h, y, h.numel(), TANH=tanh, BLOCK=BLOCK)
+    launch(_gelu_kernel, cdiv(h.numel(), BLOCK), h, y, h.numel(), TANH=tanh, BLOCK=BLOCK)
     return y
 
 
@@ -102,7 +102,7 @@ def gelu_backward(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_outpu
     M, N = h.shape
     strips, config = _backward_config(M, N, with_bias, multiprocessors(h))
     partial = torch.empty(strips, N, device=h.device, dtype=torch.float32) if with_bias else None
-    launch(_gelu_backward_kernel, strips * triton.cdiv(N, config["BLOCK_N"]), dy, h,
+    launch(_gelu_backward_kernel, strips * cdiv(N, config["BLOCK_N"]), dy, h,
            dh, y if with_output else None, partial, *dy.stride(), M, N, strips,
            TANH=tanh, **config)  # fmt: skip
     if partial is not None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import has_tma, launch, multiprocessors
+from fastgpt.kernels._launch import cdiv, has_tma, launch, multiprocessors
 from fastgpt.kernels._math import gelu, gelu_and_grad
 from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.gelu import gelu_gradients
@@ -178,7 +178,7 @@ def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_ou
     (M, K), N = dy.shape, w.shape[1]
     dh, y, db = gelu_gradients(dy, h, tanh, with_bias, with_output)
     config = configured(dy, "gemm_tma_dgrad", _dgrad_config)
-    blocks = triton.cdiv(M, config["BLOCK_M"])
+    blocks = cdiv(M, config["BLOCK_M"])
     partial = torch.empty(blocks, N, device=h.device, dtype=torch.float32) if with_bias else None
     _launch(_dgrad_kernel, _grid(dy, N, config), dy, w, h, dh, y if with_output else None, partial,
             dy.stride(0), w.stride(0), M, N, K, TANH=tanh, **config)  # fmt: skip
@@ -188,5 +188,5 @@ def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_ou
 
 
 def _grid(x: Tensor, N: int, config: dict[str, int]) -> int:
-    tiles = triton.cdiv(x.shape[0], config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles = cdiv(x.shape[0], config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     return min(tiles, multiprocessors(x))

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import (
+    cdiv,
     device_problem,
     launch,
     multiprocessors,
+    power_of_2,
     register,
 )
 from fastgpt.kernels._tuned import configured
@@ -129,7 +131,7 @@ def _sum_kernel(
 
 def _config(N: int) -> dict[str, int]:
     """About 4096 elements per program, a warp per 512. A guess: not measured on any GPU yet."""
-    block = max(triton.next_power_of_2(N), 16)
+    block = max(power_of_2(N), 16)
     rows = max(1, 4096 // block)
     return dict(BLOCK_M=rows, BLOCK_N=block, num_warps=max(4, min(32, rows * block // 512)))
 
@@ -138,7 +140,7 @@ def _backward_config(N: int) -> dict[str, int]:
     """A warp per 512 elements, at about 128 registers: fewer warps, fewer barriers. Rows on
     their way lie in shared memory, where wide ones have no room. Not measured on any GPU yet.
     """
-    block = max(triton.next_power_of_2(N), 16)
+    block = max(power_of_2(N), 16)
     rows = max(1, 1024 // block)
     warps, stages = min(32, rows * block // 512), 2 if block <= 4096 else 1
     return dict(BLOCK_M=rows, BLOCK_N=block, STAGES=stages, num_warps=warps)
@@ -156,7 +158,7 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dty
     M, N = x.shape
     y, mean, rstd = _outputs(x, w, b, eps, dtype)
     config = configured(x, "layer_norm_forward", _config, N)
-    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, None, w, b, y, None, mean, rstd,
+    launch(_forward_kernel, cdiv(M, config["BLOCK_M"]), x, None, w, b, y, None, mean, rstd,
            *x.stride(), 0, 0, M, N, eps, **config)  # fmt: skip
     return y, mean, rstd
 
@@ -176,7 +178,7 @@ def add_forward(
     M, N = delta.shape
     y, s, mean, rstd = _add_outputs(delta, residual, w, b, eps, dtype)
     config = configured(delta, "layer_norm_forward", _config, N)
-    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), delta, residual, w, b, y, s, mean,
+    launch(_forward_kernel, cdiv(M, config["BLOCK_M"]), delta, residual, w, b, y, s, mean,
            rstd, *delta.stride(), *residual.stride(), M, N, eps, **config)  # fmt: skip
     return y, s, mean, rstd
 
@@ -202,14 +204,14 @@ def backward(
     ds, ddelta, dw, db = _gradients(dy, ds_out, s, w, mean, rstd, has_bias, delta_dtype)
     config = configured(s, "layer_norm_backward", _backward_config, N)
     at_once = max(2, 14 // config["num_warps"])  # on a multiprocessor; a few left over would cost
-    programs = min(triton.cdiv(M, config["BLOCK_M"]), at_once * multiprocessors(s))
+    programs = min(cdiv(M, config["BLOCK_M"]), at_once * multiprocessors(s))
     dw_partial = torch.empty(programs, N, device=s.device, dtype=torch.float32)
     db_partial = torch.empty_like(dw_partial) if has_bias else None
     launch(_backward_kernel, programs, dy, ds_out, s, w, mean, rstd,
            ds, ddelta if delta_dtype != s.dtype else None, dw_partial, db_partial,
            *dy.stride(), *(ds_out.stride() if ds_out is not None else (0, 0)), *s.stride(),
            M, N, **config)  # fmt: skip
-    launch(_sum_kernel, triton.cdiv(N, 16), dw_partial, db_partial, dw, db if has_bias else None,
+    launch(_sum_kernel, cdiv(N, 16), dw_partial, db_partial, dw, db if has_bias else None,
            programs, N, BLOCK_P=512, BLOCK_N=16, num_warps=8)  # fmt: skip
     return ds, ddelta, dw, db
 
