@@ -61,7 +61,9 @@ def predict(size: str, B: int, gpu: Gpu) -> Prediction:
 
 
 def row(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
-    """For --json. All but `launches` is of one launch; None is what a library does not tell."""
+    """For --json. All but `launches` is of one of them; None is what a library does not tell.
+    A library's may be several kernels: `parts`.
+    """
     own = kernel.grid > 0
     return {
         "kernel": kernel.name,
@@ -77,7 +79,8 @@ def row(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
         "shared_bytes": kernel.shared_bytes if own else None,
         "programs_per_sm": model.programs_per_processor(kernel, gpu) if own else None,
         "live_bytes": round(model.live_bytes(kernel, gpu)) if own else None,
-        "launches": kernel.launches * kernel.parts,
+        "launches": kernel.launches,
+        "parts": kernel.parts,
         "microseconds": round(model.microseconds(kernel, gpu), 1),
     }
 
@@ -103,20 +106,24 @@ def as_json(p: Prediction) -> dict[str, Any]:
 
 def by_component(kernels: list[Kernel], gpu: Gpu) -> dict[str, float]:
     """Milliseconds of the kernels."""
-    sums: Counter[str] = Counter()
-    for k in kernels:
-        sums[k.component] += 1e-3 * k.launches * model.microseconds(k, gpu)
-    return dict(sums.most_common())
+    groups = {k.component: [o for o in kernels if o.component == k.component] for k in kernels}
+    sums = {name: model.kernels_ms(group, gpu) for name, group in groups.items()}
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def table(p: Prediction) -> str:
     lines = [f"{p.size}, B={p.B}, on {p.gpu.name} (sm_{p.gpu.arch}); us are of one launch"]
     for title, kernels in _sides(p):
-        lines += ["", title, _HEAD, *map(_line, rows(kernels, p.gpu))]
+        found = rows(kernels, p.gpu)
+        small = [r for r in found if r["registers"] is None and r["microseconds"] <= model.SMALLEST]
+        shown = [_line(r) for r in found if r not in small]
         sums = by_component(kernels, p.gpu)
-        lines.append(", ".join(f"{name} {ms:.2f} ms" for name, ms in sums.items()))
-        lines.append(f"step: {model.step_ms(kernels, p.gpu):.2f} ms in "
-                     f"{sum(k.launches * k.parts for k in kernels)} launches")  # fmt: skip
+        lines += [
+            "", title, _HEAD, *shown,
+            f"and {sum(r['launches'] for r in small)} of PyTorch's smallest kernels",
+            ", ".join(f"{name} {ms:.2f} ms" for name, ms in sums.items()),
+            f"step: {model.step_ms(kernels, p.gpu):.2f} ms in {model.launches(kernels)} launches",
+        ]  # fmt: skip
     if p.ratio is None:
         known = ", ".join(f"{r['size']} at B={r['B']}" for r in inductor.records())
         lines.append(f"\nno ratio: torch.compile's kernels are recorded for {known}")
@@ -139,14 +146,16 @@ _HEAD = (f"{'kernel':44} {'component':12} {'MB':>8} {'instr/el':>8} {'bits':>7} 
 
 
 def _line(row: dict[str, Any]) -> str:
-    name = row["kernel"] if len(row["kernel"]) <= 44 else f"{row['kernel'][:20]}..{row['kernel'][-22:]}"
-    start = f"{name:44} {row['component']:12} {1e-6 * row['bytes']:8.1f}"
-    code = " " * 43
+    name, code = row["kernel"], " " * 43
+    if len(name) > 44:
+        name = f"{name[:20]}..{name[-22:]}"
     if row["registers"] is not None:
-        code = (f"{row['instructions_per_element']:8.1f} {row['load_bits']:3}/{row['store_bits']:<3} "
-                f"{row['registers']:4} {row['shared_bytes']:6} {row['programs_per_sm']:6} "
+        bits = f"{row['load_bits']}/{row['store_bits']}"
+        code = (f"{row['instructions_per_element']:8.1f} {bits:>7} {row['registers']:4} "
+                f"{row['shared_bytes']:6} {row['programs_per_sm']:6} "
                 f"{1e-6 * row['live_bytes']:7.0f}")  # fmt: skip
-    return f"{start} {code} {row['launches']:5} {row['microseconds']:8.1f}"
+    return (f"{name:44} {row['component']:12} {1e-6 * row['bytes']:8.1f} {code} "
+            f"{row['launches']:5} {row['microseconds']:8.1f}")  # fmt: skip
 
 
 def main() -> int:

@@ -47,7 +47,7 @@ class Gap(NamedTuple):
 def spans(trace: dict[str, Any], shape: Shape) -> list[Span]:
     """What ran on the device in order of time; on a CPU, all ops. ValueError if there is none."""
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and "dur" in e]
-    matmuls = matmuls(shape)
+    matmuls = matmul_groups(shape)
     found = [_on_host(e, chain, inner, matmuls) for e, chain, inner in _nested(events)
              if e["cat"] == "cpu_op"]  # fmt: skip
     if kernels := [e for e in events if e["cat"] in ON_DEVICE]:
@@ -132,7 +132,7 @@ def _matmul_sizes(dims: list[Any]) -> tuple[int, ...]:
     return tuple(sorted((math.prod(rows), inner, outer)))
 
 
-def matmuls(shape: Shape) -> dict[tuple[int, ...], str]:
+def matmul_groups(shape: Shape) -> dict[tuple[int, ...], str]:
     N, C, V = shape.B * shape.T, shape.n_embd, shape.vocab_size
     layers = {
         (N, C, V): "head",

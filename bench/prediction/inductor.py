@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.harness.roofline import Shape, attention, shape_of
-from bench.harness.timeline import OTHER, by_words, matmuls
+from bench.harness.timeline import OTHER, by_words, matmul_groups
 from bench.peers.models import SIZES
 from bench.prediction import machine_code
 from bench.prediction.kernel import ATEN, ATTENTION, GEMM, Kernel
@@ -74,7 +74,7 @@ def outside(shape: Shape) -> list[Kernel]:
 def _of_graph(code: str, phase: str, shape: Shape) -> Iterator[Kernel]:
     """The calls in inductor's output code, in order."""
     made = _generated(code)
-    tokens, groups, heads = shape.B * shape.T, matmuls(shape), shape.n_embd // shape.n_head
+    tokens, groups, heads = shape.B * shape.T, matmul_groups(shape), shape.n_embd // shape.n_head
     attended = attention(shape.B, shape.n_head, shape.T, heads, 2)[phase == "backward"]
     sizes: Sizes = {}
     for target, called, operands in _calls(code, sizes):
@@ -83,7 +83,7 @@ def _of_graph(code: str, phase: str, shape: Shape) -> Iterator[Kernel]:
             yield _triton(made[called.removesuffix(".run")], operands, shapes)
         elif called == "extern_kernels.mm":
             (M, K), (_, N) = shapes[:2]
-            role = "wgrad" if K == tokens else ("forward" if phase == "forward" else "dgrad")
+            role = "wgrad" if tokens == K else ("forward" if phase == "forward" else "dgrad")
             group = groups.get(tuple(sorted((M, K, N))), OTHER)
             moved, flops = 2.0 * (M * K + K * N + M * N), 2.0 * M * K * N
             yield Kernel(f"{M}x{K}x{N}", group, GEMM, 1, moved, flops=flops, phase=role)
@@ -192,6 +192,22 @@ def _compiled(name: str, tuner: Any) -> _Generated:
     )
 
 
+def _told(kernel: Kernel) -> dict[str, Any]:
+    """Without what is 0 or as usual."""
+    usual = {field.name: field.default for field in fields(Kernel)}
+    return {name: value for name, value in asdict(kernel).items() if value != usual[name]}
+
+
+def _text(found: list[dict[str, Any]]) -> str:
+    """As JSON, a kernel a line."""
+    texts = []
+    for record in found:
+        facts = json.dumps({name: value for name, value in record.items() if name != "kernels"})
+        rows = ",\n".join(map(json.dumps, record["kernels"]))
+        texts.append(f'{facts[:-1]}, "kernels": [\n{rows}\n]}}')
+    return "[\n" + ",\n".join(texts) + "\n]\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.prediction.inductor",
                                      description=__doc__)  # fmt: skip
@@ -211,10 +227,10 @@ def main() -> int:
         "arch": ARCH,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "source": args.source,
-        "kernels": [asdict(kernel) for kernel in kernels(args.files, shape)],
+        "kernels": [_told(kernel) for kernel in kernels(args.files, shape)],
     }
     others = [r for r in records() if (r["size"], r["B"]) != (args.size, args.batch_size)]
-    RECORDS.write_text(json.dumps([*others, record], indent=1) + "\n")
+    RECORDS.write_text(_text([*others, record]))
     print(f"{len(record['kernels'])} kernels of {args.size}, B={args.batch_size}, in {RECORDS}")
     return 0
 

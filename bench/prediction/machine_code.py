@@ -10,7 +10,7 @@ over. Paths that are seldom taken, behind the code's end, are not counted.
 import functools
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ import torch
 from bench.prediction.kernel import TRITON, Kernel
 from fastgpt.commands import inspect
 from fastgpt.commands.inspect import Specimen
-
 
 DEFAULT_WARPS = 4  # Triton's
 
@@ -62,16 +61,16 @@ def counted(
     name: str, component: str, code: Code, grid: int, warps: int, turns: float, room: list[int]
 ) -> Kernel:
     """`turns`: of each loop, in each program. `room`: bytes behind each argument."""
-    moved: Counter[int | None] = Counter()
+    moved: dict[int | None, float] = defaultdict(float)
     again, elements = 0.0, 0.0
     for site in code.sites:
         times = grid * (turns if site.in_loop else 1)
-        size = site.bytes * times
+        size = float(site.bytes * times)
         if site.argument is not None and room[site.argument]:
             size = min(size, room[site.argument])
-        # of a tensor that was gone through before, unless what came before was a small part
-        if not site.stores and site.argument is not None and moved[site.argument] >= size / 2:
-            again += size if moved[site.argument] else 0
+        before = moved[site.argument] if site.argument is not None else 0.0
+        if not site.stores and before >= size / 2:  # not where a few elements were looked up
+            again += size if before else 0.0
         moved[site.argument] += size
         elements = max(elements, size / site.bytes * site.elements)
     return Kernel(
@@ -138,13 +137,15 @@ def _unrolled(body: list[tuple[int, str, str]], steps: set[int]) -> int:
     return min((n // step for n in found for step in steps if n and n % step == 0), default=1)
 
 
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*([^;]*);", re.M)
+
+
 def _instructions(sass: str) -> list[tuple[int, str, str]]:
-    """(address, name, the rest) up to the last EXIT that is always taken where it is reached."""
+    """(address, name, the rest) up to the first EXIT without a condition."""
     found = []
-    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*([^;]*);", re.M)
-    for address, name, rest in line.findall(sass):
+    for address, predicate, name, rest in _LINE.findall(sass):
         found.append((int(address, 16), name, rest))
-        if name == "EXIT" and re.search(rf"/\*{address}\*/\s+EXIT", sass):
+        if name == "EXIT" and not predicate:
             break
     return found
 

@@ -9,8 +9,8 @@
     step       = sum over launches of time + GAP
 
 Warps do not overlap with themselves, only with others on their multiprocessor: of what takes less
-time a part shows, the larger the fewer they are. The constants are of one GPU (MEASURED_ON) at one size. That the shares hold on another GPU, and for
-other sizes, is assumed.
+time a part shows, the larger the fewer they are. The constants are of one GPU at one size
+(MEASURED_ON); that the shares hold on another GPU and for other sizes is assumed.
 """
 
 from typing import NamedTuple
@@ -21,9 +21,9 @@ from fastgpt.devices import peak_flops_of
 MEASURED_ON = "an H200, 124M at B=16: bench/results/nvidia-h200/train-20261126T032848.json"
 BANDWIDTH = 0.90  # of the datasheet's: a device copy's 4.3 TB/s of 4.8 (harness/roofline.py)
 ISSUE = 0.83  # of a warp instruction per scheduler and clock: _gelu_kernel, 57 M in 68.5 us
-ALONE = 8  # warps on a multiprocessor with which nothing overlaps: _adamw_kernel's, which has no more
-LATENCY = 0.8  # us from a load to its data when memory is busy: _adamw_kernel, alone on its SM
-CAT = 0.34  # of the bandwidth: PyTorch's cat of dq, dk and dv, three copies of 50 MB in 30.5 us each
+ALONE = 8  # warps on a multiprocessor with which nothing overlaps: those of _adamw_kernel
+LATENCY = 0.8  # us from a load to its data when memory is busy: _adamw_kernel too
+CAT = 0.34  # of the bandwidth: PyTorch's cat of dq, dk and dv, 3 copies of 50 MB in 30.5 us each
 SMALLEST = 1.0  # us, that a kernel takes with next to nothing to do
 GAP = 3.0  # us of a step per launch, that no kernel runs: (32.7 - 30.7 ms) / 655, nanogpt-compile
 # of the peak FLOP/s: sums over all GEMMs of a phase, over both calls of cuDNN's with 64 a head
@@ -55,7 +55,7 @@ GPUS = {
     "H200": Gpu("NVIDIA H200", 90, 132, 1.98e9, 4.8e12, 50 << 20, 228 << 10, 2048),
     "H100": Gpu("NVIDIA H100 80GB HBM3", 90, 132, 1.98e9, 3.35e12, 50 << 20, 228 << 10, 2048),
     "A100": Gpu("NVIDIA A100-SXM4-80GB", 80, 108, 1.41e9, 2.04e12, 40 << 20, 164 << 10, 2048),
-    "RTX 4090": Gpu("NVIDIA GeForce RTX 4090", 89, 128, 2.52e9, 1.008e12, 72 << 20, 100 << 10, 1536),
+    "RTX 4090": Gpu("NVIDIA GeForce RTX 4090", 89, 128, 2.52e9, 1.01e12, 72 << 20, 100 << 10, 1536),
 }
 _REGISTERS, _WARP, _MOST_PROGRAMS, _RESERVED = 65536, 32, 32, 1024
 
@@ -104,7 +104,14 @@ def microseconds(kernel: Kernel, gpu: Gpu) -> float:
     return max(memory, issue, SMALLEST) + shown
 
 
+def launches(kernels: list[Kernel]) -> int:
+    """Kernels started in a step, a library's several each for itself."""
+    return sum(k.launches * k.parts for k in kernels)
+
+
+def kernels_ms(kernels: list[Kernel], gpu: Gpu) -> float:
+    return 1e-3 * sum(k.launches * microseconds(k, gpu) for k in kernels)
+
+
 def step_ms(kernels: list[Kernel], gpu: Gpu) -> float:
-    return 1e-3 * sum(
-        k.launches * (microseconds(k, gpu) + GAP * k.parts) for k in kernels
-    )
+    return kernels_ms(kernels, gpu) + 1e-3 * GAP * launches(kernels)

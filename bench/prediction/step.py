@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.harness.roofline import Shape
-from bench.harness.timeline import OTHER, matmuls
+from bench.harness.timeline import OTHER, matmul_groups
 from bench.peers import models
 from bench.peers.training import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY
 from bench.prediction.kernel import ATEN, ATTENTION, GEMM, Kernel
@@ -95,7 +95,8 @@ def _forward(model: Any, copies: dict[Any, Tensor], counted: "_Counted", B: int)
     for module in parts.h:
         weights = block_weights(module, settings, cfg.n_embd)
         assert weights is not None  # of a GPT just built
-        low = Weights(*(None if w is None else copies[w] for w in weights))
+        # with the norms', which nobody reads there
+        low = Weights(*(w if w is None else copies[w] for w in weights))  # type: ignore[arg-type]
         delta, x = block_unit.block(run, settings, delta, x, weights, low)
     x = block_unit.norm(run, delta, x, parts.ln_f.weight, parts.ln_f.bias, LOW)
     low_head, targets = copies[model.lm_head.weight], idx.flatten()
@@ -133,7 +134,7 @@ class _Counted(TorchDispatchMode):
         super().__init__()
         self.components: list[str] = []  # of launches, as far as they are labelled
         self.phase = "forward"
-        self._launches, self._groups = launches, matmuls(shape)
+        self._launches, self._groups = launches, matmul_groups(shape)
         self._rows = shape.B * shape.T
         self._found: Counter[Kernel] = Counter()
         self._gemm: tuple[Kernel, Tensor] | None = None  # the last, and its product
@@ -196,7 +197,7 @@ class _Counted(TorchDispatchMode):
             component=self._groups.get(tuple(sorted((M, K, N))), OTHER),
             kind=GEMM,
             flops=2.0 * M * K * N,
-            phase="wgrad" if K == self._rows else phase,
+            phase="wgrad" if self._rows == K else phase,
         )
 
 
