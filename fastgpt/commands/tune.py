@@ -3,8 +3,8 @@
 Two searches: which launch configuration of every kernel, against today's; and which implementation
 of every op, forward and backward together, against the choice where nobody measured (backend.py). A
 candidate that computes something else, or cannot run, is no candidate, and one that is faster by
-less than MARGIN changes nothing. The transformer block is raced as a whole: fused, or module by
-module. Its parts on their own do not decide that.
+less than MARGIN changes nothing. The transformer block is raced as a whole, outside torch.compile
+and inside: fused, or module by module. Its parts on their own do not decide that.
 
 What wins is written to the user's cache folder (kernels/_tuned.py), where every process of the
 machine reads it.
@@ -35,6 +35,7 @@ from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
 MARGIN = 1.02  # what a winner must be faster by: less is noise
+WHOLE = ("block", "compiled")  # ops that are made of others
 
 
 class Sizes(NamedTuple):
@@ -202,9 +203,11 @@ def distance(ours: Any, theirs: Any) -> float:
 def implementations(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
     """A row per op and implementation that runs here: the time of forward and backward."""
     raced = [op for op, entry in backend.OPS.items() if entry.public]
-    share = seconds / (len(raced) + 1)
+    share = seconds / (len(raced) + 2)
     rows = [row for op in raced for row in _race_op(op, device, sizes, share)]
-    return rows + _race_block(device, sizes, rows, share)
+    for whole in WHOLE:
+        rows += _race_whole(whole, device, sizes, rows, share)
+    return rows
 
 
 def _race_op(op: str, device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
@@ -232,43 +235,49 @@ def _of_a_batch(sizes: Sizes) -> examples.Sizes:
     return examples.Sizes(sizes.M // T, T, sizes.C, sizes.C // sizes.D, sizes.V)
 
 
-def _race_block(
-    device: torch.device, sizes: Sizes, races: list[dict[str, Any]], seconds: float
+def _race_whole(
+    op: str, device: torch.device, sizes: Sizes, races: list[dict[str, Any]], seconds: float
 ) -> list[dict[str, Any]]:
-    """A training step's block, fused or module by module, each of the fastest parts for it. It is a
-    model's only block, between an embedding and a head of 64 tokens."""
+    """A training step's block, fused or module by module, each of the fastest parts for it; as it is,
+    or inside torch.compile. It is a model's only block, between an embedding and a head of 64
+    tokens.
+    """
     B, T, C, H, _ = _of_a_batch(sizes)
     with contextlib.redirect_stdout(io.StringIO()), device:
         model = GPT(GPTConfig(T, 64, 1, H, C, bias=False, return_logits=False))
     idx, parameters = torch.randint(64, (B, T), device=device), list(model.parameters())
-    (qkv,), _, facts = outline("block", _of_a_batch(sizes), device, sizes.dtype)
+    (qkv,), _, facts = outline(op, _of_a_batch(sizes), device, sizes.dtype)
     assert qkv is not None
     times = _times(races)
 
     def backend_of(implementation: str) -> use_backend:
+        if implementation == "torch" and op == "compiled":
+            return use_backend("auto", compiled="torch")  # the compiler's own ops
         fused = implementation != "torch"
         parts = _fastest_parts(times, fused)
         if fused:
-            parts = {op: name for op, name in parts.items() if op in FUSABLE}
-        return use_backend("auto", block=implementation, **parts)
+            parts = {part: name for part, name in parts.items() if part in FUSABLE}
+        return use_backend("auto", **parts, **{op: implementation})
 
-    def step() -> list[Tensor]:
+    def step(forward: Any) -> list[Tensor]:
         with autocast(device, sizes.dtype):
-            _, loss = model(idx, idx)
+            _, loss = forward(idx, idx)
         return [loss, *torch.autograd.grad(loss, parameters)]
+
+    forward = torch.compile(model) if op == "compiled" else model
 
     def run(implementation: str) -> list[Tensor]:
         with backend_of(implementation):
-            return step()
+            return step(forward)
 
     def why_not(implementation: str) -> str | None:
         with backend_of(implementation):
-            running, reason = backend.explain("block", (qkv,), facts)
+            running, reason = backend.explain(op, (qkv,), facts)
         return None if running == implementation else reason
 
     with use_backend("torch"):
-        expected = step()
-    return _race("block", run, why_not, expected, device, seconds)
+        expected = step(model)
+    return _race(op, run, why_not, expected, device, seconds)
 
 
 def _race(
@@ -313,7 +322,7 @@ def fastest(op: str, times: dict[str, float]) -> str:
 
 
 def _fastest_parts(times: dict[str, dict[str, float]], fused: bool) -> dict[str, str]:
-    """The fastest implementation of every op but the block, from which a fused one can be made."""
+    """The fastest implementation of every op that is not WHOLE, from which a fused one can be made."""
     parts = {}
     for op, raced in times.items():
         usable = {
@@ -321,7 +330,7 @@ def _fastest_parts(times: dict[str, dict[str, float]], fused: bool) -> dict[str,
             for name, seconds in raced.items()
             if not fused or name in FUSABLE.get(op, raced)
         }
-        if op != "block" and usable:
+        if op not in WHOLE and usable:
             parts[op] = fastest(op, usable)
     return parts
 
@@ -332,8 +341,8 @@ def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[
     Only where the fused block as a whole lost may its parts be what it cannot be made of.
     """
     times = _times(races)
-    block = {"block": fastest("block", times["block"])} if "block" in times else {}
-    implementations = _fastest_parts(times, fused=block.get("block") != "torch") | block
+    whole = {op: fastest(op, times[op]) for op in WHOLE if op in times}
+    implementations = _fastest_parts(times, fused=whole.get("block") != "torch") | whole
     configs: dict[str, Any] = {}
     for row in searched:  # the fastest of a kernel comes first
         if row.get("over_default", 0.0) > MARGIN:

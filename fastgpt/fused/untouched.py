@@ -68,13 +68,19 @@ def _own_call(module: Any) -> bool:
     """Whether nothing in the module itself changes what calling it does."""
     own = module.__dict__
     return (
-        "forward" not in own
+        _own_forward(module)
         and "_call_impl" not in own
         and "_wrapped_call_impl" not in own
         and own.get("_compiled_call_impl") is None
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )
+
+
+def _own_forward(module: Any) -> bool:
+    if torch.compiler.is_compiling():  # which looks at what was looked up, and at no absence, again
+        return getattr(module.forward, "__func__", None) is type(module).forward
+    return "forward" not in module.__dict__
 
 
 def plain_lookup(module: Any) -> bool:

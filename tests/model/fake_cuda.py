@@ -24,6 +24,7 @@ from fastgpt.kernels import _launch
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
 KERNELS: dict[str, dict[str, str]] = {  # op -> implementation, as use_backend takes them
     "none chosen": {},
+    "left to inductor": {"compiled": "torch"},
     "row ops chosen": dict.fromkeys(("layer_norm", "add_layer_norm", "cross_entropy"), "triton"),
     "all chosen": dict.fromkeys(backend.OPS, "triton"),
 }
