@@ -2,12 +2,12 @@
 
     python -m bench.prediction.inductor FORWARD.py BACKWARD.py --size 124M --batch-size 16
 
-The two files are inductor's output code of nanoGPT's model.py under bf16 autocast, as
-TORCH_COMPILE_DEBUG=1 leaves them on a machine with a GPU. Every generated kernel is compiled in the
-first configuration that inductor would try, by the torch and Triton installed (they must be those
-that generated it), and counted like one of ours. Products and attention are counted from their
-calls. What the step runs outside of the graph stands in `outside`. The record, inductor.json, is
-what predictions compare with, on any machine.
+The two files are inductor's output code of nanoGPT's model.py under bf16 autocast, which
+TORCH_COMPILE_DEBUG=1 leaves as output_code.py in two folders on a machine with a GPU. Every
+generated kernel is compiled in the first configuration that inductor would try, by the torch and
+Triton installed (they must be those that generated it), and counted like one of ours. Products and
+attention are counted from their calls. What the step runs outside of the graph stands in `outside`.
+The record, inductor.json, is what predictions compare with, on any machine.
 """
 
 import argparse

@@ -92,8 +92,11 @@ def page(p: Prediction, others: Iterable[Prediction], measured: Record | None) -
 def _sources(p: Prediction, measured: Record | None) -> str:
     r = p.recorded
     assert r is not None
-    text = (f"Ours is counted from this checkout. torch.compile's is recorded: {r['date']}, torch "
-            f"{r['torch']}, triton {r['triton']}, {r['source']}.")  # fmt: skip
+    import triton
+
+    text = (f"Ours is counted from this checkout, compiled by triton {triton.__version__}. "
+            f"torch.compile's is recorded: {r['date']}, torch {r['torch']}, triton {r['triton']}, "
+            f"{r['source']}.")  # fmt: skip
     if measured:
         torch = measured["environment"]["torch"]
         text += (f" Measured: {measured['date'][:10]}, torch {torch}, commit "

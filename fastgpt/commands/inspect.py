@@ -277,13 +277,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     archs = args.arch or [arch for arch in ARCHS if arch in compilable()]
-    found = rows(archs, args.dtype or DTYPES, args.kernel or ("",))
+    compiled = rows(archs, args.dtype or DTYPES, args.kernel or ("",))
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(compiled, indent=1))
         return 0
     titles = f"{'regs':>5} {'spills':>6} {'shared':>7} {'core':8} {'narrow':>6}"
     print(f"{'kernel':40} {'arch':7} {titles} config")
-    for row in found:
+    for row in compiled:
         core, narrow = row["tensor_core"] or "-", row["narrow_offsets"]
         config = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)
         print(
