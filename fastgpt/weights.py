@@ -51,6 +51,11 @@ def _inside(name: str, own: set[str]) -> str | None:
     return name
 
 
+def bare_name(name: str) -> str | None:
+    """A weight's name without wrappers'; None for a causal mask, which is no weight."""
+    return None if name.endswith(_MASKS) else _bare(name)
+
+
 def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
