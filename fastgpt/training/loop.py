@@ -45,19 +45,34 @@ def train(
         if world.first:
             folder = RunFolder(Path(config.out), config.keep, config.resume or config.force)
         try:
-            if config.resume and saved is None:
-                saved = sharded_folder.load(Path(config.out), config.shard)
-            trainer = Trainer(config, saved, world, given)
-            if config.resume and config.shard:
-                sharded_folder.restore(trainer)
-            run = Run(trainer, folder)
-            try:
-                return run.to_the_end()
-            finally:
-                run.close()
+            return _train(config, saved, given, world, folder)
+        except RuntimeError as error:
+            found = world.explained(error)
+            if found is error:
+                raise
+            raise found from None
         finally:
             if folder is not None:
                 folder.release()
+
+
+def _train(
+    config: TrainConfig,
+    saved: Mapping[str, Any] | None,
+    given: frozenset[str],
+    world: World,
+    folder: RunFolder | None,
+) -> Result:
+    if config.resume and saved is None:
+        saved = sharded_folder.load(Path(config.out), config.shard)
+    trainer = Trainer(config, saved, world, given)
+    if config.resume and config.shard:
+        sharded_folder.restore(trainer)
+    run = Run(trainer, folder)
+    try:
+        return run.to_the_end()
+    finally:
+        run.close()
 
 
 class Run:
@@ -89,11 +104,9 @@ class Run:
                 result = self._steps()
             except RuntimeError as error:
                 found = self.world.explained(error)
-                if isinstance(found, LostProcess):
-                    found = self._rescued(found)
-                if found is error:
+                if not isinstance(found, LostProcess):
                     raise
-                raise found from None
+                raise self._rescued(found) from None
             if self.folder is not None and self.log is not None:
                 self.log.sync()
                 self.progress.note(draw(self.log.path, self.folder.path / "loss.png"))

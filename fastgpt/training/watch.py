@@ -33,7 +33,8 @@ class Watch:
         self.busy = threading.Lock()  # held while something is written that must be whole
         self._over = threading.Event()
         self._found = threading.Event()
-        self._store: Any = _client()
+        # a connection of its own: one that waits for a key holds up whoever else uses it
+        self._store: Any = own_part(connect())
         self._set(f"who/{rank}", f"process {rank} (pid {os.getpid()} on {socket.gethostname()})")
         self._set(f"beat/{rank}", "0")
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -65,7 +66,7 @@ class Watch:
             beats += 1
             try:
                 self._set(f"beat/{self.rank}", str(beats))
-                if self._store.check([_key("lost")]):
+                if self._store.check(["lost"]):
                     return self._end(self._get("lost"), mine=False)
                 now, beat = time.monotonic(), self._get(f"beat/{self.before}")
             except Exception:  # of the store, which is the first process's, or its launcher's
@@ -90,19 +91,25 @@ class Watch:
             os._exit(1)
 
     def _set(self, name: str, value: str) -> None:
-        self._store.set(_key(name), value)
+        self._store.set(name, value)
 
     def _get(self, name: str) -> str:
-        return self._store.get(_key(name)).decode()
+        return self._store.get(name).decode()
 
 
-def _key(name: str) -> str:
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"fastgpt/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}/{name}"
-
-
-def _client() -> Any:
-    """A connection of our own: one that waits for a key holds up whoever else uses it."""
+def connect(host_if_first: int = -1) -> Any:
+    """To the store where processes meet: torchrun's, or one that process 0 opens for all."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(f"{name} is not in the environment; start the processes with torchrun")
+    opens = host_if_first == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    patience = timedelta(seconds=60)
-    return dist.TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
+    patience = timedelta(minutes=5)
+    return dist.TCPStore(host, port, is_master=opens, timeout=patience, wait_for_workers=False)
+
+
+def own_part(store: Any) -> Any:
+    """Of a store that outlives this start of the processes: PyTorch's own default has been seen to
+    find addresses of the start before there."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return dist.PrefixStore("/".join(["fastgpt", *(os.environ.get(n, "") for n in names)]), store)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgpt.training import watch
 from fastgpt.training.watch import LostProcess, Watch
 
 
@@ -56,7 +57,8 @@ class World:
         if on_gpu:
             torch.cuda.set_device(self.local_rank)
         backend, patience = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(minutes=30)
-        dist.init_process_group(backend, timeout=patience)
+        where = dict(store=watch.own_part(watch.connect(self.rank)), rank=self.rank)
+        dist.init_process_group(backend, timeout=patience, world_size=self.size, **where)
         self._control = dist.new_group(backend="gloo", timeout=patience)
         if self.size > 1:
             self.watch = Watch(self.rank, self.size)
@@ -122,6 +124,8 @@ class World:
 
     def explained(self, error: RuntimeError) -> RuntimeError:
         """The error of a collective, with the process that is lost if one is."""
+        if isinstance(error, LostProcess):
+            return error
         lost = self.watch.reason() if self.watch and _is_of_a_collective(error) else None
         return LostProcess(f"{lost}; the job ends") if lost else error
 
