@@ -45,6 +45,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The dict in a ckpt.pt, nanoGPT's or fastgpt's, on the CPU. ValueError names what is wrong."""
     saved = read(path)
     try:
+        _check_kinds(saved)
+        saved["model_args"] |= saved.get("fastgpt", {}).get("model_args", {})
         check(saved)
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint of a GPT: {error}") from None
@@ -80,8 +82,7 @@ def _loaded(file: BinaryIO, path: Path) -> Any:
         raise ValueError(f"{path} is no checkpoint: {reason}") from None
 
 
-def check(saved: Any) -> None:
-    """ValueError unless this is a checkpoint of a GPT, of exactly the weights its sizes ask for."""
+def _check_kinds(saved: Any) -> None:
     if not isinstance(saved, dict):
         raise ValueError(f"it holds a {type(saved).__name__}, not a dict")
     kinds = dict(model=dict, model_args=dict, optimizer=dict, config=dict, fastgpt=dict)
@@ -92,11 +93,27 @@ def check(saved: Any) -> None:
         elif not isinstance(saved[name], kind):
             found = type(saved[name]).__name__
             raise ValueError(f"`{name}` is a {found}, not a {kind.__name__}")
+    if not isinstance(saved.get("fastgpt", {}).get("model_args", {}), dict):
+        raise ValueError("`model_args` of `fastgpt` is no dict")
+
+
+def check(saved: Mapping[str, Any]) -> None:
+    """ValueError unless this is a checkpoint of a GPT, of exactly the weights its sizes ask for."""
     if "iter_num" in saved:
         _check_number("iter_num", saved["iter_num"], whole=True)
     if "best_val_loss" in saved:
         _check_number("best_val_loss", saved["best_val_loss"], whole=False)
-    check_weights(config_of(saved["model_args"]), saved["model"])
+    config = config_of(saved["model_args"])
+    check_weights(config, saved["model"])
+    characters = saved.get("fastgpt", {}).get("characters")
+    if characters is None:
+        return
+    if not isinstance(characters, list) or not all(isinstance(c, str) and c for c in characters):
+        raise ValueError("`characters` is no list of characters")
+    if not 0 < len(set(characters)) == len(characters) <= config.vocab_size:
+        raise ValueError(
+            f"it has {len(characters)} `characters`, and vocab_size={config.vocab_size}"
+        )
 
 
 def _check_number(name: str, value: Any, whole: bool) -> None:
@@ -186,6 +203,7 @@ def shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def save_checkpoint(saved: Mapping[str, Any], path: Path) -> None:
     """Write all of it or leave the file as it was: a full disk must not cost the one before."""
+    saved = _as_nanogpt_reads_it(saved)
     with files.replacing(path, size_of(saved)) as file:
         noting = _Noting(file)
         try:
@@ -193,6 +211,20 @@ def save_checkpoint(saved: Mapping[str, Any], path: Path) -> None:
         except RuntimeError:
             raise noting.error or RuntimeError(f"cannot write {path}") from None
         seal.seal(file)
+
+
+def _as_nanogpt_reads_it(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its GPTConfig takes no other fields than its own: ours go into a place of their own."""
+    args = saved.get("model_args", {})
+    others = {name: value for name, value in args.items() if name not in NANOGPT_FIELDS}
+    if not others:
+        return saved
+    own = {name: value for name, value in args.items() if name in NANOGPT_FIELDS}
+    return {
+        **saved,
+        "model_args": own,
+        "fastgpt": {**saved.get("fastgpt", {}), "model_args": others},
+    }
 
 
 class _Noting:
@@ -229,9 +261,7 @@ def load_model(saved: Mapping[str, Any]) -> GPT:
 
 
 def model_args(config: GPTConfig) -> dict[str, Any]:
-    """nanoGPT's fields, and of fastgpt's own those that change what is computed: nanoGPT's loader
-    takes no other name.
-    """
+    """nanoGPT's fields, and of fastgpt's own those that change what is computed."""
     args = {field.name: (getattr(config, field.name), field.default) for field in fields(GPTConfig)}
     for name in ("return_logits", "checkpoint_blocks"):  # how, not what
         del args[name]

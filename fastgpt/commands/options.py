@@ -58,9 +58,19 @@ def true_or_false(word: str) -> bool:
     return word.lower() in ("true", "1")
 
 
+def seed(word: str) -> int:
+    value = count(word)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{value} must be below {2**63}")
+    return value
+
+
 def count(word: str) -> int:
     """A number that may be 0 but not less."""
-    value = int(word)
+    try:
+        value = int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number") from None
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} must be at least 0")
     return value

@@ -31,6 +31,7 @@ from fastgpt.devices import autocast
 from fastgpt.examples import example, outline
 from fastgpt.fused.launchers import FUSABLE
 from fastgpt.kernels import _tuned
+from fastgpt.storage import files
 from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
@@ -350,7 +351,6 @@ def main(args: argparse.Namespace) -> int:
     # configurations first: the race is between kernels as they will be launched
     searched = search(device, sizes, 0.7 * args.seconds)
     path = _tuned.path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, choose([], searched))
     races = implementations(device, sizes, 0.3 * args.seconds)
     _write(path, choose(races, searched))
@@ -365,7 +365,5 @@ def main(args: argparse.Namespace) -> int:
 
 def _write(path: Path, entry: dict[str, Any]) -> None:
     """In one step, so that no process reads half of it; and let this one read it anew."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(entry, indent=1) + "\n")
-    part.replace(path)
+    files.write_bytes(path, (json.dumps(entry, indent=1) + "\n").encode())
     _tuned.entry.cache_clear()

@@ -79,17 +79,28 @@ class ShardedStep:
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name: this process's parts."""
-        found: dict[str, Tensor] = {}
-        for name, p in self.model.named_parameters():
-            state = self.optimizer.state[p]
-            if not state:  # before the first step
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state |= {moment: torch.zeros_like(p) for moment in MOMENTS}
-            found[f"model.{name}"] = p.detach()
-            found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
-            found[f"step.{name}"] = state["step"]
-        return found
+        """This process's parts of everything that training changes."""
+        return tensors_of(self.model, self.optimizer)
+
+
+def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name, to be written or filled, and the optimizer's "steps" (1,)."""
+    found: dict[str, Tensor] = {}
+    steps = torch.zeros(1)
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if not state:  # before the first step
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state |= {moment: torch.zeros_like(p) for moment in MOMENTS}
+        found[f"model.{name}"] = p.detach()
+        found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+        steps[0] = state["step"]  # every parameter's are the same
+    return found | {"steps": steps}
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: Tensor) -> None:
+    for state in optimizer.state.values():
+        state["step"].fill_(steps.item())
 
 
 def _shard(model: GPT, device_type: str, size: int) -> None:

@@ -4,13 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastgpt import checkpoint
 from fastgpt.model import GPT
 from fastgpt.storage import files, shards
 from fastgpt.training.folder import LATEST, RunFolder
-from fastgpt.training.sharded import MOMENTS, ShardedStep
+from fastgpt.training.sharded import ShardedStep, set_steps, tensors_of
 from fastgpt.training.trainer import Trainer
 
 _NAME = re.compile(r"sharded-(\d+)")
@@ -78,7 +76,9 @@ def restore(trainer: Trainer) -> None:
     """The tensors of the checkpoint that `load` has read the rest of."""
     assert isinstance(trainer.step, ShardedStep)
     path = Path(trainer.config.out) / f"sharded-{trainer.steps_done:06}"
-    shards.read(trainer.step.tensors(), path, alone=False)
+    tensors = trainer.step.tensors()
+    shards.read(tensors, path, alone=False)
+    set_steps(trainer.optimizer, tensors["steps"])
 
 
 def whole(path: Path) -> dict[str, Any]:
@@ -96,15 +96,9 @@ def whole(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: its weights are not those of a GPT of its `model_args`")
     model = GPT(config)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    tensors = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state |= {moment: torch.zeros_like(p) for moment in MOMENTS}
-        tensors[f"model.{name}"] = p.detach()
-        tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
-        tensors[f"step.{name}"] = state["step"]
+    tensors = tensors_of(model, optimizer)
     shards.read(tensors, path, alone=True)
+    set_steps(optimizer, tensors["steps"])
     kept = {
         name: value for name, value in info.items() if name not in ("files", "best", "checksum")
     }
