@@ -80,6 +80,11 @@ class ShardedStep:
 
     def tensors(self) -> dict[str, Tensor]:
         """This process's parts of everything that training changes."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # a validation leaves some weights whole
+                module.reshard()
         return tensors_of(self.model, self.optimizer)
 
 
