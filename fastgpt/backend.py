@@ -10,6 +10,7 @@ The mode is process-wide. It starts as $FASTGPT_BACKEND, or "auto".
 
 import os
 import pkgutil
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -83,7 +84,18 @@ def _checked_mode(mode: str, source: str) -> str:
     return mode
 
 
-_mode = _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+def _mode_at_start() -> str:
+    try:
+        return _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+    except ValueError as error:
+        # the command line has not got as far as where it turns errors into a line
+        if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "fastgpt":
+            print(f"fastgpt: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+_mode = _mode_at_start()
 _overrides: dict[str, str] = {}
 _warned: set[str] = set()
 _loaded: dict[str, Any] = {}  # path in OPS -> module or object, or the exception of its import
