@@ -55,13 +55,15 @@ def interception() -> str | None:
         if mode is not DeviceContext:  # torch.set_default_device
             return f"{mode.__name__}, a TorchFunctionMode, is to see PyTorch's own ops"
     if not torch.compiler.is_compiling() and _C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode is to see PyTorch's own ops"  # which torch.compile stays away from
+        return (
+            "a TorchDispatchMode is to see PyTorch's own ops"  # which torch.compile stays away from
+        )
     return _transformation()
 
 
 @torch.compiler.assume_constant_result
 def _transformation() -> str | None:
-    """Of a function as a whole: what torch.compile traces is in one from its beginning, or is not."""
+    """Of a function as a whole: what torch.compile traces is in one from its start, or is not."""
     if _C._get_tracing_state() is not None:
         return "torch.jit.trace records PyTorch's own ops"
     if _C._functorch.peek_interpreter_stack() is not None:
