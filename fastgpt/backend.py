@@ -141,8 +141,9 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
     `facts` are what else its implementations ask about, such as `width` and `head_dim`.
     """
     given = tuple(t for t in tensors if t is not None)
-    if _mode == "auto" and torch.compiler.is_compiling() and op not in ("compiled", *_overrides):
-        return reference  # torch.compile fuses PyTorch's own ops across modules
+    alone = op != "compiled" and op not in _overrides
+    if alone and _mode == "auto" and torch.compiler.is_compiling():
+        return reference  # one by one our ops are slower than what torch.compile makes of PyTorch's
     choice = explain(op, given, facts)
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)
