@@ -239,8 +239,8 @@ def _of_a_batch(sizes: Sizes) -> examples.Sizes:
 def _race_whole(
     op: str, device: torch.device, sizes: Sizes, races: list[dict[str, Any]], seconds: float
 ) -> list[dict[str, Any]]:
-    """A training step's block, fused or module by module, each of the fastest parts for it; as it is,
-    or inside torch.compile. It is a model's only block, between an embedding and a head of 64
+    """A training step's block, fused or module by module, each of the fastest parts for it; as it
+    is, or inside torch.compile. It is a model's only block, between an embedding and a head of 64
     tokens.
     """
     B, T, C, H, _ = _of_a_batch(sizes)
@@ -323,7 +323,7 @@ def fastest(op: str, times: dict[str, float]) -> str:
 
 
 def _fastest_parts(times: dict[str, dict[str, float]], fused: bool) -> dict[str, str]:
-    """The fastest implementation of every op that is not WHOLE, from which a fused one can be made."""
+    """The fastest implementation of every op not in WHOLE, from which a fused one can be made."""
     parts = {}
     for op, raced in times.items():
         usable = {

@@ -44,8 +44,8 @@ _ORIGINALS = tuple(
 
 
 def interception() -> str | None:
-    """What stands there, or None. torch.compile traces the questions about what a script assigns and
-    enters, so that it asks them again in every call.
+    """What stands there, or None. torch.compile traces the questions about what a script assigns
+    and enters, so that it asks them again in every call.
     """
     for owner, name, original in _ORIGINALS:
         if getattr(owner, name) is not original:
