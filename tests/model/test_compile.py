@@ -50,7 +50,8 @@ def operator_samples():
     saved = x, targets, *top_and_total, torch.ones((), device=DEVICE)
     yield cross_entropy.registered_backward, (*saved, None, -1)
     yield cross_entropy.registered_backward, (*saved, randn(24, 6).t(), -1)
-    yield cross_entropy.registered_cross_entropy_, (x.clone(), targets, -1, 2.0)
+    yield cross_entropy.registered_cross_entropy_, (x.clone(), targets, -1, saved[-1])
+    yield cross_entropy.registered_rescale_, (x.clone(), 2 * saved[-1])
     yield embedding.registered_add_rows_, (randn(9, 24), targets % 9, x)
 
 
