@@ -136,6 +136,20 @@ def test_one_graph_that_computes_the_same(choice, way, dynamic):
     assert {part for part in parts if part in operators} == (set(parts) if kernels else set())
 
 
+def test_a_loss_on_the_logits():
+    """They leave the graph, and their gradient comes back into it."""
+    model = small()
+    idx = torch.randint(33, (2, 17), device=DEVICE)
+
+    def gradients(forward):
+        logits, loss = forward(idx, idx)
+        return torch.autograd.grad(loss + logits.square().mean(), list(model.parameters()))
+
+    with use_backend("triton"):
+        found = gradients(torch.compile(model, backend=Compiler(), fullgraph=True))
+        torch.testing.assert_close(found, gradients(model))
+
+
 @pytest.mark.parametrize("implementation", ["cublas", "triton"])
 def test_an_mlp_in_one_graph(implementation):
     args = [randn(5, 16), randn(64, 16), randn(64), randn(16, 64), randn(16)]
