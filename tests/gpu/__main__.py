@@ -27,7 +27,10 @@ HUGE = "tests/gpu/test_huge.py"
 RACES = "tests/gpu/test_specialized.py"
 SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
 KERNELS = [
-    *(f"kernels/test_{name}" for name in ("layer_norm", "mlp", "cross_entropy", "attention")),
+    *(
+        f"kernels/test_{name}"
+        for name in ("layer_norm", "gelu", "mlp", "cross_entropy", "attention", "adamw")
+    ),
     *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
     "commands/test_tune",
 ]
