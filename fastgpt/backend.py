@@ -10,6 +10,7 @@ The mode is process-wide. It starts as $FASTGPT_BACKEND, or "auto".
 
 import os
 import pkgutil
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -64,6 +65,10 @@ OPS: dict[str, Op] = {
         public=False,
         calls_sdpa=True,
     ),
+    # the fused path inside torch.compile; "torch" leaves the modules to it
+    "compiled": Op(
+        {"triton": "fastgpt.fused.launchers:operators"}, "triton", public=False, calls_sdpa=True
+    ),
     "adamw": Op({"triton": _KERNELS + "adamw"}, "triton", public=False),
 }
 
@@ -79,7 +84,18 @@ def _checked_mode(mode: str, source: str) -> str:
     return mode
 
 
-_mode = _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+def _mode_at_start() -> str:
+    try:
+        return _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+    except ValueError as error:
+        # the command line has not got as far as where it turns errors into a line
+        if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "fastgpt":
+            print(f"fastgpt: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+_mode = _mode_at_start()
 _overrides: dict[str, str] = {}
 _warned: set[str] = set()
 _loaded: dict[str, Any] = {}  # path in OPS -> module or object, or the exception of its import
@@ -125,6 +141,9 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
     `facts` are what else its implementations ask about, such as `width` and `head_dim`.
     """
     given = tuple(t for t in tensors if t is not None)
+    alone = op != "compiled" and op not in _overrides
+    if alone and _mode == "auto" and torch.compiler.is_compiling():
+        return reference  # one by one our ops are slower than what torch.compile makes of PyTorch's
     choice = explain(op, given, facts)
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)
@@ -136,7 +155,9 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
 def implementation(op: str, name: str) -> Any:
     """The module or object of OPS; what importing it raised is raised again."""
     path = OPS[op].implementations[name]
-    if path not in _loaded:
+    if torch.compiler.is_compiling():
+        load_all()  # before the first look into _loaded, of which a trace has but one
+    elif path not in _loaded:
         _loaded[path] = _imported(path)
     if isinstance(_loaded[path], Exception):
         raise _loaded[path]
@@ -149,6 +170,7 @@ def load_for_start() -> None:
         load_all()
 
 
+@torch.compiler.assume_constant_result
 def load_all() -> None:
     """Import every implementation now: torch.compile cannot trace an import by name."""
     for path in {path for op in OPS.values() for path in op.implementations.values()}:
@@ -207,8 +229,6 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
     """What `choose` will do and why. RuntimeError in mode "triton" where no kernel can run."""
     if _mode == "torch":
         return Choice("torch", "the backend is set to torch")
-    if _mode == "auto" and torch.compiler.is_compiling() and op not in _overrides:
-        return Choice("torch", "torch.compile fuses PyTorch's own ops")
     wanted, why = _wanted(op, tensors[0])
     if wanted == "torch":
         return Choice("torch", why)
@@ -232,12 +252,16 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
         why = _needs_cuda(tensor) if name == "torch" else "PyTorch's ops under fastgpt's backward"
         return name, why
     choice, source = OPS[op].unmeasured, "the conservative choice"
-    if tensor.is_cuda and not torch.compiler.is_compiling():  # which can read no file
-        device = torch.cuda.get_device_properties(tensor.device).name
-        choice, source = measured(op, device) or (choice, source)
+    if tensor.is_cuda:
+        choice, source = _measured_on(tensor.device, op) or (choice, source)
     if _mode == "triton" and choice == "torch":
         return "triton", "the backend is set to triton"
     return choice, source
+
+
+@torch.compiler.assume_constant_result  # it can trace no reading of a file
+def _measured_on(device: torch.device, op: str) -> tuple[str, str] | None:
+    return measured(op, torch.cuda.get_device_properties(device).name)
 
 
 def measured(op: str, device_name: str) -> tuple[str, str] | None:
@@ -256,11 +280,7 @@ def _needs_cuda(tensor: Tensor) -> str:
 
 
 def _interception(op: str) -> str | None:
-    """Why PyTorch's own ops must run, or None: a script has patched them or is tracing them. Under
-    torch.compile nothing is asked, it traces what is chosen.
-    """
-    if torch.compiler.is_compiling():
-        return None
+    """Why PyTorch's own ops must run, or None: a script has patched them or is tracing them."""
     if OPS[op].calls_sdpa and sdpa_is_restricted():
         return "SDPA is held to some of its backends"
     return interception()

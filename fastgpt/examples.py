@@ -117,5 +117,6 @@ EXAMPLES: dict[str, Callable[[Sizes, Draw], Example]] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "block": _block,
+    "compiled": _block,
     "adamw": _adamw,
 }

@@ -1,7 +1,9 @@
 """The head and its loss as one autograd unit: logits that become their own gradient in one pass.
 
 logits = x @ w.T      losses = cross_entropy(logits, targets)      loss = mean of counted losses
-dlogits = softmax(logits) - onehot(targets)      dx = dlogits @ w      dw = dlogits.T @ x
+dlogits = (softmax(logits) - onehot(targets)) / count     dx = dlogits @ w     dw = dlogits.T @ x
+
+The loss's own gradient is 1 as a rule, and nothing is left to do; else dx and dw are multiplied.
 """
 
 from collections.abc import Callable
@@ -9,12 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastgpt.implementations.aten import matmul, scaled
-from fastgpt.kernels._autograd import differentiable_once
+from fastgpt.implementations.aten import matmul, scaled, wgrad
+from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 
-# Makes losses (N,) fp32 of logits (N, V), targets (N,), ignore_index and factor, and leaves
+# Makes losses (N,) fp32 of logits (N, V), targets (N,), ignore_index and factor () fp32, and leaves
 # factor * dlosses/dlogits in the logits.
-InPlace = Callable[[Tensor, Tensor, int, float], Tensor]
+InPlace = Callable[[Tensor, Tensor, int, Tensor], Tensor]
+
+# Out of place: logits, targets, ignore_index -> losses, and two (N,) that the backward reads.
+Loss = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+# logits, targets, those two, a scale () fp32, another gradient of the logits or None, ignore_index
+# -> scale * dlosses/dlogits + the other
+LossBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
 
 # Bytes of logits at once, beyond which the rows are taken in chunks; and rows per chunk at least:
 # fewer would not fill a GPU, while a CPU is soon filled and its memory less.
@@ -47,6 +55,47 @@ def with_limits(error: IndexError, V: int, ignore_index: int) -> IndexError:
     return IndexError(f"{error} {allowed}")
 
 
+def logits_and_loss(
+    cross_entropy: tuple[Loss, LossBackward],
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """x @ low.T (N, V) and mean_loss of it; `weight` and `low` as there."""
+    return _LogitsAndLoss.apply(cross_entropy, x, weight, low, targets, ignore_index)
+
+
+class _LogitsAndLoss(torch.autograd.Function):
+    """Where logits leave a graph of torch.compile, a gradient of theirs comes back in any case,
+    as a rule zeros: it is added in the pass that makes dlogits, which would be one more otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx, cross_entropy, x, w, low_w, targets, ignore_index):
+        loss, ctx.loss_backward = cross_entropy
+        logits = x @ low_w.t()
+        losses, *state = loss(logits, targets, ignore_index)
+        count = (targets != ignore_index).sum()
+        ctx.save_for_backward(logits, x, low_w, targets, count, *state)
+        ctx.dtype, ctx.ignore_index = w.dtype, ignore_index
+        ctx.set_materialize_grads(False)
+        return logits, losses.sum() / count
+
+    @staticmethod
+    def backward(ctx, dlogits, dloss):
+        differentiable_once()
+        logits, x, low_w, targets, count, *state = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad[1:3]
+        dlogits = ctx.loss_backward(
+            logits, targets, *state, dloss / count, dlogits, ctx.ignore_index
+        )
+        dx = dlogits @ low_w if needs_x else None
+        dw = wgrad(dlogits, x, ctx.dtype) if needs_w else None
+        return None, dx, dw, None, None, None
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """x (N, C), w (V, C), low_w its values in x's dtype, targets (N,) -> mean loss, an fp32 scalar.
 
@@ -54,21 +103,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     that, chunks of rows give their part of dx and dw at once instead.
 
     fp16 holds a gradient only times the loss scale, which arrives in the backward. Until then
-    dlogits are 2^15 times too large, which is as much as fits, and their products are fp32.
+    dlogits are 2^15 times those of a sum, which is as much as fits, and their products are fp32.
     """
 
     @staticmethod
     def forward(ctx, cross_entropy_, x, w, low_w, targets, ignore_index):
-        ctx.factor = 2.0**15 if x.dtype == torch.float16 else 1.0
         ctx.wide = torch.float32 if x.dtype == torch.float16 else x.dtype  # of dlogits @ w
         ctx.dtypes = x.dtype, w.dtype
         count = (targets != ignore_index).sum()
+        factor = count.clamp(min=1).float().reciprocal()
+        if x.dtype == torch.float16:
+            factor = torch.full_like(factor, 2.0**15)
         max_bytes, min_rows = CHUNKS.get(x.device.type, CHUNKS["cuda"])
         rows = max(min_rows, max_bytes // (w.shape[0] * x.element_size()))
         ctx.chunked = len(x) > rows
         if not ctx.chunked:
             logits = x @ low_w.t()
-            losses = cross_entropy_(logits, targets, ignore_index, ctx.factor)
+            losses = cross_entropy_(logits, targets, ignore_index, factor)
             ctx.save_for_backward(logits, x, low_w, count)
             return losses.sum() / count
         needs_x, needs_w = ctx.needs_input_grad[1:3]
@@ -78,7 +129,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             logits = x[part] @ low_w.t()
-            losses.append(cross_entropy_(logits, targets[part], ignore_index, ctx.factor))
+            losses.append(cross_entropy_(logits, targets[part], ignore_index, factor))
             if dx is not None:
                 dx[part] = matmul(logits, low_w, ctx.wide)
             if dw is not None and dw.dtype == x.dtype:
@@ -95,17 +146,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         *saved, count = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad[1:3]
         x_dtype, w_dtype = ctx.dtypes
-        scale = dloss / count.clamp(min=1) / ctx.factor
+        scale = dloss
+        if x_dtype == torch.float16:
+            scale = dloss / count.clamp(min=1) / 2.0**15
         if ctx.chunked:
             dx, dw = saved
-            dx = scaled(dx, scale, x_dtype) if needs_x else None
-            dw = scaled(dw, scale, w_dtype) if needs_w else None
-            return None, dx, dw, None, None, None
-        dlogits, x, low_w = saved
-        dx = scaled(matmul(dlogits, low_w, ctx.wide), scale, x_dtype) if needs_x else None
-        dw = None
-        if needs_w and x_dtype == torch.float16:  # where x * scale would be flushed to zero
-            dw = scaled(matmul(dlogits.t(), x, torch.float32), scale, w_dtype)
-        elif needs_w:
-            dw = matmul(dlogits.t(), scaled(x, scale, x_dtype), w_dtype)
+            if torch.compiler.is_compiling() or graph_is_kept():
+                dx, dw = (t if t is None else t.clone() for t in saved)
+        else:
+            dlogits, x, low_w = saved
+            wide = torch.float32 if x_dtype == torch.float16 else w_dtype
+            dx = matmul(dlogits, low_w, ctx.wide) if needs_x else None
+            dw = matmul(dlogits.t(), x, wide) if needs_w else None
+        dx = _rescaled(dx, scale, x_dtype) if needs_x else None
+        dw = _rescaled(dw, scale, w_dtype) if needs_w else None
         return None, dx, dw, None, None, None
+
+
+def _rescaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """t * scale in `dtype`, in t where it is of that: no pass over memory where scale is 1."""
+    if t.is_cuda and t.dtype == dtype:
+        from fastgpt.kernels.cross_entropy import registered_rescale_
+
+        registered_rescale_(t, scale)
+        return t
+    if t.dtype == dtype and not torch.compiler.is_compiling() and scale == 1:
+        return t
+    return scaled(t, scale, dtype)

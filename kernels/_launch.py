@@ -52,6 +52,16 @@ def record(arch: int = 90, processors: int = 132) -> Iterator[list[Launch]]:
         _recorded = None
 
 
+def cdiv(a: int, b: int) -> int:
+    """Triton's own takes microseconds, on the host, in front of every launch."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def multiprocessors(t: Tensor) -> int:
     """How many programs run at once, for grids that stride over their work."""
     if _recorded is not None:
@@ -95,11 +105,14 @@ def device_problem(t: Tensor) -> str | None:
         return None
     if t.device.type != "cuda":
         return f"there are no kernels for {t.device.type}"
-    if torch.compiler.is_compiling():
-        return None  # nothing can be launched while tracing
-    if t.device not in _device_problems:
-        _device_problems[t.device] = _probe(t.device)
-    return _device_problems[t.device]
+    return _problem_of(t.device)
+
+
+@torch.compiler.assume_constant_result  # it launches a kernel, which would be put into the graph
+def _problem_of(device: torch.device) -> str | None:
+    if device not in _device_problems:
+        _device_problems[device] = _probe(device)
+    return _device_problems[device]
 
 
 @triton.jit
@@ -122,6 +135,7 @@ def _probe(device: torch.device) -> str | None:
 
 
 _library = torch.library.Library("fastgpt", "DEF")
+_registered: list[Any] = []
 
 
 def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -134,4 +148,22 @@ def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]
     _library.define(schema)
     _library.impl(name, launcher, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgpt::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastgpt, name).default
+    operator = getattr(torch.ops.fastgpt, name).default
+    _registered.append(operator)
+    return operator
+
+
+@torch.compiler.assume_constant_result
+def introduce_to_inductor() -> None:
+    """Make the operators known to torch.compile's inductor as what it would take them for itself.
+
+    Up to PyTorch 2.11 it writes out an operator that it meets first with all that its arguments
+    were made of, and what they were made of: that doubles with every block, and behind twelve of
+    them takes hours.
+    """
+    from torch._inductor import lowering
+
+    usual = getattr(lowering, "constrain_to_fake_tensors", lowering.constrain_to_fx_strides)
+    for operator in _registered:
+        if operator not in lowering.lowerings:
+            lowering.make_fallback(operator, usual)

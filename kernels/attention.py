@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt.kernels._attention import head_and_block, kept_scores
 from fastgpt.kernels._autograd import differentiable_once
-from fastgpt.kernels._launch import device_problem, launch, register
+from fastgpt.kernels._launch import cdiv, device_problem, launch, register
 from fastgpt.kernels.attention_backward import launch_backward
 from fastgpt.kernels.attention_forward import launch_forward
 
@@ -131,22 +131,24 @@ def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
 
 def seeded_forward(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[Tensor, tuple]:
     """packed_forward with a seed of its own -> y, what seeded_backward needs besides."""
+    run = registered_packed_forward if torch.compiler.is_compiling() else packed_forward
     seed = _seed(dropout_p, qkv)
-    y, lse = packed_forward(qkv, n_head, seed, dropout_p)
+    y, lse = run(qkv, n_head, seed, dropout_p)
     return y, (lse, seed)
 
 
 def seeded_backward(
     dy: Tensor, qkv: Tensor, y: Tensor, state: tuple, n_head: int, dropout_p: float
 ) -> Tensor:
+    run = registered_packed_backward if torch.compiler.is_compiling() else packed_backward
     lse, seed = state
-    return packed_backward(dy, qkv, y, lse, seed, n_head, dropout_p)
+    return run(dy, qkv, y, lse, seed, n_head, dropout_p)
 
 
 def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tensor:
     """The (B, H, T, T) bool mask of the scores that attention with this seed (1,) int64 keeps."""
     mask = torch.empty(B, H, T, T, device=seed.device, dtype=torch.bool)
-    launch(_mask_kernel, B * H * triton.cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
+    launch(_mask_kernel, B * H * cdiv(T, 64), seed, mask, T, dropout_p, BLOCK=64)
     return mask
 
 
@@ -157,10 +159,10 @@ _backward = register(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     " Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)",
     backward, _gradients)  # fmt: skip
-_packed_forward = register(
+registered_packed_forward = register(
     "packed_attention_forward(Tensor qkv, int n_head, Tensor? seed, float dropout_p)"
     " -> (Tensor, Tensor)", packed_forward, _packed_outputs)  # fmt: skip
-_packed_backward = register(
+registered_packed_backward = register(
     "packed_attention_backward(Tensor dy, Tensor qkv, Tensor y, Tensor lse, Tensor? seed,"
     " int n_head, float dropout_p) -> Tensor", packed_backward, _packed_gradient)  # fmt: skip
 
@@ -184,7 +186,7 @@ class _Attention(torch.autograd.Function):
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, n_head, seed, dropout_p):
-        y, lse = _packed_forward(qkv, n_head, seed, dropout_p)
+        y, lse = registered_packed_forward(qkv, n_head, seed, dropout_p)
         ctx.save_for_backward(qkv, y, lse, seed)
         ctx.n_head, ctx.dropout_p = n_head, dropout_p
         return y
@@ -193,7 +195,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx, dy):
         differentiable_once()
         qkv, y, lse, seed = ctx.saved_tensors
-        dqkv = _packed_backward(dy, qkv, y, lse, seed, ctx.n_head, ctx.dropout_p)
+        dqkv = registered_packed_backward(dy, qkv, y, lse, seed, ctx.n_head, ctx.dropout_p)
         return dqkv, None, None, None
 
 

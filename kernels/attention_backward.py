@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels._attention import LOG2E, head_and_block, kept_scores, load_rows, store_rows
-from fastgpt.kernels._launch import dot_precision, launch
+from fastgpt.kernels._launch import cdiv, dot_precision, launch, power_of_2
 from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.attention_forward import keep_scale
 
@@ -177,7 +177,7 @@ def _config(D: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]
     too small for wgmma achieve that. Heads that do not start at multiples of 16 elements are read
     one element at a time, whose addresses take registers too. Not measured on any GPU yet.
     """
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, power_of_2(D))
     if dtype == torch.float32:
         wide, narrow, warps, stages = 32 if block_d <= 128 else 16, 16, 4, 1
     elif block_d <= 64:
@@ -200,13 +200,13 @@ def launch_backward(
     B, H, T, D = q.shape
     for_dkdv, for_dq = configured(q, "attention_backward", _config, D, q.dtype)
     delta = torch.empty_like(lse)
-    launch(_delta_kernel, B * H * triton.cdiv(T, 64), o, do, delta, *o.stride(), *do.stride(),
+    launch(_delta_kernel, B * H * cdiv(T, 64), o, do, delta, *o.stride(), *do.stride(),
            H, T, D=D, BLOCK_M=64, BLOCK_D=for_dq["BLOCK_D"])  # fmt: skip
     scalars = H, T, scale, dropout_p, keep_scale(dropout_p)
     strides = *q.stride(), *k.stride(), *v.stride(), *do.stride()
-    launch(_dkdv_kernel, B * H * triton.cdiv(T, for_dkdv["BLOCK_N"]),
+    launch(_dkdv_kernel, B * H * cdiv(T, for_dkdv["BLOCK_N"]),
            q, k, v, do, lse, delta, seed, dk, dv, *strides, *dk.stride(), *dv.stride(), *scalars,
            PRECISION=dot_precision(q), D=D, **for_dkdv)  # fmt: skip
-    launch(_dq_kernel, B * H * triton.cdiv(T, for_dq["BLOCK_M"]),
+    launch(_dq_kernel, B * H * cdiv(T, for_dq["BLOCK_M"]),
            q, k, v, do, lse, delta, seed, dq, *strides, *dq.stride(), *scalars,
            PRECISION=dot_precision(q), D=D, **for_dq)  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels._attention import LOG2E, head_and_block, kept_scores, load_rows, store_rows
-from fastgpt.kernels._launch import dot_precision, launch
+from fastgpt.kernels._launch import cdiv, dot_precision, launch, power_of_2
 from fastgpt.kernels._tuned import configured
 
 
@@ -85,7 +85,7 @@ def _forward_kernel(
 def _config(D: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. Chosen so that sm_90 code does not spill
     (`fastgpt inspect`); not measured on any GPU yet."""
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = max(16, power_of_2(D))
     if dtype != torch.float32:
         block_m, block_n, warps, stages = (128, 64, 8, 3) if block_d <= 128 else (64, 32, 8, 2)
     elif block_d <= 128:
@@ -104,7 +104,7 @@ def launch_forward(
     """q, k, v, o (B, H, T, D) any strides, lse (B, H, T) fp32 contiguous: writes o and lse."""
     B, H, T, D = q.shape
     config = configured(q, "attention_forward", _config, D, q.dtype)
-    launch(_forward_kernel, B * H * triton.cdiv(T, config["BLOCK_M"]), q, k, v, seed, o, lse,
+    launch(_forward_kernel, B * H * cdiv(T, config["BLOCK_M"]), q, k, v, seed, o, lse,
            *q.stride(), *k.stride(), *v.stride(), *o.stride(),
            H, T, scale, dropout_p, keep_scale(dropout_p),
            PRECISION=dot_precision(q), D=D, **config)  # fmt: skip

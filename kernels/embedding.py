@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import launch
+from fastgpt.kernels._launch import cdiv, launch, power_of_2, register
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _add_rows_kernel(
 
 def _config(C: int) -> dict[str, int]:
     """Eight rows in flight, so that a frequent id waits for memory less. Not measured yet."""
-    return dict(BLOCK_R=8, BLOCK_C=min(256, max(16, triton.next_power_of_2(C))), num_warps=4)
+    return dict(BLOCK_R=8, BLOCK_C=min(256, max(16, power_of_2(C))), num_warps=4)
 
 
 def add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:
@@ -58,5 +58,10 @@ def add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:
         return
     ids, order = torch.sort(ids.long(), stable=True)
     config = _config(C)
-    launch(_add_rows_kernel, N * triton.cdiv(C, config["BLOCK_C"]), table, ids, order, rows,
+    launch(_add_rows_kernel, N * cdiv(C, config["BLOCK_C"]), table, ids, order, rows,
            *table.stride(), *rows.stride(), N, V, C, **config)  # fmt: skip
+
+
+registered_add_rows_ = register(
+    "add_rows_(Tensor(a!) table, Tensor ids, Tensor rows) -> ()",
+    add_rows_, lambda table, ids, rows: None)  # fmt: skip

@@ -3,9 +3,9 @@
     y  = gelu(h)
     dh = dy * gelu'(h)     db = sum over rows of dh
 
-Forward, a program owns 2048 elements. Backward, it owns a strip of rows of some columns: it reads
+Forward, a program owns 4096 elements. Backward, it owns a strip of rows of some columns: it reads
 dy and h and writes dh, its part of db and, for the MLP, gelu(h) again: the second GEMM's weight
-gradient needs it, so the forward need not store it.
+gradient needs it, so the forward need not store it. Where nobody asks for db, all is one long row.
 """
 
 import torch
@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import launch, multiprocessors, register
-from fastgpt.kernels._math import gelu, gelu_grad
+from fastgpt.kernels._launch import cdiv, launch, multiprocessors, register
+from fastgpt.kernels._math import gelu, gelu_and_grad
+
+BLOCK = 4096  # elements of a program where rows do not matter, 32 a thread
 
 
 @triton.jit
@@ -25,7 +27,8 @@ def _gelu_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
     h = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, gelu(h, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+    y = gelu(h, TANH, h_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def _gelu_backward_kernel(
     TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     strip, column = tl.program_id(0) % STRIPS, tl.program_id(0) // STRIPS
-    cols = (column * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    cols = column.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     db = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
 
     for block in range(strip, tl.cdiv(M, BLOCK_M), STRIPS):
@@ -48,12 +51,13 @@ def _gelu_backward_kernel(
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
 
-        dh = dy * gelu_grad(h, TANH)
+        y, grad = gelu_and_grad(h, TANH, h_ptr.dtype.element_ty)
+        dh = dy * grad
         db += dh
 
         tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=mask)
         if y_ptr is not None:
-            tl.store(y_ptr + at, gelu(h, TANH).to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
     if db_ptr is not None:
         partial = strip.to(tl.int64) * N + cols
@@ -64,10 +68,12 @@ def _backward_config(
     M: int, N: int, with_bias: bool, processors: int
 ) -> tuple[int, dict[str, int]]:
     """Strips of rows and tile; a bias gradient needs few strips. Not measured on any GPU yet."""
-    tile = dict(BLOCK_M=16, BLOCK_N=128, num_warps=4)
-    strips = triton.cdiv(M, tile["BLOCK_M"])
+    if M == 1:
+        return 1, dict(BLOCK_M=1, BLOCK_N=BLOCK, num_warps=4)
+    tile = dict(BLOCK_M=16, BLOCK_N=128, num_warps=8)
+    strips = cdiv(M, tile["BLOCK_M"])
     if with_bias:
-        strips = min(strips, max(1, 4 * processors // triton.cdiv(N, tile["BLOCK_N"])))
+        strips = min(strips, max(1, 4 * processors // cdiv(N, tile["BLOCK_N"])))
     return strips, tile
 
 
@@ -78,7 +84,7 @@ def _gelu_output(h: Tensor, tanh: bool) -> Tensor:
 def gelu_forward(h: Tensor, tanh: bool) -> Tensor:
     """h (M, N) contiguous -> gelu(h)."""
     y = _gelu_output(h, tanh)
-    launch(_gelu_kernel, triton.cdiv(h.numel(), 2048), h, y, h.numel(), TANH=tanh, BLOCK=2048)
+    launch(_gelu_kernel, cdiv(h.numel(), BLOCK), h, y, h.numel(), TANH=tanh, BLOCK=BLOCK)
     return y
 
 
@@ -90,11 +96,13 @@ def gelu_gradients(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_outp
 
 def gelu_backward(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
     """dy (M, N) any strides, h (M, N) contiguous -> dh (M, N); gelu(h) or (0,); db (N,) or (0,)."""
-    M, N = h.shape
     dh, y, db = gelu_gradients(dy, h, tanh, with_bias, with_output)
+    if not with_bias and dy.is_contiguous():
+        dy, h = dy.view(1, -1), h.view(1, -1)
+    M, N = h.shape
     strips, config = _backward_config(M, N, with_bias, multiprocessors(h))
     partial = torch.empty(strips, N, device=h.device, dtype=torch.float32) if with_bias else None
-    launch(_gelu_backward_kernel, strips * triton.cdiv(N, config["BLOCK_N"]), dy, h,
+    launch(_gelu_backward_kernel, strips * cdiv(N, config["BLOCK_N"]), dy, h,
            dh, y if with_output else None, partial, *dy.stride(), M, N, strips,
            TANH=tanh, **config)  # fmt: skip
     if partial is not None:

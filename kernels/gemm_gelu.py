@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import gemm_tma
-from fastgpt.kernels._launch import dot_precision, launch, register
+from fastgpt.kernels._launch import cdiv, dot_precision, launch, register
 from fastgpt.kernels._math import gelu
 from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.gelu import gelu_backward, gelu_gradients
@@ -54,7 +54,7 @@ def _gemm_gelu_kernel(
     if b_ptr is not None:
         acc += tl.load(b_ptr + cols % N).to(tl.float32)[None, :]
     h = acc.to(h_ptr.dtype.element_ty)
-    y = gelu(h.to(tl.float32), TANH)
+    y = gelu(h.to(tl.float32), TANH, h.dtype)
     out = rows[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     tl.store(h_ptr + out, h, mask=mask)
@@ -80,7 +80,7 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor,
     (M, K), N = x.shape, w.shape[0]
     h, y = _outputs(x, w, b, tanh)
     config = configured(x, "gemm_gelu", _config, x.dtype)
-    grid = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    grid = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     launch(_gemm_gelu_kernel, grid, x, w, None if b is None else b.contiguous(), h, y,
            *x.stride(), *w.stride(), M, N, K, TANH=tanh, EVEN_K=K % config["BLOCK_K"] == 0,
            PRECISION=dot_precision(x), **config)  # fmt: skip

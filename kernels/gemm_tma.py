@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import has_tma, launch, multiprocessors
-from fastgpt.kernels._math import gelu, gelu_grad
+from fastgpt.kernels._launch import cdiv, has_tma, launch, multiprocessors
+from fastgpt.kernels._math import gelu, gelu_and_grad
 from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.gelu import gelu_gradients
 
@@ -76,7 +76,7 @@ def _fc_kernel(
 def _store_gelu(h, y, acc, row, col, TANH: tl.constexpr):
     rounded = acc.to(h.dtype)
     h.store([row, col], rounded)
-    y.store([row, col], gelu(rounded.to(tl.float32), TANH).to(y.dtype))
+    y.store([row, col], gelu(rounded.to(tl.float32), TANH, h.dtype).to(y.dtype))
 
 
 @triton.jit
@@ -113,10 +113,11 @@ def _dgrad_kernel(
 @triton.jit
 def _store_dgelu(h, dh, y, y_ptr, db_ptr, acc, tile_m, row, col, N, TANH: tl.constexpr):
     pre = h.load([row, col]).to(tl.float32)
-    grad = acc.to(dh.dtype).to(tl.float32) * gelu_grad(pre, TANH)
+    activation, slope = gelu_and_grad(pre, TANH, h.dtype)
+    grad = acc.to(dh.dtype).to(tl.float32) * slope
     dh.store([row, col], grad.to(dh.dtype))
     if y_ptr is not None:
-        y.store([row, col], gelu(pre, TANH).to(y.dtype))
+        y.store([row, col], activation.to(y.dtype))
     if db_ptr is not None:  # rows beyond the end add 0, as dy has none
         cols = col + tl.arange(0, acc.shape[1])
         tl.store(db_ptr + tile_m.to(tl.int64) * N + cols, tl.sum(grad, axis=0), mask=cols < N)
@@ -177,7 +178,7 @@ def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_ou
     (M, K), N = dy.shape, w.shape[1]
     dh, y, db = gelu_gradients(dy, h, tanh, with_bias, with_output)
     config = configured(dy, "gemm_tma_dgrad", _dgrad_config)
-    blocks = triton.cdiv(M, config["BLOCK_M"])
+    blocks = cdiv(M, config["BLOCK_M"])
     partial = torch.empty(blocks, N, device=h.device, dtype=torch.float32) if with_bias else None
     _launch(_dgrad_kernel, _grid(dy, N, config), dy, w, h, dh, y if with_output else None, partial,
             dy.stride(0), w.stride(0), M, N, K, TANH=tanh, **config)  # fmt: skip
@@ -187,5 +188,5 @@ def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_ou
 
 
 def _grid(x: Tensor, N: int, config: dict[str, int]) -> int:
-    tiles = triton.cdiv(x.shape[0], config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles = cdiv(x.shape[0], config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     return min(tiles, multiprocessors(x))

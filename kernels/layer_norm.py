@@ -5,8 +5,8 @@
     dw   = sum over rows of dy * xhat           db   = sum over rows of dy
 
 A program owns BLOCK_M whole rows. In the backward a fixed number of programs stride over the rows,
-so that dy and s are read once for ds, dw and db together; their dw and db partials are added by
-torch in a fixed order, which keeps gradients bitwise reproducible.
+so that dy and s are read once for ds, dw and db together, the next rows while these are worked on;
+a second kernel adds their dw and db in a fixed order, which keeps gradients bitwise reproducible.
 """
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import (
+    cdiv,
     device_problem,
     launch,
     multiprocessors,
+    power_of_2,
     register,
 )
 from fastgpt.kernels._tuned import configured
@@ -66,7 +68,7 @@ def _backward_kernel(
     dw_ptr, db_ptr,      # out: partials (programs, N) fp32; db or None
     stride_dym, stride_dyn, stride_dsm, stride_dsn, stride_sm, stride_sn,
     M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N).to(tl.int64)
@@ -74,7 +76,7 @@ def _backward_kernel(
     dw = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     db = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
 
-    for block in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    for block in tl.range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         dy_ptrs = dy_ptr + rows[:, None] * stride_dym + cols[None, :] * stride_dyn
@@ -90,7 +92,8 @@ def _backward_kernel(
         c2 = tl.sum(g * xhat, axis=1)[:, None] / N
         ds = rstd * (g - c1 - xhat * c2)
         dw += dy * xhat
-        db += dy
+        if db_ptr is not None:
+            db += dy
 
         if ds_out_ptr is not None:
             ds_out_ptrs = ds_out_ptr + rows[:, None] * stride_dsm + cols[None, :] * stride_dsn
@@ -106,11 +109,41 @@ def _backward_kernel(
         tl.store(db_ptr + partial, tl.sum(db, axis=0), mask=cols < N)
 
 
+@triton.jit
+def _sum_kernel(
+    dw_partial_ptr, db_partial_ptr,  # in:  (P, N) fp32 each; db's or None
+    dw_ptr, db_ptr,                  # out: (N,) each; db or None
+    P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    dw = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
+    db = tl.zeros([BLOCK_P, BLOCK_N], dtype=tl.float32)
+    for start in range(0, P, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P).to(tl.int64)
+        at, mask = rows[:, None] * N + cols[None, :], (rows < P)[:, None] & (cols < N)[None, :]
+        dw += tl.load(dw_partial_ptr + at, mask=mask, other=0.0)
+        if db_ptr is not None:
+            db += tl.load(db_partial_ptr + at, mask=mask, other=0.0)
+    tl.store(dw_ptr + cols, tl.sum(dw, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < N)
+    if db_ptr is not None:
+        tl.store(db_ptr + cols, tl.sum(db, axis=0).to(db_ptr.dtype.element_ty), mask=cols < N)
+
+
 def _config(N: int) -> dict[str, int]:
     """About 4096 elements per program, a warp per 512. A guess: not measured on any GPU yet."""
-    block = max(triton.next_power_of_2(N), 16)
+    block = max(power_of_2(N), 16)
     rows = max(1, 4096 // block)
     return dict(BLOCK_M=rows, BLOCK_N=block, num_warps=max(4, min(32, rows * block // 512)))
+
+
+def _backward_config(N: int) -> dict[str, int]:
+    """A warp per 512 elements, at about 128 registers: fewer warps, fewer barriers. Rows on
+    their way lie in shared memory, where wide ones have no room. Not measured on any GPU yet.
+    """
+    block = max(power_of_2(N), 16)
+    rows = max(1, 1024 // block)
+    warps, stages = min(32, rows * block // 512), 2 if block <= 4096 else 1
+    return dict(BLOCK_M=rows, BLOCK_N=block, STAGES=stages, num_warps=warps)
 
 
 def _outputs(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype):
@@ -125,7 +158,7 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dty
     M, N = x.shape
     y, mean, rstd = _outputs(x, w, b, eps, dtype)
     config = configured(x, "layer_norm_forward", _config, N)
-    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), x, None, w, b, y, None, mean, rstd,
+    launch(_forward_kernel, cdiv(M, config["BLOCK_M"]), x, None, w, b, y, None, mean, rstd,
            *x.stride(), 0, 0, M, N, eps, **config)  # fmt: skip
     return y, mean, rstd
 
@@ -145,7 +178,7 @@ def add_forward(
     M, N = delta.shape
     y, s, mean, rstd = _add_outputs(delta, residual, w, b, eps, dtype)
     config = configured(delta, "layer_norm_forward", _config, N)
-    launch(_forward_kernel, triton.cdiv(M, config["BLOCK_M"]), delta, residual, w, b, y, s, mean,
+    launch(_forward_kernel, cdiv(M, config["BLOCK_M"]), delta, residual, w, b, y, s, mean,
            rstd, *delta.stride(), *residual.stride(), M, N, eps, **config)  # fmt: skip
     return y, s, mean, rstd
 
@@ -169,28 +202,28 @@ def backward(
     """
     M, N = s.shape
     ds, ddelta, dw, db = _gradients(dy, ds_out, s, w, mean, rstd, has_bias, delta_dtype)
-    config = configured(s, "layer_norm_backward", _config, N)
-    programs = min(triton.cdiv(M, config["BLOCK_M"]), 2 * multiprocessors(s))
+    config = configured(s, "layer_norm_backward", _backward_config, N)
+    at_once = max(2, 14 // config["num_warps"])  # on a multiprocessor; a few left over would cost
+    programs = min(cdiv(M, config["BLOCK_M"]), at_once * multiprocessors(s))
     dw_partial = torch.empty(programs, N, device=s.device, dtype=torch.float32)
     db_partial = torch.empty_like(dw_partial) if has_bias else None
     launch(_backward_kernel, programs, dy, ds_out, s, w, mean, rstd,
            ds, ddelta if delta_dtype != s.dtype else None, dw_partial, db_partial,
            *dy.stride(), *(ds_out.stride() if ds_out is not None else (0, 0)), *s.stride(),
            M, N, **config)  # fmt: skip
-    dw.copy_(dw_partial.sum(0))
-    if db_partial is not None:
-        db.copy_(db_partial.sum(0))
+    launch(_sum_kernel, cdiv(N, 16), dw_partial, db_partial, dw, db if has_bias else None,
+           programs, N, BLOCK_P=512, BLOCK_N=16, num_warps=8)  # fmt: skip
     return ds, ddelta, dw, db
 
 
-_forward = register(
+registered_forward = register(
     "layer_norm_forward(Tensor x, Tensor w, Tensor? b, float eps, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)", forward, _outputs)  # fmt: skip
-_add_forward = register(
+registered_add_forward = register(
     "add_layer_norm_forward(Tensor delta, Tensor residual, Tensor w, Tensor? b, float eps,"
     " ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     add_forward, _add_outputs)  # fmt: skip
-_backward = register(
+registered_backward = register(
     "layer_norm_backward(Tensor dy, Tensor? ds_out, Tensor s, Tensor w, Tensor mean, Tensor rstd,"
     " bool has_bias, ScalarType delta_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     backward, _gradients)  # fmt: skip
@@ -199,7 +232,7 @@ _backward = register(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, eps, dtype):
-        y, mean, rstd = _forward(x, w, b, eps, dtype)
+        y, mean, rstd = registered_forward(x, w, b, eps, dtype)
         ctx.save_for_backward(x, w, mean, rstd)
         ctx.has_bias = b is not None
         return y
@@ -208,14 +241,14 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         differentiable_once()
         x, w, mean, rstd = ctx.saved_tensors
-        dx, _, dw, db = _backward(dy, None, x, w, mean, rstd, ctx.has_bias, x.dtype)
+        dx, _, dw, db = registered_backward(dy, None, x, w, mean, rstd, ctx.has_bias, x.dtype)
         return dx, dw, db if ctx.has_bias else None, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, delta, residual, w, b, eps, dtype):
-        y, s, mean, rstd = _add_forward(delta, residual, w, b, eps, dtype)
+        y, s, mean, rstd = registered_add_forward(delta, residual, w, b, eps, dtype)
         ctx.save_for_backward(s, w, mean, rstd)
         ctx.has_bias = b is not None
         ctx.dtypes = delta.dtype, residual.dtype
@@ -227,7 +260,9 @@ class _AddLayerNorm(torch.autograd.Function):
         s, w, mean, rstd = ctx.saved_tensors
         delta_dtype, residual_dtype = ctx.dtypes
         narrow = delta_dtype if delta_dtype != s.dtype else residual_dtype
-        ds, ds_narrow, dw, db = _backward(dy, ds_out, s, w, mean, rstd, ctx.has_bias, narrow)
+        ds, ds_narrow, dw, db = registered_backward(
+            dy, ds_out, s, w, mean, rstd, ctx.has_bias, narrow
+        )
         ddelta = ds if delta_dtype == s.dtype else ds_narrow
         dresidual = ds if residual_dtype == s.dtype else ds_narrow
         return ddelta, dresidual, dw, db if ctx.has_bias else None, None, None

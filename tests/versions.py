@@ -24,8 +24,9 @@ class Pair(NamedTuple):
 
 
 PAIRS = {
-    "oldest": Pair("python3.10", ["torch==2.6.0", "triton==3.2.0"]),  # setup.py's lower bounds
-    # what machines with GPUs come with; this Triton's interpreter fails under a newer numpy
+    # older Tritons' interpreters fail under a newer numpy
+    "oldest": Pair("python3.10", ["torch==2.6.0", "triton==3.2.0", "numpy<2.4"]),  # setup.py's
+    # what machines with GPUs come with
     "2.11": Pair("python3.12", ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"]),
     "2.13": Pair("python3.12", ["torch==2.13.0", "triton==3.7.1"]),  # constraints.txt's
     "newest": Pair("python3", ["torch"]),  # and the Triton that it asks for

@@ -23,8 +23,8 @@ from fastgpt import GPT, GPTConfig, devices
 from fastgpt.environment import backend_report
 
 # Of what the loss fell by, or of 1 where that is more: two summation orders drift apart slowly, a
-# wrong gradient shows within a few steps. In 16 bits nanoGPT under torch.compile came 0.023 away from
-# eager in 50 steps of 124M.
+# wrong gradient shows within a few steps. In 16 bits nanoGPT under torch.compile came 0.023 away
+# from eager in 50 steps of 124M.
 MAX_LOSS_GAP = {"float32": 0.002, "tf32": 0.01, "bfloat16": 0.03, "float16": 0.03}
 IN_TURNS, ALONE = "in turns", "one at a time, in two passes of opposite order"
 UNTIMED = "the run ended before it was timed"

@@ -26,28 +26,12 @@ class Peer(NamedTuple):
 def peers(op: str) -> dict[str, Peer]:
     """name -> Peer, eager first."""
     eager, ours = getattr(reference, op), getattr(ops, op)
-    found = {
+    everywhere = {
         "eager": Peer(eager),
         "compile": Peer(_compiled(eager)),
         "fastgpt": Peer(functools.partial(_ours, ours, {})),
     }
-    if op in ("linear_gelu", "mlp"):  # "fastgpt" is then cuBLAS with our kernels around it
-        own = functools.partial(_ours, ours, {op: "triton"})
-        found["fastgpt, own GEMM"] = Peer(own)
-    if "attention" in op:
-        for name, module in (("cuDNN", sdpa.cudnn), ("flash", sdpa.flash)):
-            found[f"SDPA {name}"] = Peer(functools.partial(_attention, module, op))
-        found["flash-attn"] = Peer(functools.partial(_attention, flash_attn, op))
-    if op == "layer_norm":
-        found["Liger"] = Peer(_liger_layer_norm)
-    if op == "cross_entropy":
-        found["Liger"] = Peer(_liger_cross_entropy, whole=True)
-    if op == "linear_cross_entropy":
-        found["F.linear_cross_entropy"] = Peer(_torch_linear_cross_entropy)
-        chunked = functools.partial(_torch_linear_cross_entropy, chunked=True)
-        found["F.linear_cross_entropy, chunked"] = Peer(chunked, whole=True)
-        found["Liger"] = Peer(_liger_linear_cross_entropy, whole=True)
-    return found
+    return everywhere | OF_ONE_OP.get(op, {})
 
 
 def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,3 +92,30 @@ def _torch_linear_cross_entropy(
         raise RuntimeError(f"torch {torch.__version__} has none; it came with 2.13")
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options)
+
+
+def _own_gemm(op: str) -> dict[str, Peer]:
+    """Beside "fastgpt", which is cuBLAS with our kernels around it."""
+    return {"fastgpt, own GEMM": Peer(functools.partial(_ours, getattr(ops, op), {op: "triton"}))}
+
+
+def _attentions(op: str) -> dict[str, Peer]:
+    modules = {"SDPA cuDNN": sdpa.cudnn, "SDPA flash": sdpa.flash, "flash-attn": flash_attn}
+    return {name: Peer(functools.partial(_attention, m, op)) for name, m in modules.items()}
+
+
+OF_ONE_OP: dict[str, dict[str, Peer]] = {
+    "linear_gelu": _own_gemm("linear_gelu"),
+    "mlp": _own_gemm("mlp"),
+    "causal_attention": _attentions("causal_attention"),
+    "packed_causal_attention": _attentions("packed_causal_attention"),
+    "layer_norm": {"Liger": Peer(_liger_layer_norm)},
+    "cross_entropy": {"Liger": Peer(_liger_cross_entropy, whole=True)},
+    "linear_cross_entropy": {
+        "F.linear_cross_entropy": Peer(_torch_linear_cross_entropy),
+        "F.linear_cross_entropy, chunked": Peer(
+            functools.partial(_torch_linear_cross_entropy, chunked=True), whole=True
+        ),
+        "Liger": Peer(_liger_linear_cross_entropy, whole=True),
+    },
+}

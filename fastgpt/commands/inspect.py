@@ -120,8 +120,9 @@ def _run_launchers(dtype: torch.dtype) -> None:
     for V in (65, 50304):
         logits, targets, scale = meta(M, V), meta(M, dtype=torch.int64), meta(dtype=torch.float32)
         _, top, total = cross_entropy.forward(logits, targets, -1)
-        cross_entropy.backward(logits, targets, top, total, scale, -1)
-        cross_entropy.cross_entropy_(logits, targets, -1, 1.0)
+        cross_entropy.backward(logits, targets, top, total, scale, None, -1)
+        cross_entropy.cross_entropy_(logits, targets, -1, scale)
+    cross_entropy.rescale_(x, scale)
     table, chunks = meta(148, 6, dtype=torch.int64), meta(M, 2, dtype=torch.int64)
     clip, decay, corrections = (meta(*s, dtype=torch.float32) for s in ((), (148,), (148, 2)))
     adamw.sum_of_squares(table, chunks)

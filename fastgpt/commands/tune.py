@@ -3,8 +3,8 @@
 Two searches: which launch configuration of every kernel, against today's; and which implementation
 of every op, forward and backward together, against the choice where nobody measured (backend.py). A
 candidate that computes something else, or cannot run, is no candidate, and one that is faster by
-less than MARGIN changes nothing. The transformer block is raced as a whole: fused, or module by
-module. Its parts on their own do not decide that.
+less than MARGIN changes nothing. The transformer block is raced as a whole, outside torch.compile
+and inside: fused, or module by module. Its parts on their own do not decide that.
 
 What wins is written to the user's cache folder (kernels/_tuned.py), where every process of the
 machine reads it.
@@ -19,7 +19,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,12 @@ from fastgpt.devices import autocast
 from fastgpt.examples import example, outline
 from fastgpt.fused.launchers import FUSABLE
 from fastgpt.kernels import _tuned
+from fastgpt.storage import files
 from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
 MARGIN = 1.02  # what a winner must be faster by: less is noise
+WHOLE = ("block", "compiled")  # ops that are made of others
 
 
 class Sizes(NamedTuple):
@@ -99,20 +101,23 @@ def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     call = functools.partial(layer_norm.add_forward, x, x, w, w, 1e-5, dtype)
     yield Search(f"layer_norm_forward {C}", call, tiles)
     call = functools.partial(layer_norm.backward, x, x, s, w, mean, rstd, True, dtype)
+    tiles = _grid(BLOCK_M=(1, 2, 4), **block, STAGES=(1, 2), num_warps=(1, 2, 4, 8))
     yield Search(f"layer_norm_backward {C}", call, tiles)
     logits, ids = rand(M, V), torch.randint(V, (M,), device=device)
     leaf = logits.clone().requires_grad_()
+    blocks = _grid(BLOCK=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
     tiles = _grid(BLOCK_M=(1,), BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
+    factor = torch.ones((), device=device)
 
     def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy.cross_entropy_(x, ids, -1, 1.0), x
+        return cross_entropy.cross_entropy_(x, ids, -1, factor), x
 
     def both_ways() -> tuple[Tensor, ...]:
         loss = cross_entropy.cross_entropy(leaf, ids)
         return loss, *torch.autograd.grad(loss, leaf)
 
     call = functools.partial(in_place, logits.clone())
-    yield Search(f"cross_entropy_ {V}", call, tiles, lambda: in_place(logits.clone()))
+    yield Search(f"cross_entropy_ {V}", call, blocks, lambda: in_place(logits.clone()))
     yield Search(f"cross_entropy {V}", both_ways, tiles)
 
 
@@ -135,13 +140,20 @@ def _backward_tiles(D: int) -> list[tuple[Config, Config]]:
     return pairs
 
 
-def search(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
-    """A row per candidate, fastest first within a kernel; over_default 1 is what runs today.
+def search(
+    device: torch.device, sizes: Sizes, seconds: float, only: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """A row per candidate, fastest first within a kernel; over_default 1 is what runs today. `only`
+    names kernels, all by default.
 
     Compiling takes longer than measuring: a search whose share of the time is over leaves the rest
     of its candidates out.
     """
-    found, end = list(searches(device, sizes)), time.perf_counter() + seconds
+    end, found = time.perf_counter() + seconds, list(searches(device, sizes))
+    if unknown := set(only) - {_kernel(one) for one in found}:
+        known = ", ".join(dict.fromkeys(map(_kernel, found)))
+        raise ValueError(f"--only {' '.join(sorted(unknown))}: there is {known}")
+    found = [one for one in found if not only or _kernel(one) in only]
     rows = []
     for i, one in enumerate(found):
         expected, now = (one.result or one.call)(), time.perf_counter()
@@ -153,6 +165,10 @@ def search(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str,
             tried.append(_try(one, config, expected, device, 0.3 * share / len(one.candidates)))
         rows += sorted(tried, key=lambda row: -row.get("over_default", 0.0))
     return rows
+
+
+def _kernel(one: Search) -> str:
+    return one.key.split(" ")[0]
 
 
 def _try(
@@ -188,9 +204,11 @@ def distance(ours: Any, theirs: Any) -> float:
 def implementations(device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
     """A row per op and implementation that runs here: the time of forward and backward."""
     raced = [op for op, entry in backend.OPS.items() if entry.public]
-    share = seconds / (len(raced) + 1)
+    share = seconds / (len(raced) + 2)
     rows = [row for op in raced for row in _race_op(op, device, sizes, share)]
-    return rows + _race_block(device, sizes, rows, share)
+    for whole in WHOLE:
+        rows += _race_whole(whole, device, sizes, rows, share)
+    return rows
 
 
 def _race_op(op: str, device: torch.device, sizes: Sizes, seconds: float) -> list[dict[str, Any]]:
@@ -218,43 +236,49 @@ def _of_a_batch(sizes: Sizes) -> examples.Sizes:
     return examples.Sizes(sizes.M // T, T, sizes.C, sizes.C // sizes.D, sizes.V)
 
 
-def _race_block(
-    device: torch.device, sizes: Sizes, races: list[dict[str, Any]], seconds: float
+def _race_whole(
+    op: str, device: torch.device, sizes: Sizes, races: list[dict[str, Any]], seconds: float
 ) -> list[dict[str, Any]]:
-    """A training step's block, fused or module by module, each of the fastest parts for it. It is a
-    model's only block, between an embedding and a head of 64 tokens."""
+    """A training step's block, fused or module by module, each of the fastest parts for it; as it
+    is, or inside torch.compile. It is a model's only block, between an embedding and a head of 64
+    tokens.
+    """
     B, T, C, H, _ = _of_a_batch(sizes)
     with contextlib.redirect_stdout(io.StringIO()), device:
         model = GPT(GPTConfig(T, 64, 1, H, C, bias=False, return_logits=False))
     idx, parameters = torch.randint(64, (B, T), device=device), list(model.parameters())
-    (qkv,), _, facts = outline("block", _of_a_batch(sizes), device, sizes.dtype)
+    (qkv,), _, facts = outline(op, _of_a_batch(sizes), device, sizes.dtype)
     assert qkv is not None
     times = _times(races)
 
     def backend_of(implementation: str) -> use_backend:
+        if implementation == "torch" and op == "compiled":
+            return use_backend("auto", compiled="torch")  # the compiler's own ops
         fused = implementation != "torch"
         parts = _fastest_parts(times, fused)
         if fused:
-            parts = {op: name for op, name in parts.items() if op in FUSABLE}
-        return use_backend("auto", block=implementation, **parts)
+            parts = {part: name for part, name in parts.items() if part in FUSABLE}
+        return use_backend("auto", **parts, **{op: implementation})
 
-    def step() -> list[Tensor]:
+    def step(forward: Any) -> list[Tensor]:
         with autocast(device, sizes.dtype):
-            _, loss = model(idx, idx)
+            _, loss = forward(idx, idx)
         return [loss, *torch.autograd.grad(loss, parameters)]
+
+    forward = torch.compile(model) if op == "compiled" else model
 
     def run(implementation: str) -> list[Tensor]:
         with backend_of(implementation):
-            return step()
+            return step(forward)
 
     def why_not(implementation: str) -> str | None:
         with backend_of(implementation):
-            running, reason = backend.explain("block", (qkv,), facts)
+            running, reason = backend.explain(op, (qkv,), facts)
         return None if running == implementation else reason
 
     with use_backend("torch"):
-        expected = step()
-    return _race("block", run, why_not, expected, device, seconds)
+        expected = step(model)
+    return _race(op, run, why_not, expected, device, seconds)
 
 
 def _race(
@@ -299,7 +323,7 @@ def fastest(op: str, times: dict[str, float]) -> str:
 
 
 def _fastest_parts(times: dict[str, dict[str, float]], fused: bool) -> dict[str, str]:
-    """The fastest implementation of every op but the block, from which a fused one can be made."""
+    """The fastest implementation of every op not in WHOLE, from which a fused one can be made."""
     parts = {}
     for op, raced in times.items():
         usable = {
@@ -307,7 +331,7 @@ def _fastest_parts(times: dict[str, dict[str, float]], fused: bool) -> dict[str,
             for name, seconds in raced.items()
             if not fused or name in FUSABLE.get(op, raced)
         }
-        if op != "block" and usable:
+        if op not in WHOLE and usable:
             parts[op] = fastest(op, usable)
     return parts
 
@@ -318,8 +342,8 @@ def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[
     Only where the fused block as a whole lost may its parts be what it cannot be made of.
     """
     times = _times(races)
-    block = {"block": fastest("block", times["block"])} if "block" in times else {}
-    implementations = _fastest_parts(times, fused=block.get("block") != "torch") | block
+    whole = {op: fastest(op, times[op]) for op in WHOLE if op in times}
+    implementations = _fastest_parts(times, fused=whole.get("block") != "torch") | whole
     configs: dict[str, Any] = {}
     for row in searched:  # the fastest of a kernel comes first
         if row.get("over_default", 0.0) > MARGIN:
@@ -331,12 +355,20 @@ def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[
     }
 
 
+def joined(kept: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
+    """An entry of which a part was measured anew."""
+    parts = ("implementations", "configs")
+    return chosen | {part: {**kept.get(part, {}), **chosen[part]} for part in parts}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=300, help="of measuring (%(default)g)")
     parser.add_argument("--n-embd", type=int, default=768, help="model width (%(default)s)")
     parser.add_argument("--n-head", type=int, default=12, help="attention heads (%(default)s)")
     parser.add_argument("--vocab-size", type=int, default=50304, help="(%(default)s)")
     parser.add_argument("--tokens", type=int, default=16384, help="in a batch (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="KERNEL", default=[],
+                        help="search these kernels' configurations, and race nothing")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -347,25 +379,22 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(device)
     sizes = Sizes(args.tokens, args.n_embd, args.n_embd // args.n_head, args.vocab_size)
-    # configurations first: the race is between kernels as they will be launched
-    searched = search(device, sizes, 0.7 * args.seconds)
     path = _tuned.path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, choose([], searched))
-    races = implementations(device, sizes, 0.3 * args.seconds)
-    _write(path, choose(races, searched))
+    kept = _tuned.entry(name) if args.only else {}
+    # configurations first: the race is between kernels as they will be launched
+    searched = search(device, sizes, (1.0 if args.only else 0.7) * args.seconds, args.only)
+    _write(path, joined(kept, choose([], searched)))
+    races = [] if args.only else implementations(device, sizes, 0.3 * args.seconds)
+    chosen = joined(kept, choose(races, searched))
+    _write(path, chosen)
     for row in (*races, *searched):
         result = row.get("problem") or f"{row['microseconds']:.1f} us"
         print(f"{row.get('op') or row['kernel']:28} {row['variant']:12} {result}")
-    print(
-        f"\n{json.dumps(choose(races, searched), indent=1)}\nwritten to {path}; read at every start"
-    )
+    print(f"\n{json.dumps(chosen, indent=1)}\nwritten to {path}; read at every start")
     return 0
 
 
 def _write(path: Path, entry: dict[str, Any]) -> None:
     """In one step, so that no process reads half of it; and let this one read it anew."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(entry, indent=1) + "\n")
-    part.replace(path)
+    files.write_bytes(path, (json.dumps(entry, indent=1) + "\n").encode())
     _tuned.entry.cache_clear()

@@ -8,7 +8,8 @@ forms in the pass that reads it anyway; the backward passes one gradient for bot
 would do op by op is written out, so that nothing is stored that the backward can have for less
 (gelu's output), copied (dq, dk, dv are one dqkv), or cast (a norm writes what the next matmul
 reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residual stream, norms and
-parameters in theirs.
+parameters in theirs. The norms' eps is written where it is used: torch.compile would take a global
+float for an input that may change.
 """
 
 from typing import NamedTuple
@@ -20,8 +21,6 @@ from torch import Tensor
 from fastgpt.fused.launchers import Launchers
 from fastgpt.implementations.aten import wgrad
 from fastgpt.kernels._autograd import differentiable_once
-
-EPS = 1e-5
 
 
 class Weights(NamedTuple):
@@ -74,14 +73,14 @@ class _Block(torch.autograd.Function):
         residual = residual.reshape(-1, C)
         if delta is None:
             s1 = residual
-            n1, *stats1 = run.norm(s1, w.ln_1, w.ln_1_bias, EPS, dtype)
+            n1, *stats1 = run.norm(s1, w.ln_1, w.ln_1_bias, 1e-5, dtype)
         else:
             delta = delta.reshape(-1, C)
-            n1, s1, *stats1 = run.add_norm(delta, residual, w.ln_1, w.ln_1_bias, EPS, dtype)
+            n1, s1, *stats1 = run.add_norm(delta, residual, w.ln_1, w.ln_1_bias, 1e-5, dtype)
         qkv = F.linear(n1, low.qkv, low.qkv_bias).view(B, T, 3 * C)
         y, state = run.attention(qkv, settings.n_head, p)
         a, mask1 = _dropout(F.linear(y.view(-1, C), low.attn_proj, low.attn_proj_bias), p)
-        n2, s2, *stats2 = run.add_norm(a, s1, w.ln_2, w.ln_2_bias, EPS, dtype)
+        n2, s2, *stats2 = run.add_norm(a, s1, w.ln_2, w.ln_2_bias, 1e-5, dtype)
         h, g = run.linear_gelu(n2, low.fc, low.fc_bias, settings.tanh)
         m, mask2 = _dropout(F.linear(g, low.mlp_proj, low.mlp_proj_bias), p)
 
@@ -147,9 +146,9 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, run, dtype, delta, residual, w, b):
         s, C = residual.reshape(-1, w.shape[0]), w.shape[0]
         if delta is None:
-            y, *stats = run.norm(s, w, b, EPS, dtype)
+            y, *stats = run.norm(s, w, b, 1e-5, dtype)
         else:
-            y, s, *stats = run.add_norm(delta.reshape(-1, C), s, w, b, EPS, dtype)
+            y, s, *stats = run.add_norm(delta.reshape(-1, C), s, w, b, 1e-5, dtype)
         ctx.run, ctx.delta_dtype = run, None if delta is None else delta.dtype
         ctx.save_for_backward(s, w, *stats)
         return y.view(residual.shape)

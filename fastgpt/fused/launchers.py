@@ -15,7 +15,7 @@ from fastgpt import backend
 from fastgpt.implementations import aten as on_aten
 from fastgpt.implementations import sdpa
 from fastgpt.implementations.sdpa import State
-from fastgpt.linear_cross_entropy import InPlace
+from fastgpt.linear_cross_entropy import InPlace, Loss, LossBackward
 
 # M rows, N or C columns, K the reduction; what is None or (0,) was not asked for.
 # x, w, b, eps, dtype -> y in dtype; mean, rstd
@@ -54,6 +54,8 @@ class Launchers(NamedTuple):
     attention_backward: AttentionBackward
     add_rows_: AddRows
     cross_entropy_: InPlace
+    # the loss of logits that are returned, inside torch.compile; elsewhere it is ops.cross_entropy
+    cross_entropy: tuple[Loss, LossBackward] | None = None
 
 
 class PackedAttention(NamedTuple):
@@ -62,7 +64,7 @@ class PackedAttention(NamedTuple):
 
 
 class BlockImplementation(NamedTuple):
-    """As backend.OPS names them for "block"."""
+    """As backend.OPS names them for "block" and "compiled"."""
 
     # for qkv (B, T, 3C) in the matmuls' dtype, n_head, dropout_p; or the reason why there are none
     launchers: Callable[[Tensor, int, float], Launchers | str]
@@ -142,6 +144,30 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
     )
 
 
+def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
+    """The same, as torch.compile keeps it: each kernel an operator, between GEMMs that it sees."""
+    made = _of_kernels(qkv, n_head, dropout_p)
+    if isinstance(made, str):
+        return made
+
+    from fastgpt.kernels import _launch, cross_entropy, embedding, gemm_gelu, layer_norm, mlp
+
+    _launch.introduce_to_inductor()
+    gemms = mlp.own if made.linear_gelu is gemm_gelu.forward else mlp.cublas
+    return Launchers(
+        norm=layer_norm.registered_forward,
+        add_norm=layer_norm.registered_add_forward,
+        norm_backward=layer_norm.registered_backward,
+        linear_gelu=gemms.forward,
+        gelu_dgrad=gemms.dgrad,
+        attention=made.attention,
+        attention_backward=made.attention_backward,
+        add_rows_=embedding.registered_add_rows_,
+        cross_entropy_=cross_entropy.registered_cross_entropy_,
+        cross_entropy=(cross_entropy.registered_forward, cross_entropy.registered_backward),
+    )
+
+
 def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> PackedAttention | str:
     """Forward and backward of the attention that dispatch chooses, or why they cannot be had."""
     op, head_dim = "packed_causal_attention", qkv.shape[-1] // 3 // n_head
@@ -158,3 +184,4 @@ def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> PackedAttention | 
 
 aten = BlockImplementation(_of_aten)
 kernels = BlockImplementation(_of_kernels)
+operators = BlockImplementation(_of_operators)

@@ -48,11 +48,10 @@ for _kind in (nn.Linear, nn.GELU, nn.Dropout, nn.Embedding):
 
 def calls_untouched() -> bool:
     """Whether calling a module of these classes is what it was at import, and no hook is on all
-    modules. torch.compile is not asked about: it traces what a call does.
+    modules.
     """
-    return torch.compiler.is_compiling() or (
-        all(getattr(kind, name) is method for kind, name, method in _ORIGINALS)
-        and not any(getattr(nn_module, hooks) for hooks in _GLOBAL_HOOKS)
+    return all(getattr(kind, name) is method for kind, name, method in _ORIGINALS) and not any(
+        getattr(nn_module, hooks) for hooks in _GLOBAL_HOOKS
     )
 
 
@@ -69,13 +68,19 @@ def _own_call(module: Any) -> bool:
     """Whether nothing in the module itself changes what calling it does."""
     own = module.__dict__
     return (
-        "forward" not in own
+        _own_forward(module)
         and "_call_impl" not in own
         and "_wrapped_call_impl" not in own
         and own.get("_compiled_call_impl") is None
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )
+
+
+def _own_forward(module: Any) -> bool:
+    if torch.compiler.is_compiling() and not callable(module.forward):
+        return False  # asked so that torch.compile looks it up again; it does not for an absence
+    return "forward" not in module.__dict__
 
 
 def plain_lookup(module: Any) -> bool:
@@ -93,9 +98,13 @@ def plain_matmul(module: Any) -> bool:
 
 
 def plain(t: Tensor) -> bool:
-    """Whether t is a tensor like any other: no subclass, not wrapped by torch.func."""
+    """Whether t is a tensor like any other: no subclass, not wrapped by torch.func, which
+    torch.compile cannot ask of a tensor (interception.py asks whether a transform runs).
+    """
+    if type(t) not in (Tensor, nn.Parameter):
+        return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return type(t) in (Tensor, nn.Parameter) and not wrapped(t)
+    return torch.compiler.is_compiling() or not wrapped(t)
 
 
 def alike(x: Tensor, *others: Tensor | None) -> bool:

@@ -28,17 +28,16 @@ from fastgpt.fused.untouched import (
     plain_matmul,
     untouched,
 )
-from fastgpt.linear_cross_entropy import mean_loss
+from fastgpt.linear_cross_entropy import logits_and_loss, mean_loss
 
 
 def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     """The chain for a forward of `model`, a GPT, on idx (B, T); None where the modules are to run
-    one by one: under backend "torch", where a kernel cannot run (under
-    "triton" that raises), and under torch.compile and
-    torch.func. torch.compile fuses across modules, and would stop at each unit.
+    one by one: under backend "torch", where a kernel cannot run (under "triton" that raises), and
+    under torch.func. Inside torch.compile the table's entry is "compiled", and all of it is traced.
     """
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
-    if torch.compiler.is_compiling() or not idx.numel() or not calls_untouched():
+    if not idx.numel() or not calls_untouched():
         return None
     if weight is None or not plain(weight) or weight.dim() != 2 or weight.shape[1] % cfg.n_head:
         return None
@@ -46,7 +45,7 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     facts = dict(n_head=cfg.n_head, dropout_p=settings.dropout_p)
     dtype = ops.autocast_dtype(weight)
     qkv = weight.new_empty((1, idx.shape[1], 3 * weight.shape[1]), dtype=dtype)
-    chosen = backend.choose("block", qkv, **facts)
+    chosen = backend.choose("compiled" if torch.compiler.is_compiling() else "block", qkv, **facts)
     if chosen is reference:
         return None
     return FusedModel(model, chosen.launchers(qkv, **facts), settings, weight, dtype)
@@ -101,12 +100,16 @@ class FusedModel(NamedTuple):
         if targets is None:
             return head(x[:, [-1], :]), None
         targets = targets.reshape(-1)
+        rows = x.reshape(-1, x.shape[-1])
+        if weight is not None and x.dtype == self.dtype:
+            given = rows, weight, self._low(head.weight), ops.checked_targets(rows, targets), -1
+            if not returned:
+                return None, mean_loss(self.run.cross_entropy_, *given)
+            if self.run.cross_entropy is not None:
+                logits, loss = logits_and_loss(self.run.cross_entropy, *given)
+                return logits.view(*x.shape[:-1], -1), loss
         if not returned and plain_matmul(head):
-            rows = x.reshape(-1, x.shape[-1])
-            if weight is None or x.dtype != self.dtype:
-                return None, ops.linear_cross_entropy(rows, head.weight, targets)
-            targets, low = ops.checked_targets(rows, targets), self._low(head.weight)
-            return None, mean_loss(self.run.cross_entropy_, rows, weight, low, targets, -1)
+            return None, ops.linear_cross_entropy(rows, head.weight, targets)
         logits = head(x) if weight is None else F.linear(x, weight)
         loss = ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets)
         return (logits if returned else None), loss

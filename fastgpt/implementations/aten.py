@@ -14,11 +14,12 @@ from fastgpt import reference
 from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 
 aten = torch.ops.aten
+_FROM_ACCUMULATOR = "dtype" in aten.mm.overloads()  # mm(out_dtype=), of PyTorch 2.8
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a (M, K) @ b (K, N) in `dtype`, from the accumulator if it can."""
-    if a.is_cuda and dtype != a.dtype and "dtype" in aten.mm.overloads():  # PyTorch 2.8
+    if _FROM_ACCUMULATOR and a.device.type == "cuda" and dtype != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may not fit into fp16
         with torch.autocast(a.device.type, enabled=False):
@@ -74,7 +75,9 @@ def gelu_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, wi
     return dh, y, dh.sum(0) if with_bias else None
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, factor: float) -> Tensor:
+def cross_entropy_(
+    logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | float
+) -> Tensor:
     """logits (M, V) become factor * dlosses/dlogits, 0 in ignored rows -> losses (M,) fp32.
 
     In strips of rows that stay in the cache. The loss is (max - picked) - log p(max), which is as

@@ -37,23 +37,33 @@ _FUNCTIONS = {
     torch._C._nn: ("cross_entropy_loss",),
 }  # fmt: skip
 _ORIGINALS = tuple(
-    (vars(owner), name, from_pytorch(owner, name))
+    (owner, name, from_pytorch(owner, name))
     for owner, names in _FUNCTIONS.items()
     for name in names
 )
 
 
 def interception() -> str | None:
-    """What stands there, or None. torch.compile is not asked about: it traces what is assigned."""
-    for namespace, name, original in _ORIGINALS:
-        if namespace[name] is not original:
-            return f"{namespace['__name__']}.{name} is not PyTorch's own"
+    """What stands there, or None. torch.compile traces the questions about what a script assigns
+    and enters, so that it asks them again in every call.
+    """
+    for owner, name, original in _ORIGINALS:
+        if getattr(owner, name) is not original:
+            return f"{owner.__name__}.{name} is not PyTorch's own"
     for i in range(_C._len_torch_function_stack()):
         mode = type(_C._get_function_stack_at(i))
         if mode is not DeviceContext:  # torch.set_default_device
             return f"{mode.__name__}, a TorchFunctionMode, is to see PyTorch's own ops"
-    if _C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode is to see PyTorch's own ops"
+    if not torch.compiler.is_compiling() and _C._len_torch_dispatch_stack():
+        return (
+            "a TorchDispatchMode is to see PyTorch's own ops"  # which torch.compile stays away from
+        )
+    return _transformation()
+
+
+@torch.compiler.assume_constant_result
+def _transformation() -> str | None:
+    """Of a function as a whole: what torch.compile traces is in one from its start, or is not."""
     if _C._get_tracing_state() is not None:
         return "torch.jit.trace records PyTorch's own ops"
     if _C._functorch.peek_interpreter_stack() is not None:
@@ -63,6 +73,7 @@ def interception() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def sdpa_is_restricted() -> bool:
     """Whether sdpa_kernel, or a flag of torch.backends, leaves SDPA fewer backends than it has."""
     return not (

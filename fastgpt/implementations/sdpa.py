@@ -88,6 +88,21 @@ class _Sdpa:
         )
 
 
+class _Efficient(_Sdpa):
+    """What SDPA has for float32, TF32 too."""
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> tuple[Tensor, State]:
+        o, *state = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, p, True)
+        return o, tuple(state)
+
+    def _backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, state: State, p: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = [True, True, True, False]  # of q, k, v and a bias
+        backward = aten._scaled_dot_product_efficient_attention_backward
+        return backward(do, q, k, v, None, o, *state, p, wanted, True)[:3]
+
+
 class _Cpu(_Sdpa):
     """SDPA's flash attention for CPUs; it has no dropout."""
 
@@ -104,6 +119,7 @@ class _Cpu(_Sdpa):
 
 cudnn = _Sdpa(SDPBackend.CUDNN_ATTENTION)
 flash = _Sdpa(SDPBackend.FLASH_ATTENTION)
+efficient = _Efficient(SDPBackend.EFFICIENT_ATTENTION)
 cpu = _Cpu(SDPBackend.FLASH_ATTENTION)
 
 
@@ -113,6 +129,18 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
         return cpu if dropout_p == 0 else None
     if qkv.shape[-1] // (3 * n_head) % 8:  # which SDPA pads before it calls a backend
         return None
-    q, k, v = reference.split_heads(qkv.detach().requires_grad_(), n_head)
-    would_run = SDPBackend(torch._fused_sdp_choice(q, k, v, None, dropout_p, True))
-    return {cudnn.backend: cudnn, flash.backend: flash}.get(would_run)
+    T, C3 = qkv.shape[1:]
+    if torch.compiler.is_compiling() and T > 1:
+        T = 1024  # the answer is the same for all of them, and a constant in the graph
+    would_run = _would_run(qkv.device, qkv.dtype, T, C3, n_head, dropout_p)
+    return {held.backend.name: held for held in (cudnn, flash, efficient)}.get(would_run)
+
+
+@torch.compiler.assume_constant_result
+def _would_run(
+    device: torch.device, dtype: torch.dtype, T: int, C3: int, n_head: int, dropout_p: float
+) -> str:
+    """The name of an SDPBackend, for packed queries, keys and values with gradients."""
+    qkv = torch.empty(1, T, C3, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = reference.split_heads(qkv, n_head)
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, None, dropout_p, True)).name

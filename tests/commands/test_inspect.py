@@ -28,6 +28,7 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
     "cross_entropy.backward_kernel": False,
     "cross_entropy.forward_kernel": False,
     "cross_entropy.in_place_kernel": False,
+    "cross_entropy.rescale_kernel": False,
     "embedding.add_rows_kernel": False,
     "gelu.gelu_backward_kernel": False,
     "gelu.gelu_kernel": False,
@@ -36,6 +37,7 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
     "gemm_tma.fc_kernel": True,
     "layer_norm.backward_kernel": False,
     "layer_norm.forward_kernel": False,
+    "layer_norm.sum_kernel": False,
 }
 TMA = {name for name in KERNELS if name.startswith("gemm_tma.")}  # sm_90 on, 16-bit operands
 NEW = [arch for arch in ("sm_100",) if arch in compilable()]  # none for Triton 3.2

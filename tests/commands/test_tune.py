@@ -1,6 +1,7 @@
 """`fastgpt tune` on toy sizes, and that what it wrote is what runs."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ def test_every_search_finds_its_kernels_configuration():
             with _tuned.trying(one.key, candidate), _launch.record() as after:
                 one.call()
             changed |= [launch.options for launch in after] != [launch.options for launch in before]
+            settings = [[set(launch.options) for launch in some] for some in (before, after)]
+            assert settings[0] == settings[1], "a measurement with other settings is ignored"
         assert changed, one.key
 
 
@@ -43,8 +46,8 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
 def test_a_search_in_place_is_held_against_fresh_results(monkeypatch):
     """The kernel overwrites its logits: a second call on them gives other losses."""
     (one,) = (s for s in tune.searches(torch.device(DEVICE), SMALL) if s.key == "cross_entropy_ 40")
-    good = dict(BLOCK_M=1, BLOCK_V=64, num_warps=2)
-    part = one._replace(candidates=[good, good | dict(BLOCK_V=32)])
+    good = dict(BLOCK=64, num_warps=2)
+    part = one._replace(candidates=[good, good | dict(BLOCK=32)])
     monkeypatch.setattr(tune, "searches", lambda *_: [part])
     assert not [r for r in tune.search(torch.device(DEVICE), SMALL, 3.0) if "problem" in r]
 
@@ -153,6 +156,18 @@ def test_a_broken_file_is_ignored_with_a_warning(cache):
         assert _tuned.entry("NVIDIA H200") == {}
 
 
+def test_what_was_measured_of_another_version_is_ignored(monkeypatch):
+    configs = {"kernel 8": {"BLOCK": 1, "num_warps": 2}, "pair": [{"A": 1}, {"B": 2}]}
+    monkeypatch.setattr(_tuned, "_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_tuned, "entry", lambda name: {"configs": configs})
+    t = types.SimpleNamespace(is_cuda=True, device="cuda:0")
+    guess = {"BLOCK": 4, "num_warps": 4}
+    assert _tuned.configured(t, "kernel", lambda n: guess, 8)["BLOCK"] == 1
+    assert _tuned.configured(t, "kernel", lambda n: guess | {"STAGES": 1}, 8)["BLOCK"] == 4
+    assert _tuned.configured(t, "pair", lambda: ({"A": 3}, {"B": 3})) == [{"A": 1}, {"B": 2}]
+    assert _tuned.configured(t, "pair", lambda: ({"A": 3}, {"C": 3})) == ({"A": 3}, {"C": 3})
+
+
 def test_a_configuration_under_trial_is_launched():
     x, w = torch.randn(4, 32, device=DEVICE), torch.ones(32, device=DEVICE)
     config = dict(BLOCK_M=1, BLOCK_N=64, num_warps=2)
@@ -160,3 +175,17 @@ def test_a_configuration_under_trial_is_launched():
     with use_backend("triton"), trying, _launch.record() as launches:
         ops.layer_norm(x, w)
     assert launches[0].options == config
+
+
+def test_only_some_kernels_leave_what_is_known_of_the_others():
+    device = torch.device(DEVICE)
+    rows = tune.search(device, SMALL, 0.0, ["layer_norm_forward"])
+    assert rows == []  # no time for a candidate
+    with pytest.raises(ValueError, match=r"--only layer_norn: there is .*layer_norm_forward"):
+        tune.search(device, SMALL, 1.0, ["layer_norn"])
+    kept = {"date": "then", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1, "b 1": 1}}
+    new = {"date": "now", "implementations": {}, "configs": {"b 1": 2}}
+    assert tune.joined(kept, new) == {
+        "date": "now", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1, "b 1": 2},
+    }  # fmt: skip
+    assert tune.joined({}, new) == new

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastgpt import backend, ops, reference, use_backend
+from fastgpt.examples import example
 from tests.close import DEVICE, assert_as_accurate, randn
 from tests.gpu.cases import DROPOUT, GPT2, SMALL, cases
 from tests.gpu.here import HALF, ON_GPU, needs_gpu, size
@@ -55,6 +56,14 @@ def test_attention_of_others(name):
         functools.partial(f, n_head=H) for f in (theirs, reference.packed_causal_attention)
     )
     assert_as_accurate(ours, ref, qkv, grads=grads)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has one kind of attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_block_is_fused_in_every_dtype(dtype):
+    (qkv,), _, facts = example("block", GPT2, DEVICE, dtype)
+    choice = backend.explain("block", (qkv,), facts)
+    assert choice.implementation == "triton", choice.reason
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,9 +4,11 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastgpt import ops, reference, use_backend
 from fastgpt.implementations import aten
+from fastgpt.kernels import cross_entropy
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, evaluate, randn
 
 ROWS_VOCAB = [(37, 65), (1, 1), (3, 2), (5, 97), (70, 100), (4, 1600), (2, 5000), (1, 50304)]
@@ -23,12 +25,81 @@ if DEVICE == "cpu":
     CROSS_ENTROPIES["aten"] = aten.cross_entropy
 
 
+IN_PLACE_VOCAB = [
+    1,
+    2,
+    64,
+    65,
+    97,
+    1600,
+    8191,
+    8192,
+    8193,
+    17000,
+    50257,
+]  # in whole blocks, and not
+
+
 def targets_of(N, V):
     return torch.randint(V, (N,), device=DEVICE)
 
 
 def scalar(value=1.0):
     return torch.tensor(value, device=DEVICE)
+
+
+def assert_in_place(logits, targets, factor=1 / 3):
+    """The kernel of linear_cross_entropy alone, rows of targets -1 ignored, against float64."""
+    dtype = logits.dtype
+    leaf = logits.double().requires_grad_()
+    losses = F.cross_entropy(leaf, targets, ignore_index=-1, reduction="none")
+    (truth,) = torch.autograd.grad(losses.sum() * factor, leaf)
+    dlogits = logits.clone()
+    ours = cross_entropy.cross_entropy_(dlogits, targets, -1, scalar(factor))
+    torch.testing.assert_close(ours.double(), losses.detach(), rtol=1e-6, atol=1e-6)
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    rtol = 4e-6 if dtype == torch.float32 else 0.51 * eps
+    hit = F.one_hot(targets.clamp(min=0), logits.shape[1]).bool() & (targets != -1)[:, None]
+    of_one = factor * torch.finfo(torch.float32).eps  # p - 1, where p is 1 in fp32
+    for where, atol in ((hit, of_one), (~hit, 1e-9)):
+        torch.testing.assert_close(
+            dlogits[where].double(), truth[where], rtol=rtol, atol=max(atol, tiny * eps)
+        )
+
+
+@pytest.mark.parametrize("V", IN_PLACE_VOCAB)
+def test_in_place(V, dtype):
+    logits, targets = randn(4, V, dtype=dtype, scale=3.0), targets_of(4, V)
+    targets[0], targets[1] = V - 1, -1
+    logits[1, V // 2] = float("nan")  # of an ignored row
+    logits[2, V - 1] += 20  # and in the last block
+    assert_in_place(logits.nan_to_num(0.5), targets)
+    dlogits = logits.clone()
+    losses = cross_entropy.cross_entropy_(dlogits, targets, -1, scalar())
+    assert losses[1] == 0 and not dlogits[1].any()
+
+
+@pytest.mark.parametrize("V", [33, 9000])
+def test_rows_in_place_that_need_care(V):
+    logits = randn(7, V)
+    logits[0] = 2.0  # ties
+    logits[1] += 1e6
+    logits[2] -= 1e6
+    logits[3] = torch.finfo(torch.float32).min  # all masked, alike
+    logits[4, : V - 1] = -float("inf")
+    logits[5, 1:] = -float("inf")
+    logits[6] = 3e38
+    targets = torch.tensor([0, 1, 2, 3, V - 1, 0, 5], device=DEVICE)
+    assert_in_place(logits, targets)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4097, 200_003])
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, float("nan")])
+def test_rescale(size, scale, dtype):
+    t = randn(size, dtype=dtype)
+    expected = (t.float() * scalar(scale)).to(dtype)
+    cross_entropy.registered_rescale_(t, scalar(scale))
+    torch.testing.assert_close(t, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("N, V", ROWS_VOCAB)

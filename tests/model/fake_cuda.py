@@ -18,10 +18,13 @@ from torch._subclasses import fake_tensor
 from torch.fx import GraphModule
 
 from fastgpt import GPT, GPTConfig, backend, use_backend
+from fastgpt.implementations import sdpa
+from fastgpt.kernels import _launch
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
 KERNELS: dict[str, dict[str, str]] = {  # op -> implementation, as use_backend takes them
     "none chosen": {},
+    "left to inductor": {"compiled": "torch"},
     "row ops chosen": dict.fromkeys(("layer_norm", "add_layer_norm", "cross_entropy"), "triton"),
     "all chosen": dict.fromkeys(backend.OPS, "triton"),
 }
@@ -47,6 +50,8 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch._C._ensureCUDADeviceGuardSet()  # one that does nothing, as there is no device
     torch.accelerator.is_available = lambda: False  # of streams
+    sdpa._would_run = lambda *_: "CUDNN_ATTENTION"
+    _launch._device_problems[torch.device("cuda", 0)] = None  # it would launch a kernel to find out
     fake_tensor.init_gpu_context = lambda *_: None  # it would allocate there
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from fastgpt import GPT, GPTConfig, backend, ops, use_backend
 from fastgpt.implementations.interception import interception
-from fastgpt.kernels import attention, cross_entropy, gelu, gemm_gelu, layer_norm
+from fastgpt.kernels import attention, cross_entropy, embedding, gelu, gemm_gelu, layer_norm
 from tests.close import DEVICE, randn
 
 
@@ -25,10 +25,10 @@ def operator_samples():
     """Every registered operator with arguments it accepts."""
     x, w, b = randn(6, 24), randn(24), randn(24)
     y, mean, rstd = layer_norm.forward(x, w, b, 1e-5, x.dtype)
-    yield layer_norm._forward, (x, w, b, 1e-5, x.dtype)
-    yield layer_norm._add_forward, (x, x.clone(), w, b, 1e-5, x.dtype)
-    yield layer_norm._backward, (y, None, x, w, mean, rstd, True, x.dtype)
-    yield layer_norm._backward, (y, x, x, w, mean, rstd, False, torch.float16)
+    yield layer_norm.registered_forward, (x, w, b, 1e-5, x.dtype)
+    yield layer_norm.registered_add_forward, (x, x.clone(), w, b, 1e-5, x.dtype)
+    yield layer_norm.registered_backward, (y, None, x, w, mean, rstd, True, x.dtype)
+    yield layer_norm.registered_backward, (y, x, x, w, mean, rstd, False, torch.float16)
     yield gelu.registered_forward, (x, False)
     yield gelu.registered_backward, (y, x, True, True, True)
     yield gelu.registered_backward, (y, x, False, False, False)
@@ -42,12 +42,17 @@ def operator_samples():
     yield attention._backward, (o, q, k, v, o, lse, None, 0.25, 0.0)
     qkv = randn(2, 9, 96)
     y, lse = attention.packed_forward(qkv, 2, seed, 0.5)
-    yield attention._packed_forward, (qkv, 2, seed, 0.5)
-    yield attention._packed_backward, (y, qkv, y, lse, seed, 2, 0.5)
+    yield attention.registered_packed_forward, (qkv, 2, seed, 0.5)
+    yield attention.registered_packed_backward, (y, qkv, y, lse, seed, 2, 0.5)
     targets = torch.randint(24, (6,), device=DEVICE)
     _, *top_and_total = cross_entropy.forward(x, targets, -1)
-    yield cross_entropy._forward, (x, targets, -1)
-    yield cross_entropy._backward, (x, targets, *top_and_total, torch.ones((), device=DEVICE), -1)
+    yield cross_entropy.registered_forward, (x, targets, -1)
+    saved = x, targets, *top_and_total, torch.ones((), device=DEVICE)
+    yield cross_entropy.registered_backward, (*saved, None, -1)
+    yield cross_entropy.registered_backward, (*saved, randn(24, 6).t(), -1)
+    yield cross_entropy.registered_cross_entropy_, (x.clone(), targets, -1, saved[-1])
+    yield cross_entropy.registered_rescale_, (x.clone(), 2 * saved[-1])
+    yield embedding.registered_add_rows_, (randn(9, 24), targets % 9, x)
 
 
 def test_opcheck():
@@ -59,7 +64,7 @@ def test_opcheck():
     registered = {
         name
         for name in dir(torch.ops.fastgpt)
-        if name.endswith(("_forward", "_backward", "_dgrad"))
+        if name.endswith(("_forward", "_backward", "_dgrad", "_")) and not name.startswith("_")
     }
     assert checked == {f"fastgpt::{name}" for name in registered}
 
@@ -126,8 +131,23 @@ def test_one_graph_that_computes_the_same(choice, way, dynamic):
         torch.testing.assert_close(step(compiled), step(model))
     assert graphs() == 1
     operators = " ".join(name for name in compiler.operators if name.startswith("fastgpt."))
-    parts = ("layer_norm", "attention", "cross_entropy")  # the MLP is the compiler's
+    # the first is in no module's forward: the fused path as a whole
+    parts = ("add_layer_norm", "layer_norm", "attention", "gelu", "cross_entropy")
     assert {part for part in parts if part in operators} == (set(parts) if kernels else set())
+
+
+def test_a_loss_on_the_logits():
+    """They leave the graph, and their gradient comes back into it."""
+    model = small()
+    idx = torch.randint(33, (2, 17), device=DEVICE)
+
+    def gradients(forward):
+        logits, loss = forward(idx, idx)
+        return torch.autograd.grad(loss + logits.square().mean(), list(model.parameters()))
+
+    with use_backend("triton"):
+        found = gradients(torch.compile(model, backend=Compiler(), fullgraph=True))
+        torch.testing.assert_close(found, gradients(model))
 
 
 @pytest.mark.parametrize("implementation", ["cublas", "triton"])

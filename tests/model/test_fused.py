@@ -148,6 +148,23 @@ def test_loss_of_no_counted_rows(made_of):
     assert loss.isnan() and not x.grad.any() and not w.grad.any()
 
 
+@pytest.mark.parametrize("made_of", MADE_OF)
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_a_loss_goes_backward_twice(monkeypatch, made_of, chunked, upstream):
+    """What its first backward gave is the caller's, who may write to it."""
+    if chunked:
+        monkeypatch.setitem(linear_cross_entropy.CHUNKS, DEVICE, (1, 16))
+    x, w = randn(40, C).requires_grad_(), randn(V, C).requires_grad_()
+    targets = torch.randint(V, (40,), device=DEVICE)
+    loss = mean_loss(launchers_for(made_of, x).cross_entropy_, x, w, w.detach(), targets, -1)
+    given = torch.autograd.grad(upstream * loss, (x, w), retain_graph=True)
+    first = [t.clone() for t in given]
+    for t in given:
+        t.zero_()
+    assert all(map(torch.equal, torch.autograd.grad(upstream * loss, (x, w)), first))
+
+
 def model(**changes) -> GPT:
     torch.manual_seed(0)
     sizes = dict(n_layer=3, n_head=H, n_embd=C, vocab_size=V, block_size=T + 3)
