@@ -19,16 +19,18 @@ from bench.prediction.model import GPUS
 from fastgpt import GPTConfig, use_backend
 from fastgpt.fused.launchers import kernels as chosen
 
-pytest.importorskip("triton", reason="what is predicted are its kernels")
+triton = pytest.importorskip("triton", reason="what is predicted are its kernels")
 mlp = pytest.importorskip("fastgpt.kernels.mlp")
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+bounded = pytest.mark.skipif(VERSION < (3, 6), reason="the bounds are for Triton 3.6 and later")
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "prediction.md"
 H200 = GPUS["H200"]
 # Of 124M at B=16: GB that our kernels move, by component. Lower them when something was won.
-MOST_GIGABYTES = {"norm": 8.9, "mlp": 7.3, "loss": 5.0, "embedding": 0.16, "optimizer": 4.3}
-MOST_LAUNCHES = 416  # with those of PyTorch
-LEAST_RATIO = 1.02
+MOST_GIGABYTES = {"norm": 8.9, "mlp": 7.3, "loss": 3.3, "embedding": 0.16, "optimizer": 4.3}
+MOST_LAUNCHES = 364  # with those of PyTorch
+LEAST_RATIO = 1.1
 # In a process of its own: here the interpreter may have taken the compiler's place.
 SCRIPT = """
 import json
@@ -53,6 +55,7 @@ def predicted():
     return json.loads(done.stdout)
 
 
+@bounded
 def test_what_was_won_is_kept(predicted):
     own = [row for row in predicted["kernels"] if row["kind"] == TRITON]
     for component, most in MOST_GIGABYTES.items():
@@ -77,6 +80,7 @@ def test_the_parts_add_up(predicted):
     assert predicted["compile_source"]["torch"] in predicted["table"]
 
 
+@bounded
 def test_the_page_is_of_this_step(predicted):
     """Its headings and rows; the figures in them depend on Triton's version."""
 
