@@ -155,10 +155,10 @@ def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tens
     return mask
 
 
-_forward = register(
+registered_forward = register(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p)"
     " -> (Tensor, Tensor)", forward, _outputs)  # fmt: skip
-_backward = register(
+registered_backward = register(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     " Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)",
     backward, _gradients)  # fmt: skip
@@ -173,7 +173,7 @@ registered_packed_backward = register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, seed, scale, dropout_p):
-        o, lse = _forward(q, k, v, seed, scale, dropout_p)
+        o, lse = registered_forward(q, k, v, seed, scale, dropout_p)
         ctx.save_for_backward(q, k, v, o, lse, seed)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         return o
@@ -182,7 +182,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):
         differentiable_once()
         q, k, v, o, lse, seed = ctx.saved_tensors
-        dq, dk, dv = _backward(do, q, k, v, o, lse, seed, ctx.scale, ctx.dropout_p)
+        dq, dk, dv = registered_backward(do, q, k, v, o, lse, seed, ctx.scale, ctx.dropout_p)
         return dq, dk, dv, None, None, None
 
 
