@@ -102,6 +102,10 @@ class Run:
         with self.interrupts:
             try:
                 result = self._steps()
+            except ValueError:  # of data that changed: the last whole step is worth keeping
+                if not self.config.shard:
+                    self._save()
+                raise
             except RuntimeError as error:
                 found = self.world.explained(error)
                 if not isinstance(found, LostProcess):
