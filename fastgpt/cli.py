@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import fastgpt
@@ -34,6 +35,18 @@ MODULES = {
     ),
 }
 
+EXAMPLES = {  # for `fastgpt` alone, to be pasted one below another
+    "prepare": "fastgpt prepare text.txt --out data",
+    "train": "fastgpt train --data data --out out",
+    "sample": "fastgpt sample --out out --prompt 'The '",
+    "convert": "fastgpt convert out/ckpt.pt hf",
+    "run": "fastgpt run train.py --compile=False",
+    "info": "fastgpt info --json",
+    "init-report": "fastgpt init-report --steps 0 --no-plots",
+    "tune": "fastgpt tune",
+    "inspect": "fastgpt inspect --arch sm_90 --kernel gelu",
+}
+
 _USER_ERRORS = (
     ValueError,
     TypeError,
@@ -47,6 +60,12 @@ _USER_ERRORS = (
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(overview())
+        return 0
+    if argv == ["--version"]:
+        print(f"fastgpt {fastgpt.__version__}")
+        return 0
     try:
         args = _parser(argv).parse_args(argv)
         return args.main(args)
@@ -60,6 +79,17 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"fastgpt: {error}", file=sys.stderr)
         return 2
+
+
+def overview() -> str:
+    """Every command with an example, in at most 60 columns."""
+    lines = [*textwrap.wrap(fastgpt.__doc__ or "", 60), ""]
+    for name, (_, line) in MODULES.items():
+        lines += textwrap.wrap(f"{name}: {line}", 60, subsequent_indent="  ")
+        lines += [f"    {EXAMPLES[name]}"]
+    lines += ["bench: time training (in a checkout of fastgpt)", "    fastgpt bench --size char"]
+    lines += ["", "`fastgpt COMMAND --help` lists a command's options,", "`--version` the version."]
+    return "\n".join(lines)
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

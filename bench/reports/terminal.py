@@ -1,10 +1,13 @@
-"""A record on the terminal: the columns of docs/performance.md, aligned."""
+"""A record on the terminal: the columns of docs/performance.md, aligned, in 60 columns of text."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 
 from bench.harness import machine
 from bench.harness.record import Record
 from bench.reports import markdown
+
+WIDTH = 60
 
 
 def text(run: Record) -> str:
@@ -17,20 +20,49 @@ def text(run: Record) -> str:
     if (limits := markdown.limits(run, [run])) != "":
         lines.append(limits)
     if any("problem" not in row for row in run["rows"]):
-        lines += ["", *_aligned(*markdown.cells(run))]
+        lines += ["", *_aligned(*markdown.cells(run)), ""]
     for row in run["rows"]:
         if why := row.get("problem") or row.get("flag"):
             lines.append(f"{'- ' if 'problem' in row else '(!) '}{markdown.name(row)}: {why}")
     warning = machine.warning(run["machine"]) if "machine" in run else ""
-    return "\n".join([*lines, *([warning] if warning else [])])
+    lines += [warning] if warning else []
+    return "\n".join(part for line in lines for part in _wrapped(line))
 
 
-def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text to the left, of figures to the right; columns without any are left out."""
+def _wrapped(line: str) -> list[str]:
+    """A table's lines are short enough: what is longer is prose."""
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else [line]
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns of text to the left, of figures to the right; columns without any are left out.
+
+    What does not fit beside the first columns goes below them, under their names again.
+    """
     columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
-    padded = []
-    for column in columns:
-        width = max(map(len, column))
-        figures = all(cell[:1].isdigit() for cell in column[1:] if cell)
-        padded.append([cell.rjust(width) if figures else cell.ljust(width) for cell in column])
-    return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
+    padded = [_padded(column) for column in columns]
+    # rows are named by the columns up to the variant's
+    named = padded[: header.index("variant") + 1] if "variant" in header else padded[:1]
+    width = _width(named)
+    shown: list[list[str]] = []
+    for column in padded[len(named) :]:
+        if shown and width + _width([*shown, column]) > WIDTH:
+            yield from _lines([*named, *shown])
+            yield ""
+            shown = []
+        shown.append(column)
+    yield from _lines([*named, *shown])
+
+
+def _padded(column: Sequence[str]) -> list[str]:
+    width = max(map(len, column))
+    figures = all(cell[:1].isdigit() for cell in column[1:] if cell)
+    return [cell.rjust(width) if figures else cell.ljust(width) for cell in column]
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    return sum(len(column[0]) + 2 for column in columns)
+
+
+def _lines(columns: Sequence[Sequence[str]]) -> Iterator[str]:
+    return ("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -1,6 +1,8 @@
 """`fastgpt sample`: text from fastgpt's or nanoGPT's checkpoint or OpenAI's weights, streamed."""
 
 import argparse
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +83,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: a GPU if there is one")
 
 
+def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
+    if args.pretrained:
+        return GPT.from_pretrained(args.pretrained, {"gelu": "tanh"}), data.GPT2()
+    saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
+    model = checkpoint.load_model(saved)
+    return model, data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
+
+
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
-    tokenizer: data.Tokenizer
-    if args.pretrained:
-        model = GPT.from_pretrained(args.pretrained, {"gelu": "tanh"})
-        tokenizer = data.GPT2()
-    else:
-        saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
-        model = checkpoint.load_model(saved)
-        tokenizer = data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for text: no model introduces itself
+        model, tokenizer = _loaded(args)
     model.to(device).eval()
 
     prompt = args.prompt
