@@ -14,8 +14,8 @@ from bench.reports import markdown
 
 Records = Sequence[Record]
 SAID = {  # of variants, for who does not know their names
-    "eager": "fastgpt's model in eager PyTorch",
-    "compile": "the same under torch.compile",
+    "eager": "the same model in eager PyTorch",
+    "compile": "the same model, torch.compile",
     "nanogpt": "nanoGPT",
     "nanogpt-compile": "nanoGPT, torch.compile",
     "hf": "transformers",

@@ -1,5 +1,6 @@
 """A record on the terminal: the columns of docs/performance.md, aligned, in 60 columns of text."""
 
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +21,7 @@ def text(run: Record) -> str:
     if (limits := markdown.limits(run, [run])) != "":
         lines.append(limits)
     if any("problem" not in row for row in run["rows"]):
-        lines += ["", *_aligned(*markdown.cells(run)), ""]
+        lines += ["", *_tables(*markdown.cells(run))]
     for row in run["rows"]:
         if why := row.get("problem") or row.get("flag"):
             lines.append(f"{'- ' if 'problem' in row else '(!) '}{markdown.name(row)}: {why}")
@@ -34,24 +35,29 @@ def _wrapped(line: str) -> list[str]:
     return textwrap.wrap(line, WIDTH, subsequent_indent="  ") if len(line) > WIDTH else [line]
 
 
+def _tables(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """One for all variants; where they are of several ops, one for each op and direction."""
+    at = header.index("variant")
+    for of, group in itertools.groupby(rows, key=lambda row: row[:at]):
+        yield from [f"{', '.join(of)}:"] if of else []
+        yield from _aligned(header[at:], [row[at:] for row in group])
+        yield ""
+
+
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Columns of text to the left, of figures to the right; columns without any are left out.
 
-    What does not fit beside the first columns goes below them, under their names again.
+    What does not fit beside the first column goes below, beside that again.
     """
     columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
-    padded = [_padded(column) for column in columns]
-    # rows are named by the columns up to the variant's
-    named = padded[: header.index("variant") + 1] if "variant" in header else padded[:1]
-    width = _width(named)
-    shown: list[list[str]] = []
-    for column in padded[len(named) :]:
-        if shown and width + _width([*shown, column]) > WIDTH:
-            yield from _lines([*named, *shown])
-            yield ""
-            shown = []
+    first, *others = [_padded(column) for column in columns]
+    shown = [first]
+    for column in others:
+        if len(shown) > 1 and _width([*shown, column]) > WIDTH:
+            yield from [*_lines(shown), ""]
+            shown = [first]
         shown.append(column)
-    yield from _lines([*named, *shown])
+    yield from _lines(shown)
 
 
 def _padded(column: Sequence[str]) -> list[str]:
@@ -61,7 +67,7 @@ def _padded(column: Sequence[str]) -> list[str]:
 
 
 def _width(columns: Sequence[Sequence[str]]) -> int:
-    return sum(len(column[0]) + 2 for column in columns)
+    return sum(len(column[0]) + 2 for column in columns) - 2
 
 
 def _lines(columns: Sequence[Sequence[str]]) -> Iterator[str]:
