@@ -42,10 +42,12 @@ setup(
         "fastgpt.fused",
         "fastgpt.implementations",
         "fastgpt.kernels",
+        "fastgpt.storage",
+        "fastgpt.training",
     ],
     package_dir={"fastgpt.kernels": "kernels"},
     package_data={"fastgpt": ["py.typed"], "fastgpt.kernels": ["tuned.json"]},
-    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
+    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "tqdm"],
     extras_require={
         "flash": ["flash-attn>=2.6"],
         "data": ["tiktoken", "numpy"],

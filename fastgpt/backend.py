@@ -10,6 +10,7 @@ The mode is process-wide. It starts as $FASTGPT_BACKEND, or "auto".
 
 import os
 import pkgutil
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -83,7 +84,18 @@ def _checked_mode(mode: str, source: str) -> str:
     return mode
 
 
-_mode = _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+def _mode_at_start() -> str:
+    try:
+        return _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
+    except ValueError as error:
+        # the command line has not got as far as where it turns errors into a line
+        if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "fastgpt":
+            print(f"fastgpt: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+_mode = _mode_at_start()
 _overrides: dict[str, str] = {}
 _warned: set[str] = set()
 _loaded: dict[str, Any] = {}  # path in OPS -> module or object, or the exception of its import
@@ -129,8 +141,9 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
     `facts` are what else its implementations ask about, such as `width` and `head_dim`.
     """
     given = tuple(t for t in tensors if t is not None)
-    if _mode == "auto" and torch.compiler.is_compiling() and op not in ("compiled", *_overrides):
-        return reference  # torch.compile fuses PyTorch's own ops across modules
+    alone = op != "compiled" and op not in _overrides
+    if alone and _mode == "auto" and torch.compiler.is_compiling():
+        return reference  # one by one our ops are slower than what torch.compile makes of PyTorch's
     choice = explain(op, given, facts)
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)

@@ -1,52 +1,268 @@
 """Checkpoint files: nanoGPT's ckpt.pt, read and written.
 
-Only tensors and plain types are read from a file, nothing that could run.
+Only tensors and plain types are read from a file, nothing that could run. A file of ours ends in a
+checksum of all of it (storage/seal.py); in any other the zip's own are looked at. Whatever is wrong
+with a file is found, and said with its name, before a model is built.
 """
 
-import os
 import pickle
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
+from fastgpt import checks
 from fastgpt.model import GPT, GPTConfig
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a ckpt.pt, nanoGPT's or fastgpt's, on the CPU."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; `fastgpt train` writes one")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
-    if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
-        raise ValueError(f"{path} is no checkpoint of a GPT: it lacks `model` or `model_args`")
-    return saved
-
-
-def save_checkpoint(saved: dict[str, Any], path: Path) -> None:
-    """Write all of it or leave the file as it was: a full disk must not cost the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    torch.save(saved, unfinished)
-    os.replace(unfinished, path)
-
-
-def load_model(saved: dict[str, Any]) -> GPT:
-    model = GPT(GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
-    return model
-
+from fastgpt.storage import files, seal
+from fastgpt.weights import bare_name
 
 NANOGPT_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 
 
+def read(path: Path) -> Any:
+    """What torch.save wrote, undamaged. ValueError names the file and what is wrong with it."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a checkpoint file; name the file in it")
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}; `fastgpt train` writes one")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        sealed = _is_whole(file, path)
+        saved = _loaded(file, path)
+    if isinstance(saved, dict) and saved.get("checksum") and not sealed:
+        raise ValueError(f"{path} is damaged: its checksum is gone; use another checkpoint")
+    return saved
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The dict in a ckpt.pt, nanoGPT's or fastgpt's, on the CPU. ValueError names what is wrong."""
+    saved = read(path)
+    try:
+        _check_kinds(saved)
+        saved["model_args"] |= saved.get("fastgpt", {}).get("model_args", {})
+        check(saved)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint of a GPT: {error}") from None
+    return saved
+
+
+def _is_whole(file: BinaryIO, path: Path) -> bool:
+    if file.read(4) != b"PK\3\4":
+        size = file.seek(0, 2)
+        raise ValueError(
+            f"{path} is no checkpoint: {'it is empty' if not size else 'no zip archive'}, where "
+            "torch.save writes one; use a file that `fastgpt train` or nanoGPT wrote"
+        )
+    if seal.is_sealed(file, path):
+        return True
+    seal.check_members(file, path)
+    return False
+
+
+def _loaded(file: BinaryIO, path: Path) -> Any:
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"{found[1]}, which could run code" if found else "something else"
+        raise ValueError(
+            f"{path} is no checkpoint of tensors and plain values: it holds {what}; it was not "
+            "loaded. Ask for a file of weights only"
+        ) from None
+    except Exception as error:  # what is malformed raises anything
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"{path} is no checkpoint: {reason}") from None
+
+
+def _check_kinds(saved: Any) -> None:
+    if not isinstance(saved, dict):
+        raise ValueError(f"it holds a {type(saved).__name__}, not a dict")
+    kinds = dict(model=dict, model_args=dict, optimizer=dict, config=dict, fastgpt=dict)
+    for name, kind in kinds.items():
+        if name not in saved:
+            if name in ("model", "model_args"):
+                raise ValueError(f"it lacks `{name}`")
+        elif not isinstance(saved[name], kind):
+            found = type(saved[name]).__name__
+            raise ValueError(f"`{name}` is a {found}, not a {kind.__name__}")
+    if not isinstance(saved.get("fastgpt", {}).get("model_args", {}), dict):
+        raise ValueError("`model_args` of `fastgpt` is no dict")
+
+
+def check(saved: Mapping[str, Any]) -> None:
+    """ValueError unless this is a checkpoint of a GPT, of exactly the weights its sizes ask for."""
+    if "iter_num" in saved:
+        _check_number("iter_num", saved["iter_num"], whole=True)
+    if "best_val_loss" in saved:
+        _check_number("best_val_loss", saved["best_val_loss"], whole=False)
+    config = config_of(saved["model_args"])
+    check_weights(config, saved["model"])
+    characters = saved.get("fastgpt", {}).get("characters")
+    if characters is None:
+        return
+    if not isinstance(characters, list) or not all(isinstance(c, str) and c for c in characters):
+        raise ValueError("`characters` is no list of characters")
+    if not 0 < len(set(characters)) == len(characters) <= config.vocab_size:
+        raise ValueError(
+            f"it has {len(characters)} `characters`, and vocab_size={config.vocab_size}"
+        )
+
+
+def _check_number(name: str, value: Any, whole: bool) -> None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    kinds = int if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or (whole and value < 0):
+        raise ValueError(f"`{name}` is {value!r:.40}, not a {'count' if whole else 'number'}")
+
+
+def config_of(args: Mapping[str, Any]) -> GPTConfig:
+    """A `model_args` as a GPTConfig. ValueError names a field that is unknown, missing or bad."""
+    known = {field.name for field in fields(GPTConfig)}
+    if unknown := sorted(map(repr, set(args) - known)):
+        raise ValueError(f"`model_args` has {', '.join(unknown)}, which no GPT of fastgpt's has")
+    if missing := sorted(set(NANOGPT_FIELDS) - {"dropout", "bias"} - set(args)):
+        raise ValueError(f"`model_args` lacks {', '.join(missing)}")
+    config = GPTConfig(**args)
+    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        if isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={getattr(config, name)} must be an integer")
+    for name in ("bias", "return_logits", "checkpoint_blocks"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name}={getattr(config, name)!r:.40} must be True or False")
+    dropout = config.dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r:.40} must be at least 0 and below 1")
+    try:
+        checks.check_config(config, GPTConfig)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return config
+
+
+def check_weights(config: GPTConfig, weights: Mapping[str, Any]) -> None:
+    """ValueError names the first weight that is missing, left over, or of another shape."""
+    named = ((bare_name(str(name)), w) for name, w in weights.items())
+    stored = {name: w for name, w in named if name is not None}
+    blocks = {name.split(".")[2] for name in stored if name.startswith("transformer.h.")}
+    if len(blocks) != config.n_layer:  # before a list of so many names is made
+        raise ValueError(f"n_layer={config.n_layer}, but `model` has {len(blocks)} blocks")
+    expected = dict(shapes(config))
+    for name, shape in expected.items():
+        if name not in stored:
+            raise ValueError(f"`model` lacks {name}")
+        _check_tensor(name, stored[name], shape)
+    if extra := sorted(set(stored) - set(expected)):
+        raise ValueError(f"`model` has {extra[0]!r:.60}, which a GPT of its sizes does not have")
+
+
+def _check_tensor(name: str, t: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name} is a {type(t).__name__}, not a tensor")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} is {tuple(t.shape)}, and `model_args` make it {shape}")
+    if t.layout != torch.strided or t.is_quantized or not t.is_floating_point():
+        raise ValueError(f"{name} is {t.dtype} in layout {t.layout}, no plain floating point")
+    # a tensor may claim more elements than the file holds, by strides of 0
+    if t.is_meta or t.numel() * t.element_size() > t.untyped_storage().nbytes():
+        raise ValueError(f"{name} {tuple(t.shape)} is larger than what is stored of it")
+
+
+def shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of a GPT's state dict."""
+    C = config.n_embd
+    yield "transformer.wte.weight", (config.vocab_size, C)
+    yield "transformer.wpe.weight", (config.block_size, C)
+    layers = {
+        "ln_1": (C,),
+        "attn.c_attn": (3 * C, C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (4 * C, C),
+        "mlp.c_proj": (C, 4 * C),
+    }
+    named = [
+        (f"transformer.h.{i}.{name}", s)
+        for i in range(config.n_layer)
+        for name, s in layers.items()
+    ]
+    for name, shape in (*named, ("transformer.ln_f", (C,))):
+        yield f"{name}.weight", shape
+        if config.bias:
+            yield f"{name}.bias", shape[:1]
+    yield "lm_head.weight", (config.vocab_size, C)
+
+
+def save_checkpoint(saved: Mapping[str, Any], path: Path) -> None:
+    """Write all of it or leave the file as it was: a full disk must not cost the one before."""
+    saved = _as_nanogpt_reads_it(saved)
+    with files.replacing(path, size_of(saved)) as file:
+        noting = _Noting(file)
+        try:
+            torch.save({**saved, "checksum": "sha256, in the comment at the end"}, noting)  # type: ignore
+        except RuntimeError:
+            raise noting.error or RuntimeError(f"cannot write {path}") from None
+        seal.seal(file)
+
+
+def _as_nanogpt_reads_it(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its GPTConfig takes no other fields than its own: ours go into a place of their own."""
+    args = saved.get("model_args", {})
+    others = {name: value for name, value in args.items() if name not in NANOGPT_FIELDS}
+    if not others:
+        return saved
+    own = {name: value for name, value in args.items() if name in NANOGPT_FIELDS}
+    return {
+        **saved,
+        "model_args": own,
+        "fastgpt": {**saved.get("fastgpt", {}), "model_args": others},
+    }
+
+
+class _Noting:
+    """A file whose OSError is remembered: torch.save turns it into words of its own."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def size_of(saved: Any) -> int:
+    """About how many bytes a file of it takes."""
+    if isinstance(saved, Tensor):
+        return saved.numel() * saved.element_size() + 256
+    if isinstance(saved, Mapping):
+        return 4096 + sum(size_of(value) for value in saved.values())
+    return sum(map(size_of, saved)) if isinstance(saved, (list, tuple)) else 64
+
+
+def load_model(saved: Mapping[str, Any]) -> GPT:
+    model = GPT(config_of(saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    return model
+
+
 def model_args(config: GPTConfig) -> dict[str, Any]:
-    """nanoGPT's fields, and of fastgpt's own those that change something: nanoGPT's loader takes no
-    other name.
-    """
+    """nanoGPT's fields, and of fastgpt's own those that change what is computed."""
     args = {field.name: (getattr(config, field.name), field.default) for field in fields(GPTConfig)}
+    for name in ("return_logits", "checkpoint_blocks"):  # how, not what
+        del args[name]
     return {k: v for k, (v, default) in args.items() if k in NANOGPT_FIELDS or v != default}

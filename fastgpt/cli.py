@@ -13,6 +13,8 @@ from pathlib import Path
 
 import fastgpt
 from fastgpt.commands import run
+from fastgpt.commands.options import Parser, normalised
+from fastgpt.storage.printable import printable
 
 MODULES = {
     "prepare": ("fastgpt.commands.prepare", "turn a text into train.bin, val.bin and meta.pkl"),
@@ -63,11 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         print(overview())
         return 0
-    if argv == ["--version"]:
-        print(f"fastgpt {fastgpt.__version__}")
-        return 0
     try:
-        args = _parser(argv).parse_args(argv)
+        args = _arguments(argv)
         return args.main(args)
     except KeyboardInterrupt:
         return 130
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except _USER_ERRORS as error:
         if sys.flags.dev_mode:
             raise
-        print(f"fastgpt: {error}", file=sys.stderr)
+        print(f"fastgpt: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -92,22 +91,37 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    """A parser that lists every command and imports only the one that was asked for."""
-    parser = argparse.ArgumentParser(prog="fastgpt", description=fastgpt.__doc__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (module_name, line) in MODULES.items():
-        command = commands.add_parser(name, help=line, description=line)
-        if argv[:1] == [name]:
-            module = importlib.import_module(module_name)
-            module.add_arguments(command)
-            command.set_defaults(main=module.main)
+def one_line(error: Exception) -> str:
+    """What went wrong, without a file's control characters."""
+    return printable(" ".join(str(error).split()) or type(error).__name__)
 
-    line = "time training against nanoGPT's (in a checkout of fastgpt)"
-    # every argument is bench/train.py's, --help too: with this prefix none looks like an option
-    command = commands.add_parser("bench", help=line, add_help=False, prefix_chars="\0")
-    command.add_argument("args", nargs="*")
-    command.set_defaults(main=_bench)
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """Only the module of the command that was asked for is imported."""
+    if argv[:1] == ["bench"]:  # every argument is bench/train.py's, --help too
+        return argparse.Namespace(main=_bench, args=argv[1:])
+    if not argv or argv[0] not in MODULES:
+        return _listing().parse_args(argv)
+    name, rest = argv[0], argv[1:]
+    module_name, line = MODULES[name]
+    module = importlib.import_module(module_name)
+    parser = Parser(prog=f"fastgpt {name}", description=line)
+    module.add_arguments(parser)
+    parser.set_defaults(main=module.main)
+    if name == "run":  # all that follow are the script's
+        return parser.parse_args(rest)
+    return parser.parse_intermixed_args(normalised(rest))
+
+
+def _listing() -> argparse.ArgumentParser:
+    """For --help, and for what is no command."""
+    parser = Parser(prog="fastgpt", description=fastgpt.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastgpt {fastgpt.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    lines = {name: line for name, (_, line) in MODULES.items()}
+    lines["bench"] = "time training against nanoGPT's (in a checkout of fastgpt)"
+    for name, line in lines.items():
+        commands.add_parser(name, help=line, description=line)
     return parser
 
 

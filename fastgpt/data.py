@@ -5,15 +5,22 @@ character data meta.pkl, a dict of vocab_size, stoi and itos. Without meta.pkl t
 """
 
 import codecs
+import functools
+import hashlib
+import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-GPT2_VOCAB_SIZE = 50304  # 50257, padded to a multiple of 64 for speed
+from fastgpt.storage import manifest, texts
+
+GPT2_TOKENS = 50257
+GPT2_VOCAB_SIZE = 50304  # the same, padded to a multiple of 64 for speed
+_LOOKED_AT = 2**22  # ids of a file that are checked before training; the others when they are read
 
 
 class Characters:
@@ -41,14 +48,23 @@ class GPT2:
     vocab_size = GPT2_VOCAB_SIZE
     start = "\n"
 
-    def __init__(self) -> None:
+    @functools.cached_property
+    def encoding(self) -> Any:
+        """Loaded when it is first needed, which training is not."""
         try:
             import tiktoken
         except ImportError as error:
             raise ImportError(
                 f"GPT-2's tokenizer needs tiktoken ({error}); pip install 'fastgpt[data]'"
             ) from None
-        self.encoding = tiktoken.get_encoding("gpt2")
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network had to say
+            reason = (str(error).splitlines() or [""])[0]
+            raise OSError(
+                f"GPT-2's tokenizer could not be loaded ({type(error).__name__}: {reason:.200}); "
+                "offline, set TIKTOKEN_CACHE_DIR to a folder that an earlier use online has filled"
+            ) from None
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
@@ -71,11 +87,25 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.exists():
         return GPT2()
     try:
+        if path.stat().st_size > 2**26:
+            raise ValueError("it is larger than any vocabulary of characters")
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
-        return Characters([meta["itos"][i] for i in range(meta["vocab_size"])])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no meta.pkl of vocab_size, stoi and itos: {error}") from None
+        return Characters(_vocabulary(meta))
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(
+            f"{path} is no meta.pkl of vocab_size, stoi and itos: {error or type(error).__name__}"
+        ) from None
+
+
+def _vocabulary(meta: Any) -> list[str]:
+    itos, size = meta["itos"], meta["vocab_size"]
+    if not isinstance(size, int) or not 0 < size <= 2**16 or len(itos) != size:
+        raise ValueError(f"vocab_size={size!r:.40} is not the number of its {len(itos)} characters")
+    characters = [itos[i] for i in range(size)]
+    if not all(isinstance(c, str) and c for c in characters) or len(set(characters)) != size:
+        raise ValueError("itos does not name a different text for each id")
+    return characters
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -85,43 +115,155 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to import {module}.{name}")
 
 
+class Split:
+    """The ids of a train.bin or val.bin, read where they are asked for.
+
+    Nothing is mapped: a file that is shortened under a running training is an error, not a signal.
+    """
+
+    def __init__(self, path: Path, vocab_size: int):
+        self.path, self.vocab_size = path, vocab_size
+        self._file = path.open("rb")
+        size = path.stat().st_size
+        if size % 2:
+            raise ValueError(
+                f"{path} has {size} bytes, an odd number: no file of uint16 ids; it may have been "
+                "cut off. Run `fastgpt prepare` again"
+            )
+        self._length = size // 2
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, count: int) -> Tensor:
+        """ids[start : start + count] (count,) int64. ValueError for one that the model lacks."""
+        content = os.pread(self._file.fileno(), 2 * count, 2 * start)
+        if len(content) != 2 * count:
+            raise ValueError(
+                f"{self.path} has become shorter than the {len(self)} tokens it had at the start; "
+                "training ends. Put the file back, and go on with --resume"
+            )
+        ids = torch.frombuffer(bytearray(content), dtype=torch.int16).long() & 0xFFFF
+        if (largest := int(ids.max())) >= self.vocab_size:
+            position = start + int(ids.argmax())
+            raise ValueError(
+                f"{self.path} has the id {largest} at position {position}, beyond the vocabulary "
+                f"of {self.vocab_size}: it was written with another tokenizer, or damaged; run "
+                "`fastgpt prepare` again"
+            )
+        return ids
+
+    def windows(self, starts: Sequence[int], length: int) -> Tensor:
+        """(len(starts), length) int64."""
+        return torch.stack([self.read(start, length) for start in starts])
+
+
+def open_data(folder: Path) -> tuple[Tokenizer, dict[str, Split], str]:
+    """A data folder's tokenizer, its splits "train" and "val", and what identifies its content.
+
+    ValueError names what is wrong with it: not whole, cut off, of another type, or without the
+    vocabulary that its ids belong to.
+    """
+    paths = {name: _existing(folder, name) for name in ("train", "val")}
+    found = manifest.load(folder)
+    if found is not None:
+        found.check(folder)
+    tokenizer = load_tokenizer(folder)
+    known = GPT2_TOKENS if isinstance(tokenizer, GPT2) else tokenizer.vocab_size
+    splits = {name: Split(path, known) for name, path in paths.items()}
+    for split in splits.values():
+        if found is None:
+            _check_foreign(split, tokenizer)
+        split.read(0, min(len(split), _LOOKED_AT))
+    return tokenizer, splits, found.identity() if found else _identity(splits)
+
+
+def _check_foreign(split: Split, tokenizer: Tokenizer) -> None:
+    """What nobody says how it was written: by nanoGPT's prepare.py, or by anything."""
+    content = split.path.open("rb").read(2 * min(len(split), _LOOKED_AT))
+    ids = torch.frombuffer(bytearray(content), dtype=torch.int16).int() & 0xFFFF
+    low, high = ids[0::2], ids[1::2]
+    if len(high) >= 8 and not high.any() and len(low.unique()) > 2:
+        raise ValueError(
+            f"{split.path} looks like uint32: every second of its uint16 ids is 0. Write the ids "
+            "as uint16, or run `fastgpt prepare`"
+        )
+    largest, count = int(ids.max()), len(ids)
+    if (
+        isinstance(tokenizer, GPT2)
+        and count >= 1000
+        and largest < (256 if count < 100_000 else 10_000)
+    ):
+        raise ValueError(
+            f"no {split.path.with_name('meta.pkl')}, and {split.path} is no GPT-2 data: its ids "
+            f"end at {largest}. Put its meta.pkl back, or run `fastgpt prepare`"
+        )
+
+
+def _identity(splits: Mapping[str, Split]) -> str:
+    """For files without a manifest: their lengths, beginnings and ends."""
+    digest = hashlib.sha256()
+    for split in splits.values():
+        piece = min(len(split), 2**16)
+        digest.update(f"{len(split)} ".encode())
+        for start in (0, len(split) - piece):
+            digest.update(os.pread(split._file.fileno(), 2 * piece, 2 * start))
+    return digest.hexdigest()
+
+
+def _existing(folder: Path, split: str) -> Path:
+    path = folder / f"{split}.bin"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; make one with `fastgpt prepare FILE --out {folder}`")
+    if path.stat().st_size < 2:
+        raise ValueError(f"{path} is empty; `fastgpt prepare` writes it anew")
+    return path
+
+
 def load_split(folder: Path, split: str) -> Tensor:
     """The ids of "train" or "val", mapped, not read. As int16: those above 32767 are negative."""
-    path = folder / f"{split}.bin"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}; make one with `fastgpt prepare FILE --out {folder}`")
+    path = _existing(folder, split)
     size = path.stat().st_size // 2
-    if size == 0:
-        raise ValueError(f"{path} is empty; `fastgpt prepare` writes it anew")
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.int16)
 
 
 def random_batch(
-    ids: Tensor, batch_size: int, block_size: int, generator: torch.Generator, device: torch.device
+    ids: Tensor | Split,
+    batch_size: int,
+    block_size: int,
+    generator: torch.Generator,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Random windows x (B, T) of `ids`, and y (B, T), the id that follows each of theirs."""
-    if len(ids) <= block_size:
-        raise ValueError(
-            f"a split of {len(ids)} tokens has no window of {block_size} and the token after it; "
-            "use a smaller --block-size or more text"
-        )
-    starts = torch.randint(len(ids) - block_size, (batch_size, 1), generator=generator)
-    windows = ids[starts + torch.arange(block_size + 1)].long() & 0xFFFF  # (B, T + 1)
+    windows = random_windows(ids, batch_size, block_size, generator)
     if device.type == "cuda":  # from pinned memory the copy does not hold up the CPU
         windows = windows.pin_memory().to(device, non_blocking=True)
     return windows[:, :-1], windows[:, 1:]
 
 
-def read_text(path: Path | None) -> str:
-    """A file's text; without one Python's own documentation, which every Python carries along."""
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[name] for name in sorted(topics))
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
+def random_windows(
+    ids: Tensor | Split, batch_size: int, block_size: int, generator: torch.Generator
+) -> Tensor:
+    """(B, T + 1) int64, on the CPU."""
+    if len(ids) <= block_size:
+        name = ids.path if isinstance(ids, Split) else "a split"
         raise ValueError(
-            f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {error.start}; convert it first"
-        ) from None
+            f"{name} of {len(ids)} tokens has no window of {block_size} and the token after it; "
+            "use a smaller --block-size or more text"
+        )
+    starts = torch.randint(len(ids) - block_size, (batch_size, 1), generator=generator)
+    if isinstance(ids, Split):
+        return ids.windows(starts.flatten().tolist(), block_size + 1)
+    return ids[starts + torch.arange(block_size + 1)].long() & 0xFFFF
+
+
+def read_text(path: Path | None) -> str:
+    """A file's text; without one Python's own documentation."""
+    return python_documentation() if path is None else "".join(texts.pieces_of(path))
+
+
+def python_documentation() -> str:
+    """A text that every Python carries along."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))

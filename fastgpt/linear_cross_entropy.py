@@ -18,7 +18,7 @@ from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 # factor * dlosses/dlogits in the logits.
 InPlace = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 
-# The same out of place: logits, targets, ignore_index -> losses, and two (N,) that the backward reads.
+# Out of place: logits, targets, ignore_index -> losses, and two (N,) that the backward reads.
 Loss = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 # logits, targets, those two, a scale () fp32, another gradient of the logits or None, ignore_index
 # -> scale * dlosses/dlogits + the other
@@ -68,8 +68,8 @@ def logits_and_loss(
 
 
 class _LogitsAndLoss(torch.autograd.Function):
-    """Where logits leave a graph of torch.compile, a gradient of theirs comes back in any case, zeros
-    as a rule: it is added in the pass that makes dlogits, which would be one more otherwise.
+    """Where logits leave a graph of torch.compile, a gradient of theirs comes back in any case,
+    as a rule zeros: it is added in the pass that makes dlogits, which would be one more otherwise.
     """
 
     @staticmethod

@@ -198,7 +198,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
         """GPT-2 with OpenAI's weights, through Hugging Face: gpt2, gpt2-medium, gpt2-large,
-        gpt2-xl.
+        gpt2-xl; or the GPT-2 in a local folder of Hugging Face's format.
 
         `override_args` may set dropout, gelu, return_logits and checkpoint_blocks. As in nanoGPT
         the GELU stays exact; dict(gelu="tanh") gives what the weights were trained with.

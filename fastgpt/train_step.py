@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
@@ -29,6 +30,9 @@ class TrainStep:
     it from then on, for batches of that shape: no Python between kernels, which is what small
     batches wait for. `compile` runs the model under torch.compile.
 
+    `data_parallel` averages the gradients of all processes of torch.distributed's group, which each
+    call it with as many batches of their own. The loss that it returns is this process's.
+
     A step whose gradients are not all finite changes nothing. After `max_skipped` of them in a row
     FloatingPointError ends the training, 0 never does; a warning comes earlier.
     """
@@ -44,14 +48,20 @@ class TrainStep:
         capture: bool = False,
         compile: bool = False,
         max_skipped: int = 100,
+        data_parallel: bool = False,
     ):
         self.model, self.dtype = model, dtype
-        self.forward: Forward = torch.compile(model) if compile else model
         # not the head's: a fork's may have no weight of its own
         devices = (p.device for p in model.parameters() if not p.is_meta)
         self.device = next(devices, torch.device("cpu"))
         if capture and self.device.type != "cuda":
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
+        if capture and data_parallel:
+            raise ValueError("capture=True records one process's step; leave data_parallel or it")
+        self.forward: Forward = torch.compile(model) if compile else model
+        if data_parallel:  # makes the weights those of process 0, before they are copied
+            devices_used = [self.device] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.forward, device_ids=devices_used)
         # what autocast casts, float64 is not among it
         lower = (torch.float32, torch.float16, torch.bfloat16) if dtype != torch.float32 else ()
         cast = [p for p in model.parameters() if p.dtype in lower and p.dtype != dtype]
@@ -63,9 +73,10 @@ class TrainStep:
         self.graph = _Graph(self) if capture else None
         self.skipped = _Skipped(max_skipped)
 
-    def __call__(self, batches: Sequence[Batch]) -> Tensor:
+    def __call__(self, batches: Sequence[Batch], seeds: Sequence[int] | None = None) -> Tensor:
         """The mean loss, () fp32, still on the device: reading it would wait for the step.
 
+        `seeds`, one a batch, make dropout its own affair, whatever was drawn before.
         RuntimeError names what to change if the batch does not fit in memory.
         """
         if not batches:
@@ -73,7 +84,13 @@ class TrainStep:
         self.optimizer.copy_weights()  # of those that somebody changed since
         run = self.graph.replay if self.graph else self.micro_step
         try:
-            losses = [run(x, y, len(batches)) for x, y in batches]
+            losses = []
+            for number, (x, y) in enumerate(batches):
+                if seeds is not None:
+                    torch.manual_seed(seeds[number])
+                if isinstance(self.forward, DistributedDataParallel):  # shared once a step
+                    self.forward.require_backward_grad_sync = number == len(batches) - 1
+                losses.append(run(x, y, len(batches)))
         except RuntimeError as error:
             if (explained := _explained(error, batches[0][0])) is None:
                 raise

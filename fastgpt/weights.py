@@ -1,6 +1,8 @@
 """Weights in and out: names that wrappers prefix, and Hugging Face's layout of the same weights."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,11 @@ def _inside(name: str, own: set[str]) -> str | None:
     return name
 
 
+def bare_name(name: str) -> str | None:
+    """A weight's name without wrappers'; None for a causal mask, which is no weight."""
+    return None if name.endswith(_MASKS) else _bare(name)
+
+
 def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -58,20 +65,124 @@ def _bare(name: str) -> str:
 def from_hugging_face(
     model_class: Any, config_class: Any, model_type: str, override_args: dict[str, Any]
 ) -> Any:
-    """A `model_class` with the weights that transformers has under `model_type`."""
-    if model_type not in SIZES:
-        raise ValueError(f"unknown model_type={model_type!r}; use one of {', '.join(SIZES)}")
+    """A `model_class` with the weights that transformers has as `model_type`, or a folder has."""
+    if model_type not in SIZES and not Path(model_type).is_dir():
+        raise ValueError(
+            f"unknown model_type={model_type!r}; use one of {', '.join(SIZES)}, or a local folder"
+        )
     allowed = {"dropout", "gelu", "return_logits", "checkpoint_blocks"}
     if not set(override_args) <= allowed:
         wrong = ", ".join(sorted(set(override_args) - allowed))
         raise ValueError(f"cannot override {wrong}: {model_type} fixes it; only {sorted(allowed)}")
-    from transformers import GPT2LMHeadModel  # large, and only needed here
-
+    transformers = import_transformers()
     print(f"loading weights from pretrained gpt: {model_type}")
-    sizes = dict(SIZES[model_type], vocab_size=50257, block_size=1024, bias=True)
-    model = model_class(config_class(**sizes, **override_args))
-    load_hugging_face(model, GPT2LMHeadModel.from_pretrained(model_type).state_dict())
+    if not Path(model_type).is_dir():
+        hf_model = transformers.GPT2LMHeadModel.from_pretrained(model_type)
+        sizes = dict(SIZES[model_type], vocab_size=50257, block_size=1024, bias=True)
+    else:
+        hf_model = load_folder(Path(model_type))
+        sizes = sizes_of(hf_model.config) | {"dropout": 0.0}
+    model = model_class(config_class(**{**sizes, **override_args}))
+    load_hugging_face(model, hf_model.state_dict())
     return model
+
+
+def import_transformers() -> Any:
+    """Large, and only needed to exchange weights."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"Hugging Face's weights need transformers ({error}); pip install 'fastgpt[hf]'"
+        ) from None
+    return transformers
+
+
+def load_folder(folder: Path) -> Any:
+    """transformers' GPT2LMHeadModel of a local folder: nothing is fetched, no code in it is run."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no config.json, so it holds no Hugging Face model; "
+            f"name a checkpoint by its file, as in {folder / 'ckpt.pt'}"
+        )
+    try:
+        values = json.loads(path.read_bytes())
+        hf_config = import_transformers().GPT2Config(**_plain(values))
+        sizes_of(hf_config)
+        _check_stored(hf_config, folder)
+    except ImportError:
+        raise
+    except Exception as error:  # a malformed one raises anything
+        raise ValueError(f"{path} is no GPT-2's: {error}") from None
+    # attention of a name that the folder chooses might be fetched from anywhere
+    how = dict(attn_implementation="eager", trust_remote_code=False, local_files_only=True)
+    try:
+        return import_transformers().GPT2LMHeadModel.from_pretrained(
+            str(folder), config=hf_config, **how
+        )
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} holds no GPT-2 that can be loaded: {reason:.300}") from None
+
+
+_ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# what nanoGPT's GPT has built in, and transformers' can be configured to do otherwise
+_FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+_READ = (
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
+    *("activation_function", "resid_pdrop", "bos_token_id", "eos_token_id", *_FIXED),
+)
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """Of a config.json what a GPT-2 is made by: the rest may name code, kernels, quantizers."""
+    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
+        found = values.get("model_type") if isinstance(values, dict) else values
+        raise ValueError(f"cannot convert model_type={found!r:.60}, only 'gpt2'")
+    return {name: values[name] for name in _READ if name in values}
+
+
+def sizes_of(hf: Any) -> dict[str, Any]:
+    """The fields of a GPTConfig. ValueError names what a GPT of nanoGPT's cannot do."""
+    for name, value in _FIXED.items():
+        if getattr(hf, name) != value:
+            raise ValueError(f"cannot convert {name}={getattr(hf, name)!r:.60}, only {value!r}")
+    if hf.activation_function not in _ACTIVATIONS:
+        raise ValueError(f"cannot convert activation_function={hf.activation_function!r}, no GELU")
+    sizes = dict(
+        block_size=hf.n_positions,
+        vocab_size=hf.vocab_size,
+        n_layer=hf.n_layer,
+        n_head=hf.n_head,
+        n_embd=hf.n_embd,
+    )
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r:.60} must be an integer of at least 1")
+    if hf.n_inner not in (None, 4 * hf.n_embd):
+        raise ValueError(f"cannot convert n_inner={hf.n_inner}, only 4 * n_embd={4 * hf.n_embd}")
+    gelu = _ACTIVATIONS[hf.activation_function]
+    return dict(sizes, bias=True, dropout=hf.resid_pdrop, gelu=gelu)
+
+
+def _check_stored(hf: Any, folder: Path) -> None:
+    """ValueError if the config asks for more weights than the files could hold, before any is made:
+    at a byte each at the least.
+    """
+    wanted = (12 * hf.n_layer * hf.n_embd + hf.vocab_size + hf.n_positions) * hf.n_embd
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    stored = sum(path.stat().st_size for path in files)
+    if wanted > stored:
+        raise ValueError(
+            f"n_layer={hf.n_layer}, n_embd={hf.n_embd} and vocab_size={hf.vocab_size} make "
+            f"{wanted:,} weights, and its files have {stored:,} bytes"
+        )
 
 
 @torch.no_grad()

@@ -43,15 +43,23 @@ def entry(device_name: str) -> dict[str, Any]:
 
 
 def configured(t: Tensor, kernel: str, guess: Callable[..., Any], *shape: Any) -> Any:
-    """The launch configuration of `kernel` where `t` lives: measured, or guess(*shape)."""
+    """The launch configuration of `kernel` where `t` lives: measured, or guess(*shape). What was
+    measured of a kernel that has other settings by now is no more than a guess either.
+    """
     key = " ".join([kernel, *(str(part).removeprefix("torch.") for part in shape)])
     if key in _trial:
         return _trial[key]
+    guessed = guess(*shape)
     if t.is_cuda:
-        configs = entry(_name(t.device)).get("configs", {})
-        if key in configs:
-            return configs[key]
-    return guess(*shape)
+        measured = entry(_name(t.device)).get("configs", {}).get(key)
+        if measured is not None and _settings(measured) == _settings(guessed):
+            return measured
+    return guessed
+
+
+def _settings(config: Any) -> list[set[str]]:
+    """The names in a configuration, or in each of the several that one key may stand for."""
+    return [set(one) for one in ([config] if isinstance(config, dict) else config)]
 
 
 @functools.cache

@@ -24,6 +24,7 @@ FILES = sorted(
 # A file imports from lines above its own, and may import others of its own line where that closes
 # no circle. What is in brackets is imported inside functions: importing fastgpt needs no triton.
 LAYERS = """
+    storage
     reference kernels._tuned kernels._autograd timing init devices data weights
     implementations.interception
     checks implementations.sdpa implementations.flash_attn implementations.aten
@@ -38,6 +39,7 @@ LAYERS = """
     model
     examples
     train_step environment checkpoint
+    training
     commands
     cli
     __init__ __main__

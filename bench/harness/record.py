@@ -27,6 +27,7 @@ from typing import Any
 
 from bench.harness import nvidia_smi
 from fastgpt.environment import versions
+from fastgpt.storage import files
 
 SCHEMA = 1
 RESULTS = Path(__file__).parents[1] / "results"
@@ -71,9 +72,7 @@ def save(record: Record, results: Path = RESULTS) -> Path:
 
 def write(record: Record, path: Path) -> None:
     """In one step: whatever ends this process leaves all of the file's last content, or the new."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(path)
+    files.write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> Record:

@@ -33,7 +33,8 @@ class Run:
 
 
 # "nologits" variants and liger-fused return no logits, as a training loop needs none. "compile" is
-# eager under torch.compile, "fastgpt-compile" what is measured to win there (backend.OPS). What has the name of a peer alone runs as that peer's users run it.
+# eager under torch.compile, "fastgpt-compile" what is measured to win there (backend.OPS). What has
+# the name of a peer alone runs as that peer's users run it.
 VARIANTS: dict[str, Callable[[Run], Step]] = {
     "eager": lambda run: _step(run, _gpt(run), plain_adamw),
     "compile": lambda run: _step(run, _gpt(run), plain_adamw, compiled=True),

@@ -1,37 +1,32 @@
-"""`fastgpt convert`: a checkpoint into a Hugging Face folder, or back.
+"""`fastgpt convert`: a checkpoint into a Hugging Face folder with its tokenizer, or back; and a
+sharded checkpoint (train --shard) into one file.
 
-Converting keeps the logits; what Hugging Face has no place for (optimizer state, characters) is
-dropped.
+Converting keeps the logits; what Hugging Face has no place for, as optimizer state, is dropped.
 """
 
 import argparse
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt import weights
-from fastgpt.checkpoint import load_checkpoint, load_model, model_args, save_checkpoint
+from fastgpt import data, weights
+from fastgpt.checkpoint import load_checkpoint, load_model, model_args, save_checkpoint, size_of
+from fastgpt.commands.sample import tokenizer_of
 from fastgpt.model import GPT, GPTConfig
-
-_ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-# what nanoGPT's GPT has built in, and transformers' can be configured to do otherwise
-_FIXED = {
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-}
+from fastgpt.storage import files, hf_tokenizer, shards
+from fastgpt.training import sharded_folder
 
 
-def to_hugging_face(source: Path, folder: Path) -> None:
-    """Write a folder that GPT2LMHeadModel.from_pretrained loads."""
-    model = load_model(load_checkpoint(source))
+def to_hugging_face(source: Path, folder: Path) -> str:
+    """Write a folder that GPT2LMHeadModel.from_pretrained loads -> what to tell about it."""
+    saved = load_checkpoint(source)
+    model = load_model(saved)
     cfg = model.config
-    end_of_text = 50256 if cfg.vocab_size > 50256 else None  # GPT-2's
-    transformers = _transformers()
+    end_of_text = data.GPT2_TOKENS - 1 if cfg.vocab_size >= data.GPT2_TOKENS else None
+    transformers = weights.import_transformers()
     hf_config = transformers.GPT2Config(
         vocab_size=cfg.vocab_size,
         n_positions=cfg.block_size,
@@ -51,18 +46,29 @@ def to_hugging_face(source: Path, folder: Path) -> None:
         if name.endswith(".bias"):  # transformers has no bias=False: 0
             exported.setdefault(name, torch.zeros_like(parameter))
     hf_model.load_state_dict(exported)
-    hf_model.save_pretrained(folder)
+    with files.replacing_folder(folder, size_of(exported)) as made:
+        hf_model.save_pretrained(made)
+        if not (made / "config.json").is_file():
+            raise OSError(f"transformers wrote nothing to {made}")
+        return _write_tokenizer(saved, source, made)
 
 
-def from_hugging_face(folder: Path, path: Path) -> None:
+def _write_tokenizer(saved: Mapping[str, Any], source: Path, folder: Path) -> str:
+    try:
+        tokenizer = tokenizer_of(saved, source.parent)
+        if isinstance(tokenizer, data.GPT2):
+            hf_tokenizer.write_gpt2(tokenizer.encoding._mergeable_ranks, folder)
+        else:
+            hf_tokenizer.write_characters(tokenizer.characters, folder)
+    except (ValueError, OSError, ImportError) as error:
+        return f"; without a tokenizer: {error}"
+    return " and its tokenizer"
+
+
+def from_hugging_face(folder: Path, path: Path) -> str:
     """Write a ckpt.pt that nanoGPT's sample.py, and as a start its train.py, load."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json, so it holds no Hugging Face model; "
-            f"name a checkpoint by its file, as in {folder / 'ckpt.pt'}"
-        )
-    hf_model = _transformers().GPT2LMHeadModel.from_pretrained(folder)
-    config = _config(hf_model.config)
+    hf_model = weights.load_folder(folder)
+    config = GPTConfig(**weights.sizes_of(hf_model.config))
     model = GPT(config)
     weights.load_hugging_face(model, hf_model.state_dict())
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")  # no step taken
@@ -74,40 +80,20 @@ def from_hugging_face(folder: Path, path: Path) -> None:
         "best_val_loss": math.inf,
         "config": {},
     }
+    if characters := hf_tokenizer.read_characters(folder, config.vocab_size):
+        saved["fastgpt"] = {"characters": characters}
     save_checkpoint(saved, path)
+    return ""
 
 
-def _config(hf: Any) -> GPTConfig:
-    for name, value in _FIXED.items():
-        if getattr(hf, name) != value:
-            raise ValueError(f"cannot convert {name}={getattr(hf, name)!r}, only {value!r}")
-    if hf.activation_function not in _ACTIVATIONS:
-        raise ValueError(f"cannot convert activation_function={hf.activation_function!r}, no GELU")
-    if hf.n_inner not in (None, 4 * hf.n_embd):
-        raise ValueError(f"cannot convert n_inner={hf.n_inner}, only 4 * n_embd={4 * hf.n_embd}")
-    return GPTConfig(
-        block_size=hf.n_positions,
-        vocab_size=hf.vocab_size,
-        n_layer=hf.n_layer,
-        n_head=hf.n_head,
-        n_embd=hf.n_embd,
-        dropout=hf.resid_pdrop,
-        gelu=_ACTIVATIONS[hf.activation_function],
-    )
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f"converting needs transformers ({error}); pip install 'fastgpt[hf]'"
-        ) from None
-    return transformers
+def from_shards(folder: Path, path: Path) -> str:
+    """Write the one ckpt.pt of a sharded checkpoint, optimizer included."""
+    save_checkpoint(sharded_folder.whole(folder), path)
+    return ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", type=Path, help="a checkpoint file, or a Hugging Face folder")
+    parser.add_argument("src", type=Path, help="a checkpoint file, or a folder of either kind")
     parser.add_argument("dst", type=Path, help="the folder, or the checkpoint file, to write")
     parser.add_argument("--force", action="store_true", help="write even if DST exists")
 
@@ -115,9 +101,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not args.src.exists():
         raise FileNotFoundError(f"no checkpoint file or Hugging Face folder {args.src}")
-    if args.dst.exists() and not args.force:
+    if (args.dst.exists() or args.dst.is_symlink()) and not args.force:
         raise FileExistsError(f"{args.dst} exists; --force writes over it")
-    convert = from_hugging_face if args.src.is_dir() else to_hugging_face
-    convert(args.src, args.dst)
-    print(f"wrote {args.dst}")
+    if args.src.is_dir():
+        if args.dst.is_dir():
+            raise IsADirectoryError(f"{args.dst} is a folder; name the file to write, as ckpt.pt")
+        convert: Callable[[Path, Path], str] = from_shards
+        if not (args.src / shards.INFO).exists():
+            convert = from_hugging_face
+    else:
+        _check_replaceable(args.dst)
+        convert = to_hugging_face
+    more = convert(args.src, args.dst)
+    print(f"wrote {args.dst}{more}")
     return 0
+
+
+def _check_replaceable(folder: Path) -> None:
+    """--force replaces a Hugging Face folder, not whatever somebody may have named."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise FileExistsError(f"{folder} holds no Hugging Face model that could be replaced")
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; a Hugging Face model is a folder")

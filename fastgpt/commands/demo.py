@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 from fastgpt import backend_report, data, environment, use_backend
 from fastgpt.commands.prepare import prepare
 from fastgpt.commands.sample import write_sample
-from fastgpt.commands.train import TrainConfig, Trainer, train
 from fastgpt.devices import autocast
 from fastgpt.train_step import Batch
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.loop import train
+from fastgpt.training.trainer import Trainer
 
 OUT = Path("out/demo")
 
@@ -31,7 +34,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0, help="of training (%(default)s)")
     args = parser.parse_args()
 
-    vocab_size = prepare(data.read_text(args.data), OUT / "data").vocab_size
+    vocab_size = prepare(data.read_text(args.data), OUT / "data", force=True).vocab_size
     config = TrainConfig(
         data=str(OUT / "data"),
         out=str(OUT),
@@ -44,22 +47,31 @@ def main() -> int:
         min_lr=3e-4,
         warmup=20,
         minutes=args.minutes,
+        force=True,
     )
     print(f"a character GPT, {args.minutes:g} minutes of training (Ctrl-C ends them early)\n")
     result = train(config)
+    trained = result.val_loss
+    if result.interrupted and result.step:  # it was saved at once, and not validated
+        trained = _val_loss(_quiet_trainer(replace(config, resume=True, force=False)))
 
     print(f"\na sample from {OUT / 'ckpt.pt'}:\n")
     tokenizer = data.load_tokenizer(OUT / "data")
     prompt = "The " if set("The ") <= set(tokenizer.characters or "The ") else tokenizer.start
     write_sample(result.model.eval(), tokenizer, prompt, 400, temperature=0.8)
 
-    uniform, untrained = math.log(vocab_size), _quiet_trainer(config).validate()
+    uniform, untrained = math.log(vocab_size), _val_loss(_quiet_trainer(config))
     print("\nvalidation loss, nats per character:")
     print(f"  {untrained:.2f}  untrained (guessing blindly: ln {vocab_size} = {uniform:.2f})")
     print(f"  {_unigram_loss(vocab_size):.2f}  guessing by how frequent each character is")
-    print(f"  {result.val_loss:.2f}  after {result.step:,} steps\n")
+    print(f"  {trained:.2f}  after {result.step:,} steps\n")
     print(_speed(config))
     return 0
+
+
+def _val_loss(trainer: Trainer) -> float:
+    losses = trainer.validate()
+    return math.nan if losses is None else losses.val
 
 
 def _unigram_loss(vocab_size: int) -> float:
@@ -94,11 +106,11 @@ def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
     )
 
 
-def _nanogpts_step(trainer: Trainer) -> Callable[[Sequence[Batch]], Tensor]:
+def _nanogpts_step(trainer: Trainer) -> Callable[..., Tensor]:
     model, optimizer = trainer.model, torch.optim.AdamW(trainer.model.parameters())
     model.config.return_logits = True
 
-    def step(batches: Sequence[Batch]) -> Tensor:
+    def step(batches: Sequence[Batch], _: Sequence[int] | None) -> Tensor:
         ((x, y),) = batches
         with autocast(trainer.device, trainer.dtype):
             _, loss = model(x, y)

@@ -3,14 +3,18 @@
 import argparse
 import contextlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt import checkpoint, data
+from fastgpt.commands.options import count, seed
 from fastgpt.devices import autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
+from fastgpt.storage import hf_tokenizer
+from fastgpt.storage.printable import printable
 from fastgpt.weights import SIZES
 
 
@@ -30,31 +34,31 @@ def write_sample(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; a model needs at least one token to go on from")
-    print(prompt, end="", flush=True)
+    print(printable(prompt), end="", flush=True)
     with autocast(device, pick_dtype(device, None)):
         idx = torch.tensor([ids], device=device)
         columns = model.generate_stream(idx, max_new_tokens, **sampling)
         text = ""
         for piece in tokenizer.stream(int(column) for column in columns):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
             text += piece
             if stop and stop in text:
                 break
     print()
 
 
-def tokenizer_of(saved: dict[str, Any], out: Path) -> data.Tokenizer:
+def tokenizer_of(saved: Mapping[str, Any], out: Path) -> data.Tokenizer:
     """The tokenizer a checkpoint was trained with: in fastgpt's file, or in data/ for nanoGPT's."""
-    if "fastgpt" in saved:
+    if "characters" in saved.get("fastgpt", {}):
         characters = saved["fastgpt"]["characters"]
         return data.GPT2() if characters is None else data.Characters(characters)
-    dataset = saved.get("config", {}).get("dataset", "")
+    dataset = str(saved.get("config", {}).get("dataset", ""))
     for root in (Path(), out.resolve().parent):
         folder = root / "data" / dataset
         if (folder / "meta.pkl").exists():
             return data.load_tokenizer(folder)
     vocab_size = saved["model_args"]["vocab_size"]
-    if vocab_size < 50257:
+    if vocab_size < data.GPT2_TOKENS:
         raise ValueError(
             f"the vocabulary of {vocab_size} is not GPT-2's, and data/{dataset}/meta.pkl is not "
             "here; --data names the folder it is in"
@@ -62,33 +66,53 @@ def tokenizer_of(saved: dict[str, Any], out: Path) -> data.Tokenizer:
     return data.GPT2()
 
 
+def check_fits(tokenizer: data.Tokenizer, model: GPT) -> None:
+    """ValueError for a vocabulary that is not the model's."""
+    size, characters = model.config.vocab_size, tokenizer.characters
+    known = data.GPT2_TOKENS if characters is None else len(characters)
+    if size < known or (characters is not None and size != known):
+        raise ValueError(
+            f"the vocabulary has {known} tokens and the model {size}; --data names the folder that "
+            "the model was trained on"
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default="out", help="folder of ckpt.pt (%(default)s)")
     parser.add_argument(
         "--data", type=Path, help="folder of meta.pkl, where the checkpoint does not tell"
     )
-    parser.add_argument("--pretrained", choices=SIZES, help="OpenAI's weights instead of --out")
+    parser.add_argument(
+        "--pretrained", help=f"{', '.join(SIZES)} or a Hugging Face folder, instead of --out"
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="text to go on from (a new line)")
     prompt.add_argument("--prompt-file", type=Path, help="the same, from a file")
-    parser.add_argument("--num-samples", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="(%(default)s)")
+    parser.add_argument("--num-samples", type=count, default=1, help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=count, default=500, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is argmax (%(default)s)")
     parser.add_argument(
         "--top-k", type=int, default=200, help="likeliest tokens to keep (%(default)s)"
     )
     parser.add_argument("--top-p", type=float, help="probability that the tokens kept add up to")
     parser.add_argument("--stop", help="text that ends a sample")
-    parser.add_argument("--seed", type=int, default=1337, help="(%(default)s)")
+    parser.add_argument("--seed", type=seed, default=1337, help="(%(default)s)")
     parser.add_argument("--device", help="default: a GPU if there is one")
 
 
 def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
+    tokenizer: data.Tokenizer
     if args.pretrained:
-        return GPT.from_pretrained(args.pretrained, {"gelu": "tanh"}), data.GPT2()
-    saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
-    model = checkpoint.load_model(saved)
-    return model, data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
+        folder = Path(args.pretrained)
+        model = GPT.from_pretrained(args.pretrained, {} if folder.is_dir() else {"gelu": "tanh"})
+        characters = hf_tokenizer.read_characters(folder, model.config.vocab_size)
+        tokenizer = data.GPT2() if characters is None else data.Characters(characters)
+    else:
+        saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
+        model = checkpoint.load_model(saved)
+        tokenizer = data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
+    check_fits(tokenizer, model)
+    return model, tokenizer
 
 
 def main(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from fastgpt.devices import autocast
 from fastgpt.examples import example, outline
 from fastgpt.fused.launchers import FUSABLE
 from fastgpt.kernels import _tuned
+from fastgpt.storage import files
 from fastgpt.timing import Variants, in_turns
 
 Config = dict[str, int]
@@ -238,8 +239,8 @@ def _of_a_batch(sizes: Sizes) -> examples.Sizes:
 def _race_whole(
     op: str, device: torch.device, sizes: Sizes, races: list[dict[str, Any]], seconds: float
 ) -> list[dict[str, Any]]:
-    """A training step's block, fused or module by module, each of the fastest parts for it; as it is,
-    or inside torch.compile. It is a model's only block, between an embedding and a head of 64
+    """A training step's block, fused or module by module, each of the fastest parts for it; as it
+    is, or inside torch.compile. It is a model's only block, between an embedding and a head of 64
     tokens.
     """
     B, T, C, H, _ = _of_a_batch(sizes)
@@ -322,7 +323,7 @@ def fastest(op: str, times: dict[str, float]) -> str:
 
 
 def _fastest_parts(times: dict[str, dict[str, float]], fused: bool) -> dict[str, str]:
-    """The fastest implementation of every op that is not WHOLE, from which a fused one can be made."""
+    """The fastest implementation of every op not in WHOLE, from which a fused one can be made."""
     parts = {}
     for op, raced in times.items():
         usable = {
@@ -379,7 +380,6 @@ def main(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name(device)
     sizes = Sizes(args.tokens, args.n_embd, args.n_embd // args.n_head, args.vocab_size)
     path = _tuned.path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = _tuned.entry(name) if args.only else {}
     # configurations first: the race is between kernels as they will be launched
     searched = search(device, sizes, (1.0 if args.only else 0.7) * args.seconds, args.only)
@@ -396,7 +396,5 @@ def main(args: argparse.Namespace) -> int:
 
 def _write(path: Path, entry: dict[str, Any]) -> None:
     """In one step, so that no process reads half of it; and let this one read it anew."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(entry, indent=1) + "\n")
-    part.replace(path)
+    files.write_bytes(path, (json.dumps(entry, indent=1) + "\n").encode())
     _tuned.entry.cache_clear()

@@ -145,7 +145,7 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
 
 
 def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
-    """The same, as torch.compile keeps them: each kernel an operator, between GEMMs that it sees."""
+    """The same, as torch.compile keeps it: each kernel an operator, between GEMMs that it sees."""
     made = _of_kernels(qkv, n_head, dropout_p)
     if isinstance(made, str):
         return made

@@ -78,8 +78,8 @@ def _own_call(module: Any) -> bool:
 
 
 def _own_forward(module: Any) -> bool:
-    if torch.compiler.is_compiling():  # which looks at what was looked up, and at no absence, again
-        return getattr(module.forward, "__func__", None) is type(module).forward
+    if torch.compiler.is_compiling() and not callable(module.forward):
+        return False  # asked so that torch.compile looks it up again; it does not for an absence
     return "forward" not in module.__dict__
 
 

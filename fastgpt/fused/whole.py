@@ -101,14 +101,13 @@ class FusedModel(NamedTuple):
             return head(x[:, [-1], :]), None
         targets = targets.reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
-        as_built = weight is not None and x.dtype == self.dtype
-        if as_built and not returned:
-            targets, low = ops.checked_targets(rows, targets), self._low(head.weight)
-            return None, mean_loss(self.run.cross_entropy_, rows, weight, low, targets, -1)
-        if as_built and self.run.cross_entropy is not None:
-            targets, low = ops.checked_targets(rows, targets), self._low(head.weight)
-            logits, loss = logits_and_loss(self.run.cross_entropy, rows, weight, low, targets, -1)
-            return logits.view(*x.shape[:-1], -1), loss
+        if weight is not None and x.dtype == self.dtype:
+            given = rows, weight, self._low(head.weight), ops.checked_targets(rows, targets), -1
+            if not returned:
+                return None, mean_loss(self.run.cross_entropy_, *given)
+            if self.run.cross_entropy is not None:
+                logits, loss = logits_and_loss(self.run.cross_entropy, *given)
+                return logits.view(*x.shape[:-1], -1), loss
         if not returned and plain_matmul(head):
             return None, ops.linear_cross_entropy(rows, head.weight, targets)
         logits = head(x) if weight is None else F.linear(x, weight)

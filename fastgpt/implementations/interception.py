@@ -44,8 +44,8 @@ _ORIGINALS = tuple(
 
 
 def interception() -> str | None:
-    """What stands there, or None. torch.compile traces the questions about what a script assigns and
-    enters, so that it asks them again in every call.
+    """What stands there, or None. torch.compile traces the questions about what a script assigns
+    and enters, so that it asks them again in every call.
     """
     for owner, name, original in _ORIGINALS:
         if getattr(owner, name) is not original:
@@ -63,7 +63,7 @@ def interception() -> str | None:
 
 @torch.compiler.assume_constant_result
 def _transformation() -> str | None:
-    """Of a function as a whole: what torch.compile traces is in one from its beginning, or is not."""
+    """Of a function as a whole: what torch.compile traces is in one from its start, or is not."""
     if _C._get_tracing_state() is not None:
         return "torch.jit.trace records PyTorch's own ops"
     if _C._functorch.peek_interpreter_stack() is not None:

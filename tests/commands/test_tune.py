@@ -1,6 +1,7 @@
 """`fastgpt tune` on toy sizes, and that what it wrote is what runs."""
 
 import functools
+import types
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ def test_every_search_finds_its_kernels_configuration():
             with _tuned.trying(one.key, candidate), _launch.record() as after:
                 one.call()
             changed |= [launch.options for launch in after] != [launch.options for launch in before]
+            settings = [[set(launch.options) for launch in some] for some in (before, after)]
+            assert settings[0] == settings[1], "a measurement with other settings is ignored"
         assert changed, one.key
 
 
@@ -151,6 +154,18 @@ def test_a_broken_file_is_ignored_with_a_warning(cache):
     cache.write_text("{")
     with pytest.warns(UserWarning, match="run fastgpt tune again"):
         assert _tuned.entry("NVIDIA H200") == {}
+
+
+def test_what_was_measured_of_another_version_is_ignored(monkeypatch):
+    configs = {"kernel 8": {"BLOCK": 1, "num_warps": 2}, "pair": [{"A": 1}, {"B": 2}]}
+    monkeypatch.setattr(_tuned, "_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_tuned, "entry", lambda name: {"configs": configs})
+    t = types.SimpleNamespace(is_cuda=True, device="cuda:0")
+    guess = {"BLOCK": 4, "num_warps": 4}
+    assert _tuned.configured(t, "kernel", lambda n: guess, 8)["BLOCK"] == 1
+    assert _tuned.configured(t, "kernel", lambda n: guess | {"STAGES": 1}, 8)["BLOCK"] == 4
+    assert _tuned.configured(t, "pair", lambda: ({"A": 3}, {"B": 3})) == [{"A": 1}, {"B": 2}]
+    assert _tuned.configured(t, "pair", lambda: ({"A": 3}, {"C": 3})) == ({"A": 3}, {"C": 3})
 
 
 def test_a_configuration_under_trial_is_launched():

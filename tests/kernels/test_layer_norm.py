@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastgpt import ops, reference, use_backend
+from fastgpt.kernels import layer_norm
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
 ROWS_COLS = [(4, 17), (0, 16), (600, 40), (3, 97), (5, 100), (9, 768), (7, 1023), (2, 1600)]
@@ -122,4 +123,12 @@ def test_many_rows_in_few_strips(dtype):
     """More rows than the backward has programs: every strip adds many partial sums."""
     x, w, b = randn(4000, 16, dtype=dtype), *weights(16, True, dtype)
     grads = [randn(4000, 16, dtype=dtype)]
+    assert_as_accurate(ops.layer_norm, reference.layer_norm, x, w, b, grads=grads)
+
+
+def test_sums_of_more_partials_than_a_block_holds(monkeypatch):
+    """As many programs as on a large GPU, each with a row or two."""
+    monkeypatch.setattr(layer_norm, "multiprocessors", lambda t: 500)
+    x, w, b = randn(1300, 1000), *weights(1000, True, torch.float32)
+    grads = [randn(1300, 1000)]
     assert_as_accurate(ops.layer_norm, reference.layer_norm, x, w, b, grads=grads)

@@ -50,7 +50,8 @@ def operator_samples():
     saved = x, targets, *top_and_total, torch.ones((), device=DEVICE)
     yield cross_entropy.registered_backward, (*saved, None, -1)
     yield cross_entropy.registered_backward, (*saved, randn(24, 6).t(), -1)
-    yield cross_entropy.registered_cross_entropy_, (x.clone(), targets, -1, 2.0)
+    yield cross_entropy.registered_cross_entropy_, (x.clone(), targets, -1, saved[-1])
+    yield cross_entropy.registered_rescale_, (x.clone(), 2 * saved[-1])
     yield embedding.registered_add_rows_, (randn(9, 24), targets % 9, x)
 
 
@@ -63,8 +64,7 @@ def test_opcheck():
     registered = {
         name
         for name in dir(torch.ops.fastgpt)
-        if name.endswith(("_forward", "_backward", "_dgrad", "_"))
-        and not name.startswith("_")
+        if name.endswith(("_forward", "_backward", "_dgrad", "_")) and not name.startswith("_")
     }
     assert checked == {f"fastgpt::{name}" for name in registered}
 
@@ -131,8 +131,23 @@ def test_one_graph_that_computes_the_same(choice, way, dynamic):
         torch.testing.assert_close(step(compiled), step(model))
     assert graphs() == 1
     operators = " ".join(name for name in compiler.operators if name.startswith("fastgpt."))
-    parts = ("layer_norm", "attention", "gelu", "cross_entropy")
+    # the first is in no module's forward: the fused path as a whole
+    parts = ("add_layer_norm", "layer_norm", "attention", "gelu", "cross_entropy")
     assert {part for part in parts if part in operators} == (set(parts) if kernels else set())
+
+
+def test_a_loss_on_the_logits():
+    """They leave the graph, and their gradient comes back into it."""
+    model = small()
+    idx = torch.randint(33, (2, 17), device=DEVICE)
+
+    def gradients(forward):
+        logits, loss = forward(idx, idx)
+        return torch.autograd.grad(loss + logits.square().mean(), list(model.parameters()))
+
+    with use_backend("triton"):
+        found = gradients(torch.compile(model, backend=Compiler(), fullgraph=True))
+        torch.testing.assert_close(found, gradients(model))
 
 
 @pytest.mark.parametrize("implementation", ["cublas", "triton"])

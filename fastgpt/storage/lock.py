@@ -1,0 +1,46 @@
+"""One process at a time works in a folder: a lock of the kernel's, which ends with its process."""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from fastgpt.storage import files
+
+
+class Lock:
+    """Held from construction until `release`, the end of a `with`, or the end of the process."""
+
+    def __init__(self, folder: Path, what: str):
+        """OSError says who holds it: `what` is what it is for, as in "training into out"."""
+        path = folder / ".lock"
+        self._fd: int | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise files.explained(error, path if folder.is_dir() else folder) from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 200, 0).decode(errors="replace").strip()
+            self.release()
+            raise OSError(
+                f"{folder} is in use: {holder or 'another process'} is {what}; wait for its end, "
+                "or use another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: better unlocked than not at all
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def release(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,0 +1,82 @@
+"""Texts as pieces that fit in memory: of files, or of one string."""
+
+import codecs
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+PIECE = 2**20  # characters
+
+# Between x and what follows here every tokenizer of words cuts: GPT-2's lets no other token hold a
+# space or a new line between two characters that are none.
+_CUT = re.compile(r"\S(?=[ \n]\S)")
+
+# A document after the other, each in pieces; called anew for every pass.
+Documents = Callable[[], Iterator[Iterator[str]]]
+
+
+def of_string(text: str) -> Documents:
+    return lambda: iter([(text[i : i + PIECE] for i in range(0, len(text), PIECE))])
+
+
+def of_files(paths: Sequence[Path]) -> Documents:
+    """UTF-8 texts; a folder stands for every .txt file in it."""
+    listed = [found for path in paths for found in _listed(path)]
+    return lambda: (pieces_of(path) for path in listed)
+
+
+def _listed(path: Path) -> list[Path]:
+    if path.is_dir():
+        if found := sorted(p for p in path.rglob("*.txt") if p.is_file()):
+            return found
+        raise FileNotFoundError(f"{path} is a folder without .txt files; name the files")
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file, and a text is read twice; save it as one")
+    return [path]
+
+
+def pieces_of(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(PIECE):
+                yield piece
+    except UnicodeDecodeError:
+        raise ValueError(_undecodable(path)) from None
+
+
+def _undecodable(path: Path) -> str:
+    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            waiting = len(decoder.getstate()[0])
+            piece = file.read(PIECE)
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                at = offset - waiting + error.start
+                byte = error.object[error.start]
+                return (
+                    f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {at}; convert it first"
+                )
+            if not piece:
+                return f"{path} changed while it was read"
+            offset += len(piece)
+
+
+def cut_between_words(pieces: Iterator[str], longest: int = 16 * PIECE) -> Iterator[str]:
+    """The same text, cut where a tokenizer cuts: each piece alone has the tokens it has in it."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if len(text) < PIECE:
+            continue
+        tail = max(len(text) - PIECE // 4, 1)
+        cuts = [match.end() for match in _CUT.finditer(text, tail)]
+        if cuts or len(text) >= longest:
+            end = cuts[-1] if cuts else len(text)
+            yield text[:end]
+            text = text[end:]
+    if text:
+        yield text

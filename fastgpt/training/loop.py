@@ -1,0 +1,221 @@
+"""A training run from its first step to its last, or to an interruption: nothing done is lost."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.devices import autocast
+from fastgpt.model import GPT
+from fastgpt.storage.printable import printable
+from fastgpt.training import sharded_folder
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.folder import RunFolder
+from fastgpt.training.interrupts import Interrupts
+from fastgpt.training.log import Log, draw
+from fastgpt.training.progress import Progress
+from fastgpt.training.trainer import Losses, Trainer
+from fastgpt.training.watch import LostProcess
+from fastgpt.training.world import World
+
+
+@dataclass(frozen=True)
+class Result:
+    model: GPT
+    step: int
+    val_loss: float  # the last that was measured, NaN before any
+    interrupted: int  # the signal, 0 for a run that came to its end
+
+
+def train(
+    config: TrainConfig,
+    saved: Mapping[str, Any] | None = None,
+    given: frozenset[str] = frozenset(),
+) -> Result:
+    """Train until `config` is met, or Ctrl-C or SIGTERM. What is returned is also saved.
+
+    `saved` is the checkpoint to resume from, if it is read already; `given` names the settings that
+    somebody asked for.
+    """
+    with World(config.device) as world:
+        folder: RunFolder | None = None
+        if world.first:
+            folder = RunFolder(Path(config.out), config.keep, config.resume or config.force)
+        try:
+            return _train(config, saved, given, world, folder)
+        except RuntimeError as error:
+            found = world.explained(error)
+            if found is error:
+                raise
+            raise found from None
+        finally:
+            if folder is not None:
+                folder.release()
+
+
+def _train(
+    config: TrainConfig,
+    saved: Mapping[str, Any] | None,
+    given: frozenset[str],
+    world: World,
+    folder: RunFolder | None,
+) -> Result:
+    if config.resume and saved is None:
+        saved = sharded_folder.load(Path(config.out), config.shard)
+    trainer = Trainer(config, saved, world, given)
+    if config.resume and config.shard:
+        sharded_folder.restore(trainer)
+    run = Run(trainer, folder)
+    try:
+        return run.to_the_end()
+    finally:
+        run.close()
+
+
+class Run:
+    """A trainer with its folder, which only the first process has, and what is told of it."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder | None):
+        self.trainer, self.folder, self.world = trainer, folder, trainer.world
+        self.config = config = trainer.config
+        self.log: Log | None = None
+        if config.sample_tokens:
+            trainer.tokenizer.encode(trainer.tokenizer.start)  # a missing tokenizer ends it here
+        if folder is not None:
+            size = 3 * 4 * sum(p.numel() for p in trainer.model.parameters())
+            folder.check_room(size)
+            self.log = Log(folder.path, asdict(config), config, trainer.steps_done)
+            trainer.run = self.log.run
+        self.progress = Progress(
+            trainer.tokens_per_step(),
+            trainer.fraction(),
+            trainer.mfu,
+            trainer.device,
+            quiet=folder is None,
+        )
+        self.interrupts = Interrupts()
+
+    def to_the_end(self) -> Result:
+        with self.interrupts:
+            try:
+                result = self._steps()
+            except RuntimeError as error:
+                found = self.world.explained(error)
+                if not isinstance(found, LostProcess):
+                    raise
+                raise self._rescued(found) from None
+            if self.folder is not None and self.log is not None:
+                self.log.sync()
+                self.progress.note(draw(self.log.path, self.folder.path / "loss.png"))
+            return result
+
+    def _steps(self) -> Result:
+        trainer, config = self.trainer, self.config
+        while True:
+            if self._stop():
+                self._flush()
+                self._save()
+                return self._result(self.interrupts.number)
+            over = trainer.fraction() >= 1
+            due = over or config.eval_only or trainer.steps_done % config.eval_every == 0
+            if due and trainer.validated_at != trainer.steps_done:
+                self._flush()  # first: a loss that is not finite must not be saved
+                losses = trainer.validate(self._stop)
+                if losses is None:
+                    continue
+                self._note(losses)
+                if not config.eval_only:
+                    self._save()
+                self._sample()
+            if over or config.eval_only:
+                return self._result(0)
+            lr = trainer.learning_rate()
+            loss = trainer.train_step()
+            self._logged(self.progress.add(trainer.steps_done, loss, lr, trainer.fraction()))
+
+    def _stop(self) -> bool:
+        """Whether any process was told to end; and what time it is for all."""
+        trainer = self.trainer
+        trainer.agreed_seconds = None
+        stop, seconds = self.world.largest([float(self.interrupts.number), trainer.seconds()])
+        trainer.agreed_seconds = seconds
+        self.interrupts.number = int(stop)
+        return stop > 0
+
+    def _flush(self) -> None:
+        self._logged(self.progress.show(self.trainer.fraction()))
+
+    def _logged(self, lines: list[dict[str, float]]) -> None:
+        if self.log is None:
+            return
+        for line in lines:
+            if int(line["step"]) % self.config.log_every == 0:
+                self.log.add(**line)  # type: ignore[arg-type]
+
+    def _note(self, losses: Losses) -> None:
+        step = self.trainer.steps_done
+        text = f"step {step:,}: training loss {losses.train:.4f}, validation loss {losses.val:.4f}"
+        self.progress.note(text)
+        if self.log is not None:
+            self.log.add(step, train_loss=losses.train, val_loss=losses.val)
+
+    def _save(self) -> None:
+        """The latest, and it as the best if it is; nothing before the first step."""
+        trainer = self.trainer
+        if trainer.steps_done == 0 or trainer.saved_at == trainer.steps_done:
+            return
+        measured = trainer.losses if trainer.validated_at == trainer.steps_done else None
+        best = measured is not None and measured.val < trainer.best_val_loss
+        if best and measured is not None:
+            trainer.best_val_loss = measured.val
+        self.interrupts.saving = True
+        try:
+            with self.world.writing():
+                if self.log is not None:
+                    self.log.sync()
+                if self.config.shard:
+                    sharded_folder.save(trainer, self.folder, best)
+                elif self.folder is not None:
+                    self.folder.save(trainer.state(), best)
+        finally:
+            self.interrupts.saving = False
+        trainer.saved_at = trainer.steps_done
+
+    def _rescued(self, lost: LostProcess) -> LostProcess:
+        """After another process was lost, the first saves what it has: the last whole step."""
+        trainer = self.trainer
+        if self.folder is None or self.config.shard or trainer.steps_done <= trainer.saved_at:
+            return lost
+        self._save()
+        return LostProcess(f"{lost}, step {trainer.steps_done} is saved")
+
+    def _sample(self) -> None:
+        """A text by the model as it is; training goes on as if nothing had been drawn."""
+        trainer, count = self.trainer, self.config.sample_tokens
+        if not count or (self.folder is None and not self.config.shard):
+            return
+        devices = [trainer.device] if trainer.device.type == "cuda" else []
+        ids = trainer.tokenizer.encode(trainer.tokenizer.start)
+        model = trainer.model
+        with torch.random.fork_rng(devices), autocast(trainer.device, trainer.dtype):
+            torch.manual_seed(trainer.config.seed)
+            model.eval()
+            idx = torch.tensor([ids], device=trainer.device)
+            new = model.generate(idx, count, temperature=0.8, top_k=200)[0, len(ids) :]
+            model.train()
+        text = "".join(trainer.tokenizer.stream(new.tolist()))
+        self.progress.note(f"sample:\n{printable(text)}\n")
+
+    def _result(self, interrupted: int) -> Result:
+        trainer = self.trainer
+        val_loss = math.nan if trainer.losses is None else trainer.losses.val
+        return Result(trainer.model, trainer.steps_done, val_loss, interrupted)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.trainer.batches.close()
+        if self.log is not None:
+            self.log.close()

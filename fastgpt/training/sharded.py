@@ -1,0 +1,120 @@
+"""FSDP2: each process keeps its part of every weight, gradient and moment.
+
+A step is nanoGPT's under autocast. The optimizer is PyTorch's fused AdamW, on each process's parts:
+the copies and the one pass of optim.py are for whole tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.devices import autocast
+from fastgpt.model import GPT
+from fastgpt.train_step import Batch
+from fastgpt.training.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ShardedStep:
+    """TrainStep's, for a model that it shards in place among the processes of `world`."""
+
+    def __init__(
+        self,
+        model: GPT,
+        weight_decay: float,
+        lr: float,
+        betas: tuple[float, float],
+        max_norm: float,
+        dtype: torch.dtype,
+        world: World,
+        compile: bool,
+        capture: bool,
+    ):
+        if not world.launched:
+            raise ValueError("--shard shares a model among processes: start them with torchrun")
+        if capture or dtype == torch.float16:
+            raise ValueError("--shard runs without --capture, in float32 or bfloat16")
+        self.model, self.dtype, self.max_norm = model, dtype, max_norm
+        self.device = model.lm_head.weight.device
+        _shard(model, self.device.type, world.size)
+        self.forward: Callable[..., Any] = torch.compile(model) if compile else model
+        how = (weight_decay, lr, betas, self.device.type)
+        self.optimizer = model.configure_optimizers(*how)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.skipped = 0
+
+    def __call__(self, batches: Sequence[Batch], seeds: Sequence[int] | None = None) -> Tensor:
+        losses = []
+        for number, (x, y) in enumerate(batches):
+            if seeds is not None:
+                torch.manual_seed(seeds[number])
+            self.model.set_requires_gradient_sync(number == len(batches) - 1)  # type: ignore
+            with autocast(self.device, self.dtype):
+                loss = self.forward(x, y)[1] / len(batches)
+            loss.backward()
+            losses.append(loss.detach())
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).full_tensor()  # type: ignore[attr-defined]
+        if norm.isfinite():
+            self.skipped = 0
+            if self.max_norm > 0:
+                scale = (self.max_norm / (norm + 1e-6)).clamp(max=1)
+                for grad in grads:
+                    grad.to_local().mul_(scale)  # type: ignore[attr-defined]
+            self.optimizer.step()
+        else:
+            self._skip()
+        self.optimizer.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum()
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        if self.skipped >= 100:
+            raise FloatingPointError(
+                f"{self.skipped} steps in a row were skipped, as their gradients are not finite; "
+                "try a lower --lr"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This process's parts of everything that training changes."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # a validation leaves some weights whole
+                module.reshard()
+        return tensors_of(self.model, self.optimizer)
+
+
+def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name, to be written or filled, and the optimizer's "steps" (1,)."""
+    found: dict[str, Tensor] = {}
+    steps = torch.zeros(1)
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        if not state:  # before the first step
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state |= {moment: torch.zeros_like(p) for moment in MOMENTS}
+        found[f"model.{name}"] = p.detach()
+        found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+        steps[0] = state["step"]  # every parameter's are the same
+    return found | {"steps": steps}
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: Tensor) -> None:
+    for state in optimizer.state.values():
+        state["step"].fill_(steps.item())
+
+
+def _shard(model: GPT, device_type: str, size: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device_type, (size,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    # tied: one weight must be in one group
+    fully_shard([model.transformer.wte, model.lm_head], mesh=mesh)
+    fully_shard(model, mesh=mesh)
