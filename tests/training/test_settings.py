@@ -20,6 +20,7 @@ from fastgpt.commands.prepare import prepare
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.progress import clock
 from fastgpt.training.schedule import learning_rate
+from fastgpt.training.trainer import Trainer
 from tests.training.runs import ROOT, SMALL, finished, losses, prepared, start
 
 
@@ -200,3 +201,22 @@ def test_checkpoints_have_only_nanogpts_fields_in_model_args(tmp_path):
     stored = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert set(stored["model_args"]) == set(checkpoint.NANOGPT_FIELDS)
     assert checkpoint.load_checkpoint(tmp_path / "ckpt.pt")["model_args"]["gelu"] == "tanh"
+
+
+@pytest.mark.parametrize(
+    "device, size, options, expected",
+    [
+        ("cuda", 1, {}, True),
+        ("cpu", 1, {}, False),
+        ("cuda", 2, {}, False),
+        ("cuda", 1, {"compile": True}, False),
+        ("cuda", 1, {"checkpoint_blocks": True}, False),
+    ],
+)
+def test_a_graph_is_captured_on_one_gpu(device, size, options, expected):
+    run = types.SimpleNamespace(
+        device=torch.device(device),
+        world=types.SimpleNamespace(size=size),
+        config=TrainConfig(data="data", **options),
+    )
+    assert Trainer._may_capture(run) == expected
