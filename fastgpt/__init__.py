@@ -8,4 +8,6 @@ from fastgpt.model import GPT as GPT
 from fastgpt.model import GPTConfig as GPTConfig
 from fastgpt.train_step import TrainStep as TrainStep
 
+__version__ = "0.1.0"  # setup.py reads it here
+
 _backend.load_for_start()

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import fastgpt
@@ -36,6 +37,18 @@ MODULES = {
     ),
 }
 
+EXAMPLES = {  # for `fastgpt` alone, to be pasted one below another
+    "prepare": "fastgpt prepare text.txt --out data",
+    "train": "fastgpt train --data data --out out",
+    "sample": "fastgpt sample --out out --prompt 'The '",
+    "convert": "fastgpt convert out/ckpt.pt hf",
+    "run": "fastgpt run train.py --compile=False",
+    "info": "fastgpt info --json",
+    "init-report": "fastgpt init-report --steps 0 --no-plots",
+    "tune": "fastgpt tune",
+    "inspect": "fastgpt inspect --arch sm_90 --kernel gelu",
+}
+
 _USER_ERRORS = (
     ValueError,
     TypeError,
@@ -49,6 +62,9 @@ _USER_ERRORS = (
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(overview())
+        return 0
     try:
         args = _arguments(argv)
         return args.main(args)
@@ -62,6 +78,17 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"fastgpt: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def overview() -> str:
+    """Every command with an example, in at most 60 columns."""
+    lines = [*textwrap.wrap(fastgpt.__doc__ or "", 60), ""]
+    for name, (_, line) in MODULES.items():
+        lines += textwrap.wrap(f"{name}: {line}", 60, subsequent_indent="  ")
+        lines += [f"    {EXAMPLES[name]}"]
+    lines += ["bench: time training (in a checkout of fastgpt)", "    fastgpt bench --size char"]
+    lines += ["", "`fastgpt COMMAND --help` lists a command's options,", "`--version` the version."]
+    return "\n".join(lines)
 
 
 def one_line(error: Exception) -> str:
@@ -89,6 +116,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 def _listing() -> argparse.ArgumentParser:
     """For --help, and for what is no command."""
     parser = Parser(prog="fastgpt", description=fastgpt.__doc__)
+    parser.add_argument("--version", action="version", version=f"fastgpt {fastgpt.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     lines = {name: line for name, (_, line) in MODULES.items()}
     lines["bench"] = "time training against nanoGPT's (in a checkout of fastgpt)"

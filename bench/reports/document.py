@@ -1,4 +1,4 @@
-"""docs/performance.md, its pictures and the README's table, from the records alone.
+"""docs/performance.md, its pictures, and the README's table and picture, from the records alone.
 
 `make bench-report` writes them; a test holds the committed texts against the committed records. Of
 each device, bench and settings the newest record is shown, with its date. What was never measured
@@ -30,8 +30,8 @@ TRAINED: list[Wanted] = [  # size, B, T, dtype
     ("char", 16, 128, "float32"),
 ]
 SHOWN = {
-    "training": ("eager", "compile", "nanogpt-compile", "liger-fused", "fastgpt"),
-    "decoding": ("eager", "nanogpt", "hf"),
+    "training": ("nanogpt", "nanogpt-compile", "liger-fused", "fastgpt"),
+    "decoding": ("nanogpt", "hf"),
 }
 DECODED: list[Wanted] = [("124M", "bfloat16"), ("124M", "float32")]  # size, dtype
 HEAD = """# Performance
@@ -57,45 +57,55 @@ def by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def readme(records: Sequence[Record]) -> str:
-    """A row per run that users ask about and device it was measured on: training, then decoding."""
-    trained = _rows(records, "train", ("size", "B", "T", "dtype"), TRAINED, "{}, B={}, T={}, {}")
-    decoded = _rows(records, "decode", ("size", "dtype"), DECODED, "{}, batch 1, {}")
-    return f"{_summary('training', trained)}\n\n{_summary('decoding', decoded)}"
+    """A row per run that users ask about and device it was measured on: training, then decoding.
+
+    Ratios are shown of quiet machines only; what nobody measured is named below the tables.
+    """
+    trained, no_training = _rows(records, "train", ("size", "B", "T", "dtype"), TRAINED,
+                                 "{}, B={}, T={}, {}")  # fmt: skip
+    decoded, no_decoding = _rows(records, "decode", ("size", "dtype"), DECODED, "{}, batch 1, {}")
+    parts = [_summary("training", trained), _summary("decoding", decoded)]
+    for what, names in (("training", no_training), ("decoding", no_decoding)):
+        if names:
+            parts.append(f"Not measured yet, {what}: {'; '.join(names)}.")
+    return "\n\n".join(part for part in parts if part)
 
 
 def _rows(
     records: Sequence[Record], bench: str, keys: Sequence[str], wanted: list[Wanted], name: str
-) -> list[tuple[str, Record | None]]:
-    """(name, record), once per device, or (name, None) where no device has measured it."""
+) -> tuple[list[tuple[str, Record]], list[str]]:
+    """(name, record), once per device, and the names of what no device has measured."""
     runs = [r for rs in by_device(records).values() for r in rs if r["bench"] == bench]
-    found: list[tuple[str, Record | None]] = []
+    found: list[tuple[str, Record]] = []
+    missing: list[str] = []
     for settings in wanted:
         same = [r for r in runs if tuple(r["settings"].get(k) for k in keys) == settings]
         found += [(name.format(*settings), r) for r in same]
-        found += [] if same else [(name.format(*settings), None)]
-    return found
+        missing += [] if same else [name.format(*settings)]
+    return found, missing
 
 
-def _summary(what: str, rows: list[tuple[str, Record | None]]) -> str:
-    header = [f"{what}, tokens/s (x eager)", *SHOWN[what], "fastgpt, fastest", "device", "date"]
-    blank = [""] * (len(header) - 1)
-    cells = [[name, *(_cells(run, SHOWN[what]) if run else blank)] for name, run in rows]
-    return markdown.table(header, cells)
+def _summary(what: str, rows: list[tuple[str, Record]]) -> str:
+    if not rows:
+        return ""
+    header = [f"{what}, tokens/s", *SHOWN[what], "fastgpt, fastest", "device", "date"]
+    return markdown.table(header, [[name, *_cells(run, SHOWN[what])] for name, run in rows])
 
 
 def _cells(run: Record, shown: Sequence[str]) -> list[str]:
     rows = {row["variant"]: row for row in run["rows"] if _timed(row)}
     ours = [row for name, row in rows.items() if name.startswith("fastgpt") and "flag" not in row]
+    quiet = not ("machine" in run and machine.warning(run["machine"]))
     fastest = ""
     if ours:
         best = max(ours, key=lambda row: row["tokens_per_second"])
-        fastest = f"{_tokens(best)} {best['variant']}"
-    cells = [_tokens(rows[name]) if name in rows else "" for name in shown]
+        fastest = f"{_tokens(best, quiet)} {best['variant']}"
+    cells = [_tokens(rows[name], quiet) if name in rows else "" for name in shown]
     return [*cells, fastest, run["environment"]["device"], run["date"][:10]]
 
 
-def _tokens(row: dict[str, Any]) -> str:
-    ratio = f" ({row['over_eager']:.2f})" if row.get("over_eager") else ""
+def _tokens(row: dict[str, Any], quiet: bool) -> str:
+    ratio = f" ({row['over_eager']:.2f})" if quiet and row.get("over_eager") else ""
     rate = row["tokens_per_second"]
     doubt = " (!)" if "flag" in row else ""  # docs/performance.md says why
     return f"{rate:{',.0f' if rate >= 100 else '.1f'}}{ratio}{doubt}"
@@ -138,6 +148,14 @@ def _section(run: Record, records: Sequence[Record]) -> Iterator[str]:
         yield "\n".join(f"- {markdown.name(row)}: {row['problem']}" for row in refused) + "\n"
 
 
+def headline(records: Sequence[Record]) -> pictures.Picture | None:
+    """The README's picture: of the first of TRAINED that was measured, on a GPU if on any."""
+    keys = ("size", "B", "T", "dtype")
+    runs = [run for _, run in _rows(records, "train", keys, TRAINED, "{}")[0]]
+    runs.sort(key=lambda run: run["environment"]["device"].startswith("CPU"))
+    return pictures.headline(runs[0]) if runs else None
+
+
 def replace_between(text: str, table: str) -> str:
     """`text` with `table` between the two markers. ValueError where they are missing."""
     before, found, rest = text.partition(BEGIN)
@@ -166,6 +184,9 @@ def main() -> int:
         for picture in pictures.of_device(found):
             picture.draw(docs / picture.name, records)
             print(docs / picture.name)
+    if (first := headline(records)) is not None:
+        first.draw(docs / first.name, records)
+        print(docs / first.name)
     return 0
 
 

@@ -8,11 +8,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import curves
-from bench.harness import record
+from bench.harness import machine, record
 from bench.harness.record import Record
 from bench.reports import markdown
 
 Records = Sequence[Record]
+SAID = {  # of variants, for who does not know their names
+    "eager": "the same model in eager PyTorch",
+    "compile": "the same model, torch.compile",
+    "nanogpt": "nanoGPT",
+    "nanogpt-compile": "nanoGPT, torch.compile",
+    "hf": "transformers",
+    "liger": "nanoGPT with Liger's kernels",
+    "liger-fused": "nanoGPT with Liger's fused loss",
+    "fastgpt": "fastgpt",
+    "fastgpt-nologits": "fastgpt, return_logits=False",
+    "fastgpt-compile": "fastgpt, torch.compile",
+    "fastgpt-step": "fastgpt.TrainStep",
+    "fastgpt-step-graph": "fastgpt.TrainStep, capture=True",
+}
 
 
 class Picture(NamedTuple):
@@ -41,6 +55,36 @@ def of_device(found: Records) -> list[Picture]:
             name = f"performance-{record.slug(device)}-{what}.png"
             pictures.append(Picture(name, title, partial(draw, title, runs)))
     return pictures
+
+
+def headline(run: Record) -> Picture:
+    """One run's tokens/s, slowest first."""
+    device, date = run["environment"]["device"], run["date"][:10]
+    title = f"Training tokens/s on {device}, {date}"
+    return Picture("tokens.png", title, partial(_draw_headline, title, run))
+
+
+def _draw_headline(title: str, run: Record, path: Path, records: Records) -> None:
+    rows = sorted(_timed(run), key=lambda row: row["tokens_per_second"])
+    doubt = any("flag" in row for row in rows)
+    rows = [row | {"variant": _said(row)} for row in rows]
+    figure_class, canvas = _matplotlib()
+    figure = figure_class(figsize=(8.0, 1.2 + 0.32 * len(rows)), layout="constrained")
+    canvas(figure)
+    figure.suptitle(title)
+    axes = figure.subplots()
+    _bars(axes, rows, lambda row: row["tokens_per_second"], ",.0f")
+    noisy = "machine" in run and machine.warning(run["machine"])
+    notes = [markdown.heading(run), *(["the host was not quiet"] if noisy else [])]
+    notes += ["(!): losses to be doubted, docs/performance.md"] if doubt else []
+    axes.set_xlabel("; ".join(notes), fontsize=8)
+    axes.tick_params(labelsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _said(row: dict[str, Any]) -> str:
+    name = SAID.get(row["variant"], row["variant"])
+    return f"{name} (!)" if "flag" in row else name
 
 
 def _timed(run: Record) -> list[dict[str, Any]]:

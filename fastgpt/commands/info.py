@@ -1,18 +1,54 @@
-"""`fastgpt info`: device, versions, and what each op would run here, with the reason."""
+"""`fastgpt info`: a bug report's first page. What is here, and what each op would run on it, why.
+
+Nothing here is looked up elsewhere: `--json` prints the same for a program to read.
+"""
 
 import argparse
+import json
+import textwrap
+from typing import Any
 
-from fastgpt.environment import backend_report, versions
+import fastgpt
+from fastgpt import environment
+
+WIDTH, NAME = 60, 14  # columns of a line, and of what a line is about
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None: `fastgpt info` takes no arguments."""
+    parser.add_argument("--json", action="store_true", help="print an object, not a page")
+
+
+def report() -> dict[str, Any]:
+    ops = {op: choice._asdict() for op, choice in environment.backend_report().items()}
+    return {
+        "fastgpt": fastgpt.__version__,
+        **environment.versions(),
+        **environment.hardware(),
+        "C compiler": environment.c_compiler(),
+        "caches": environment.caches(),
+        "ops": ops,
+    }
+
+
+def page(found: dict[str, Any]) -> str:
+    lines: list[str] = []
+    for name, value in found.items():
+        if isinstance(value, str):
+            lines += _wrapped(f"{name:<{NAME}}{value}", NAME)
+    lines += ["", "caches"]
+    for name, value in found["caches"].items():
+        lines += _wrapped(f"  {name:<{NAME - 2}}{value}", NAME)
+    lines += ["", "what each op runs here, at GPT-2's shapes, and why"]
+    for op, choice in found["ops"].items():
+        lines += [f"{op:<26}{choice['implementation']}", *_wrapped(f"    {choice['reason']}", 4)]
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def main(args: argparse.Namespace) -> int:
-    for name, version in versions().items():
-        print(f"{name:<14}{version}")
-    print()
-    for op, choice in backend_report().items():
-        print(f"{op:<26}{choice.implementation:<12}{choice.reason}")
+    found = report()
+    print(json.dumps(found, indent=1) if args.json else page(found))
     return 0

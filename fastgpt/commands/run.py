@@ -7,6 +7,7 @@ train.py`.
 """
 
 import argparse
+import math
 import runpy
 import sys
 import traceback
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from fastgpt import model
+from fastgpt import devices, model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,8 @@ def main(args: argparse.Namespace) -> int:
     if not args.script.is_file():
         raise FileNotFoundError(f"no script {args.script}; call this in nanoGPT's folder")
     print(f"fastgpt: {args.script} runs with `model` answered by fastgpt", flush=True)
+    if math.isnan(devices.peak_flops(devices.pick_device(None))):
+        print("fastgpt: this device's peak is not known, so mfu is nan", flush=True)
     return execute(args.script, args.args, folder=args.script.resolve().parent, model=model)
 
 

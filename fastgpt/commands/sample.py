@@ -1,6 +1,8 @@
 """`fastgpt sample`: text from fastgpt's or nanoGPT's checkpoint or OpenAI's weights, streamed."""
 
 import argparse
+import contextlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: a GPU if there is one")
 
 
-def main(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
+def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
     tokenizer: data.Tokenizer
     if args.pretrained:
         folder = Path(args.pretrained)
@@ -111,6 +112,13 @@ def main(args: argparse.Namespace) -> int:
         model = checkpoint.load_model(saved)
         tokenizer = data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
     check_fits(tokenizer, model)
+    return model, tokenizer
+
+
+def main(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for text alone
+        model, tokenizer = _loaded(args)
     model.to(device).eval()
 
     prompt = args.prompt

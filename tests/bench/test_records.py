@@ -12,7 +12,7 @@ import pytest
 
 from bench import curves
 from bench.harness import record
-from bench.reports import compare, document, pictures
+from bench.reports import compare, document, markdown, pictures, terminal
 from fastgpt.commands.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
@@ -205,18 +205,51 @@ def test_what_cannot_be_read_is_named(tmp_path, command, module, content, why):
 def test_the_report_shows_the_newest_of_each(tmp_path):
     records = [train(1), train(2, slower=0.5), ops(3), train(4, B=4)]
     text = document.document(records)
-    trained, decoded = document.readme(records).split("\n\n")
-    first, second, *others = trained.splitlines()[2:]
+    trained, *missing = document.readme(records).split("\n\n")
+    first, second = trained.splitlines()[2:]
     assert first.startswith("| 124M, B=16, T=1024, bfloat16 |") and "GPU | 2026-01-02 |" in first
     assert second.startswith("| 124M, B=4, T=1024, bfloat16 |") and "GPU | 2026-01-04 |" in second
-    for line in [*others, *decoded.splitlines()[2:]]:  # never measured
-        assert set(line.split("|", 2)[2]) <= set("| ")
+    assert missing[0].startswith("Not measured yet, training: 350M, B=16, T=1024, bfloat16; ")
+    assert missing[1] == (
+        "Not measured yet, decoding: 124M, batch 1, bfloat16; 124M, batch 1, float32."
+    )
     assert text.count("2026-01-02") == 1 and "2026-01-01" not in text
     assert "| layer_norm | forward | fastgpt | 1,000.0 | 1.00 | 1,000.0 GB/s | 25.0% |" in text
     assert "| fastgpt | " in text and "- layer_norm, Liger: no Liger" in text
     assert "copy on 2026-01-03" not in text  # these runs measured no matmul ceiling
     records[0]["matmul_ceiling"] = records[1]["matmul_ceiling"] = 7e14
     assert "matmul measured in this run, copy on 2026-01-03" in document.document(records)
+
+
+def test_the_readme_shows_nanogpt_and_no_ratio_of_a_machine_that_was_not_quiet():
+    """Also where it wins: the second run's nanoGPT is the fastest."""
+    noisy = train(1) | {"machine": {"busy": 0.0, "spread": 0.5}}
+    noisy["rows"].append(row("nanogpt-compile", [0.001], [0.045]))
+    (line,) = document.readme([noisy]).split("\n\n")[0].splitlines()[2:]
+    assert "(" not in line and "| 16,384,000 |" in line
+    quiet = noisy | {"machine": {"busy": 0.0, "spread": 0.01}}
+    (line,) = document.readme([quiet]).split("\n\n")[0].splitlines()[2:]
+    assert "| 16,384,000 (45.00) |" in line
+
+
+def test_the_readmes_picture_is_of_a_gpu_if_any_was_measured(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [train(1, device="CPU (x86_64)"), train(2)]
+    records[1]["rows"][1]["flag"] = "doubtful"
+    picture = document.headline(records)
+    assert picture.title == "Training tokens/s on GPU, 2026-01-02"
+    picture.draw(tmp_path / picture.name, records)
+    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert "CPU" in document.headline(records[:1]).title
+    assert document.headline([ops(1)]) is None
+
+
+def test_tables_on_a_terminal_fit_60_columns():
+    """Of every record: nothing is cut, what does not fit goes below."""
+    for found in [*record.load_all(), train(1), ops(2)]:
+        text = terminal.text(found)
+        assert max(map(len, text.splitlines())) <= 60
+        assert all(cell in text for line in markdown.cells(found)[1] for cell in line)
 
 
 def test_the_pictures_say_which_device(tmp_path):
@@ -289,7 +322,7 @@ def test_what_is_committed_shows_what_is_committed():
     assert document.replace_between(text, document.readme(records)) == text
     assert (ROOT / "docs/performance.md").read_text() == document.document(records)
     for found in document.by_device(records).values():
-        for picture in pictures.of_device(found):
+        for picture in [*pictures.of_device(found), document.headline(records)]:
             assert (ROOT / "docs" / picture.name).exists()
 
 
