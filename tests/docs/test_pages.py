@@ -43,15 +43,16 @@ def tools(tmp_path_factory) -> dict[str, str]:
     return shims.environment(folder, make)
 
 
+OUTSIDE, INSIDE = ([p for p in PAGES if shell_blocks(p, inside)] for inside in (False, True))
+
+
 def run(block: str, folder: Path, tools: dict[str, str]) -> None:
     done = subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", block], cwd=folder, env=tools,
                           capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, f"{block}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
 
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if shell_blocks(p, nanogpt=False)], ids=NAMES.get
-)
+@pytest.mark.parametrize("page", OUTSIDE, ids=NAMES.get)
 def test_shell_blocks(page, tools, tmp_path):
     found = shell_blocks(page, nanogpt=False)
     for word, package in (("convert", "transformers"), ("inspect", "triton")):
@@ -63,7 +64,7 @@ def test_shell_blocks(page, tools, tmp_path):
         run(block, tmp_path, tools)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if shell_blocks(p, nanogpt=True)], ids=NAMES.get)
+@pytest.mark.parametrize("page", INSIDE, ids=NAMES.get)
 def test_shell_blocks_in_nanogpts_folder(page, tools, tmp_path):
     if not (theirs := os.environ.get("NANOGPT_DIR")):
         pytest.skip("NANOGPT_DIR names no nanoGPT checkout")
