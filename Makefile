@@ -10,11 +10,16 @@ help:            ## list these commands
 demo: $(VENV)    ## train a small GPT for two minutes and show what it learned; DATA=file for your text
 	$(PYTHON) -m fastgpt.commands.demo $(if $(DATA),--data $(DATA))
 
-test: $(VENV)    ## all tests; CPU: Triton's interpreter, GPU: the compiled kernels
-	$(PYTHON) -m pytest $(if $(VENV),-n auto)
+# as many processes as cores, where pytest-xdist is there
+PARALLEL = $(shell $(PYTHON) -c 'import xdist; print("-n auto --dist worksteal")' 2> /dev/null)
+test: $(VENV)    ## all tests but the slowest; CPU: Triton's interpreter, GPU: the compiled kernels
+	$(PYTHON) -m pytest $(PARALLEL)
 
-test-deep: $(VENV) ## the tests with 20 times the drawn cases and 200 training steps
-	FASTGPT_DEEP=1 $(PYTHON) -m pytest
+test-fast: $(VENV) ## under a minute, for while you work: tests/fast.txt
+	$(PYTHON) -m pytest $(PARALLEL) @tests/fast.txt
+
+test-deep: $(VENV) ## with the slowest: every inspection, 20 times the drawn cases, 200 training steps
+	FASTGPT_DEEP=1 $(PYTHON) -m pytest $(PARALLEL)
 
 test-gpu: $(VENV) ## on a CUDA device, 8 minutes at most: kernels compiled, and what a CPU can't show
 	$(PYTHON) -m tests.gpu
@@ -60,4 +65,4 @@ profile: $(VENV) ## where a training step's time goes, against the roofline; ARG
 	.venv/bin/pip install -c constraints.txt -e '.[dev,data,hf]'
 	touch $@
 
-.PHONY: help demo test test-deep test-gpu gpu test-versions equivalence lint bench bench-ops bench-compare bench-report profile
+.PHONY: help demo test test-fast test-deep test-gpu gpu test-versions equivalence lint bench bench-ops bench-compare bench-report profile

@@ -5,9 +5,12 @@ Its text is Python's own documentation unless --data names another; all it write
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import math
+import os
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +20,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend_report, data, environment, use_backend
+from fastgpt.backend import OPS
+from fastgpt.checkpoint import NANOGPT_FIELDS
 from fastgpt.commands.prepare import prepare
 from fastgpt.commands.sample import write_sample
 from fastgpt.devices import autocast
@@ -61,11 +66,13 @@ def main() -> int:
     write_sample(result.model.eval(), tokenizer, prompt, 400, temperature=0.8)
 
     uniform, untrained = math.log(vocab_size), _val_loss(_quiet_trainer(config))
-    print("\nvalidation loss, nats per character:")
-    print(f"  {untrained:.2f}  untrained (guessing blindly: ln {vocab_size} = {uniform:.2f})")
+    print("\nwhat was learned: validation loss, nats per character")
+    print(f"  {uniform:.2f}  guessing blindly (ln {vocab_size})")
+    print(f"  {untrained:.2f}  untrained")
     print(f"  {_unigram_loss(vocab_size):.2f}  guessing by how frequent each character is")
     print(f"  {trained:.2f}  after {result.step:,} steps\n")
     print(_speed(config))
+    print(_elsewhere())
     return 0
 
 
@@ -82,8 +89,9 @@ def _unigram_loss(vocab_size: int) -> float:
 
 
 def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
-    """Training steps of fastgpt and of eager PyTorch in turns: a busy machine slows both."""
+    """Training steps of fastgpt and of nanoGPT's model in turns: a busy machine slows both."""
     ours, eager = _quiet_trainer(config), _quiet_trainer(config)
+    whose = _become_nanogpt(eager)
     eager.take_step = _nanogpts_step(eager)
     tokens = steps * config.batch_size * config.block_size
     rates: dict[str, list[float]] = {"auto": [], "torch": []}
@@ -97,23 +105,66 @@ def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
                 loss.item()  # waits for the device
                 rates[mode].append(tokens / (time.perf_counter() - start))
     fast, plain = rates["auto"][1:], rates["torch"][1:]  # the first pair warms up
-    ratio = statistics.median(a / b for a, b in zip(fast, plain, strict=True))
-    ran = ", ".join(sorted({choice.implementation for choice in backend_report().values()}))
-    device = environment.versions()["device"]
-    return (
-        f"training on {device}: fastgpt {statistics.median(fast):,.0f} tok/s (its ops ran: {ran}), "
-        f"eager PyTorch {statistics.median(plain):,.0f} tok/s; turn by turn {ratio:.2f}x"
+    ratios = sorted(a / b for a, b in zip(fast, plain, strict=True))
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    return "\n".join(
+        [
+            "speed: tokens/s in training this model, in turns",
+            f"  {statistics.median(fast):>9,.0f}  fastgpt",
+            f"  {statistics.median(plain):>9,.0f}  {whose}",
+            f"  {statistics.median(ratios):>8.2f}x  turn by turn; most between {low:.2f}x and "
+            f"{high:.2f}x",
+            *textwrap.wrap(f"on {environment.versions()['device']}", 60, subsequent_indent="  "),
+        ]
     )
 
 
+def _become_nanogpt(trainer: Trainer) -> str:
+    """Give it the model of a checkout of nanoGPT, if one is named, with the same weights; else it
+    is nanoGPT's shape already. -> what it is, for a reader.
+    """
+    folder = os.environ.get("NANOGPT_DIR", ".local/nanoGPT")
+    path = Path(folder, "model.py")
+    if not path.is_file():
+        return "nanoGPT's model and step in eager PyTorch"
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None and spec.loader is not None
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    sizes = {name: getattr(trainer.model.config, name) for name in NANOGPT_FIELDS}
+    with contextlib.redirect_stdout(io.StringIO()):  # the model introduces itself
+        model = theirs.GPT(theirs.GPTConfig(**sizes)).to(trainer.device)
+    model.load_state_dict(trainer.model.state_dict())
+    trainer.model = model
+    return f"nanoGPT, {path}"
+
+
+def _elsewhere() -> str:
+    """Which implementations ran here; without a GPU, which one would run."""
+    ran = ", ".join(sorted({choice.implementation for choice in backend_report().values()}))
+    lines = textwrap.wrap(f"its ops ran: {ran} (`fastgpt info` says why)", 60)
+    if not torch.cuda.is_available():
+        lines.append("on a GPU of compute capability 8.0 or later they would run")
+        for name, what in (
+            ("triton", "our kernels"),
+            ("cublas", "PyTorch's GEMMs, our GELU"),
+            ("torch", "PyTorch's"),
+        ):
+            ops = ", ".join(op for op, entry in OPS.items() if entry.unmeasured == name)
+            lines += textwrap.wrap(f"  {what}: {ops}", 60, subsequent_indent="    ")
+        lines.append("README.md has what a GPU measured, and where.")
+    return "\n".join(lines)
+
+
 def _nanogpts_step(trainer: Trainer) -> Callable[..., Tensor]:
+    """Its train.py's: AdamW as PyTorch has it, logits returned."""
     model, optimizer = trainer.model, torch.optim.AdamW(trainer.model.parameters())
     model.config.return_logits = True
 
     def step(batches: Sequence[Batch], _: Sequence[int] | None) -> Tensor:
         ((x, y),) = batches
         with autocast(trainer.device, trainer.dtype):
-            _, loss = model(x, y)
+            _, loss = model(x, y.contiguous())  # nanoGPT views them
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

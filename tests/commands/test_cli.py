@@ -75,7 +75,9 @@ def test_alone_it_lists_its_commands_with_examples(capsys):
 
 
 def test_the_version(capsys):
-    assert cli.main(["--version"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
     assert capsys.readouterr().out == f"fastgpt {fastgpt.__version__}\n"
 
 
