@@ -4,6 +4,10 @@ It runs as `python SCRIPT [args]` would run it: its own folder first on sys.path
 left alone. nanoGPT's scripts read configurator.py, data/ and out/ from the current folder, so the
 usual call is `cd nanoGPT && fastgpt run train.py`; on several GPUs, `torchrun ... -m fastgpt run
 train.py`.
+
+nanoGPT's train.py throws the logits of a training step away. `--no-logits` saves computing a loss
+that keeps them: forward(idx, targets) returns (None, loss), as under return_logits=False. A script
+that uses them finds None.
 """
 
 import argparse
@@ -15,11 +19,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fastgpt import devices, model
 
 
+class WithoutLogits(model.GPT):
+    """A GPT under return_logits=False, of which a nanoGPT script's GPTConfig knows nothing."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.config.return_logits = False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-logits",
+        action="store_true",
+        help="return None for logits beside a loss: faster, for scripts that ignore them",
+    )
     parser.add_argument("script", type=Path, help="train.py, sample.py, bench.py or your own")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own, all that follow")
 
@@ -27,10 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not args.script.is_file():
         raise FileNotFoundError(f"no script {args.script}; call this in nanoGPT's folder")
-    print(f"fastgpt: {args.script} runs with `model` answered by fastgpt", flush=True)
+    how = ", without logits beside a loss" if args.no_logits else ""
+    print(f"fastgpt: {args.script} runs with `model` answered by fastgpt{how}", flush=True)
     if math.isnan(devices.peak_flops(devices.pick_device(None))):
         print("fastgpt: this device's peak is not known, so mfu is nan", flush=True)
-    return execute(args.script, args.args, folder=args.script.resolve().parent, model=model)
+    folder, answer = args.script.resolve().parent, _without_logits() if args.no_logits else model
+    return execute(args.script, args.args, folder=folder, model=answer)
+
+
+def _without_logits() -> ModuleType:
+    answer = ModuleType("model")
+    vars(answer).update({**vars(model), "GPT": WithoutLogits})
+    return answer
 
 
 def execute(script: Path, args: list[str], folder: Path, **modules: ModuleType) -> int:

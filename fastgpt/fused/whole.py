@@ -36,6 +36,8 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     one by one: under backend "torch", where a kernel cannot run (under "triton" that raises), and
     under torch.func. Inside torch.compile the table's entry is "compiled", and all of it is traced.
     """
+    if torch.compiler.is_compiling() and _recomputes(model):
+        return None  # up to PyTorch 2.11 it would keep what an autograd.Function saves
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
     if not idx.numel() or not calls_untouched():
         return None
@@ -61,7 +63,7 @@ class FusedModel(NamedTuple):
     def __call__(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What GPT.forward returns."""
         parts = self.model.transformer
-        again = self.model.config.checkpoint_blocks and torch.is_grad_enabled()
+        again = _recomputes(self.model)
         x, head_weight = self._embed(idx)  # (B, T, C)
         delta, x = None, parts.drop(x)
         for block in parts.h:
@@ -125,6 +127,10 @@ class FusedModel(NamedTuple):
         """A parameter in the matmuls' dtype, without autograd: TrainStep's copy, or a cast."""
         copies = self.model.matmul_copies
         return copies[p] if p in copies else p.detach().to(self.dtype)
+
+
+def _recomputes(model: Any) -> bool:
+    return model.config.checkpoint_blocks and torch.is_grad_enabled()
 
 
 def _sum(delta: Tensor | None, x: Tensor) -> Tensor:

@@ -170,6 +170,28 @@ class TestRun:
         assert last == seen
         assert (sys.argv, sys.path, sys.modules.get("model")) == before
 
+    @pytest.mark.parametrize("flags, logits", [((), True), (("--no-logits",), False)])
+    def test_logits_beside_a_loss(self, tmp_path, capsys, flags, logits):
+        """As train.py builds and calls a model; without targets there is nothing else."""
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys, torch\nfrom model import GPT, GPTConfig\n"
+            "model = GPT(GPTConfig(**dict(block_size=8, vocab_size=11, n_layer=1, n_head=1,"
+            " n_embd=16, bias=False, dropout=0.0)))\n"
+            "idx = torch.arange(8)[None]\n"
+            "logits, loss = model(idx, idx)\nloss.backward()\n"
+            "alone, nothing = model(idx)\n"
+            "print(isinstance(model, GPT), logits is not None, loss.shape, alone.shape, nothing)\n"
+            "print(sys.argv[1:])\n"
+        )
+        assert (
+            cli.main(["run", *flags, str(script), "--no-logits"]) == 0
+        )  # the last is the script's
+        printed = capsys.readouterr().out.splitlines()
+        assert ("without logits" in printed[0]) != logits
+        expected = f"True {logits} torch.Size([]) torch.Size([1, 1, 11]) None"
+        assert printed[-2:] == [expected, "['--no-logits']"]
+
     def test_a_missing_script(self, capsys, tmp_path):
         assert "no script" in refused(capsys, "run", tmp_path / "train.py")
 

@@ -2,7 +2,8 @@
 
 Tensors that say they are on CUDA and hold no data (fake tensors), and a `torch.cuda` that answers
 for an H200. Dynamo traces fastgpt's dispatch on them as it would there, line by line; nothing is
-launched. Prints a JSON object: case -> graphs, graph breaks with their reasons, operators of ours.
+launched. Prints a JSON object: case -> graphs, graph breaks with their reasons, operators of ours;
+and the last before and after F.gelu is replaced.
 """
 
 import contextlib
@@ -11,9 +12,11 @@ import itertools
 import json
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.fx import GraphModule
 
@@ -21,6 +24,7 @@ from fastgpt import GPT, GPTConfig, backend, use_backend
 from fastgpt.implementations import sdpa
 from fastgpt.kernels import _launch
 
+SMALL = dict(block_size=32, vocab_size=64, n_layer=1, n_head=2, n_embd=64)
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
 KERNELS: dict[str, dict[str, str]] = {  # op -> implementation, as use_backend takes them
     "none chosen": {},
@@ -56,8 +60,8 @@ def pretend() -> None:
 
 
 def model(**changes: Any) -> GPT:
-    with contextlib.redirect_stdout(io.StringIO()):
-        made = GPT(GPTConfig(32, 64, 1, 2, 64, **changes))
+    with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
+        made = GPT(GPTConfig(**SMALL | changes))
     moved = {p: nn.Parameter(torch.empty(p.shape, device="cuda")) for p in made.parameters()}
     for module in made.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -65,18 +69,43 @@ def model(**changes: Any) -> GPT:
     return made
 
 
+def tokens(B: int, T: int) -> Tensor:
+    return torch.empty(B, T, device="cuda", dtype=torch.int64)
+
+
 def traced(made: nn.Module, B: int = 2, T: int = 16) -> dict[str, Any]:
     torch._dynamo.reset()
-    idx = torch.empty(B, T, device="cuda", dtype=torch.int64)
+    idx = tokens(B, T)
     found = torch._dynamo.explain(made)(idx, idx)
-    # an autograd.Function's forward and backward are graphs inside the graph
-    modules = [module for graph in found.graphs for module in graph.modules()]
-    nodes = [n for m in modules if isinstance(m, GraphModule) for n in m.graph.nodes]
     return {
         "graphs": found.graph_count,
         "breaks": [str(reason.reason)[:200] for reason in found.break_reasons],
-        "ours": sorted({str(n.target) for n in nodes if str(n.target).startswith("fastgpt.")}),
+        "ours": sorted(set().union(*map(ours, found.graphs))),
     }
+
+
+def ours(graph: GraphModule) -> set[str]:
+    # an autograd.Function's forward and backward are graphs inside the graph
+    modules = [module for module in graph.modules() if isinstance(module, GraphModule)]
+    targets = {str(node.target) for module in modules for node in module.graph.nodes}
+    return {name for name in targets if name.startswith("fastgpt.")}
+
+
+@torch.no_grad()
+def before_and_after_a_patch() -> list[list[str]]:
+    """Our operators in the graph of a compiled model, and once F.gelu is a function of a script."""
+    torch._dynamo.reset()
+    found = []
+
+    def backend_that_looks(graph: GraphModule, inputs: Any) -> Any:
+        found.append(sorted(ours(graph)))
+        return graph.forward
+
+    compiled, idx = torch.compile(model(), backend=backend_that_looks), tokens(2, 16)
+    compiled(idx, idx)
+    with patch.object(F, "gelu", lambda x, approximate="none": F.relu(x)):
+        compiled(idx, idx)
+    return found
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -98,7 +127,8 @@ def main() -> None:
                 torch.set_grad_enabled(way != "eval"),
             ):
                 report[f"{kernels}, {way}, autocast {autocast}"] = traced(made)
-    print(json.dumps(report))
+        patched = before_and_after_a_patch()
+    print(json.dumps(dict(traced=report, patched=patched)))
 
 
 if __name__ == "__main__":

@@ -5,33 +5,66 @@ On a CPU "auto" decides before it asks what it asks on CUDA, so tests there see 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-needs_no_device = pytest.mark.skipif(
-    torch.version.cuda is None or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
-    reason="this PyTorch knows no CUDA, or cannot pretend to have a device",
-)
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.skipif(
+        torch.version.cuda is None or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
+        reason="this PyTorch knows no CUDA, or cannot pretend to have a device",
+    ),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="it pretends that there is a GPU"),
+]
 
 
-@needs_no_device
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it pretends that there is a GPU")
-def test_one_graph_without_a_break():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.model.fake_cuda"]
-    root = Path(__file__).parents[2]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+def report(script: str, **environment: str) -> dict[str, Any]:
+    environment |= {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"tests.model.{script}"]
+    run = subprocess.run(
+        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
-    report = json.loads(run.stdout.splitlines()[-1])
-    assert len(report) == 24
-    assert {case: found for case, found in report.items() if found["graphs"] != 1} == {}
-    for case, found in report.items():
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_one_graph_without_a_break():
+    found = report("fake_cuda")
+    before, after = found["patched"]
+    assert "fastgpt.gelu_forward.default" in before and after == []
+    cases = found["traced"]
+    assert len(cases) == 24
+    assert {case: found for case, found in cases.items() if found["graphs"] != 1} == {}
+    for case, found in cases.items():
         assert not found["breaks"], case
         left = "left to inductor" in case
         assert bool(found["ours"]) != left, case  # as it was asked
         fused = "fastgpt.add_layer_norm_forward.default" in found["ours"]  # in no module's forward
         assert fused != left, case
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="it compiles a driver of its own")
+@pytest.mark.skipif(sys.platform != "linux", reason="which is preloaded")
+def test_inductor_keeps_our_operators_and_adds_little(tmp_path):
+    """For nanoGPT's model.py it writes 217 kernels that move 27.6 GB (prediction/inductor.json)."""
+    driver = tmp_path / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", driver, HERE / "no_gpu.c"], check=True)
+    cases = report("inductor_graph", LD_PRELOAD=str(driver), LD_LIBRARY_PATH=str(tmp_path))
+    whole = cases["124M"]
+    assert 0 < whole["kernels"] <= 120
+    assert 1e9 < whole["bytes"] <= 3e9
+    times = {"add_layer_norm_forward": 24, "layer_norm_forward": 1, "layer_norm_backward": 25}
+    times |= {"gelu_forward": 12, "gelu_backward": 12, "add_rows_": 1}
+    times |= {"cross_entropy_forward": 1, "cross_entropy_backward": 1}
+    ours = {name: n for name, n in whole["operators"].items() if name.startswith("fastgpt.")}
+    assert ours == {f"fastgpt.{name}.default": n for name, n in times.items()}
+    # no graph changes its inputs, which would keep CUDA graphs (mode="reduce-overhead") from it
+    assert not any(found["mutated"] for found in cases.values())
+    for case, in_place in (("without logits", 1), ("logits in chunks", 3)):
+        assert cases[case]["operators"]["fastgpt.cross_entropy_.default"] == in_place

@@ -1,0 +1,113 @@
+"""torch.compile as scripts use it: around and inside DDP, for CUDA graphs, with logits in chunks,
+with blocks computed again.
+"""
+
+import io
+from contextlib import redirect_stdout
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt import GPT, GPTConfig, use_backend
+from fastgpt.linear_cross_entropy import CHUNKS
+from tests.close import DEVICE
+from tests.model.test_compile import Compiler, graphs
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_yet():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def small(**changes: Any) -> GPT:
+    torch.manual_seed(0)
+    sizes = dict(block_size=24, vocab_size=33, n_layer=2, n_head=1, n_embd=32)
+    with redirect_stdout(io.StringIO()):
+        return GPT(GPTConfig(**sizes | changes)).to(DEVICE)
+
+
+def step(forward: Any, model: GPT) -> list[Tensor]:
+    """Loss and gradients, by backward() as DDP wants it."""
+    idx = torch.arange(34, device=DEVICE).view(2, 17) % 33
+    model.zero_grad()
+    loss = forward(idx, idx.flip(1))[1]
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    if not dist.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    meeting = tmp_path_factory.mktemp("gloo") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("order", ["compile(DDP)", "DDP(compile)"])
+def test_distributed(one_process, order, logits, monkeypatch):
+    """Buckets smaller than the model, between which Dynamo splits a graph that it finds in DDP."""
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
+    model, compiler = small(return_logits=logits), Compiler()
+
+    def compiled(module: Any) -> Any:
+        return torch.compile(module, backend=compiler)
+
+    def parallel(module: Any) -> Any:
+        return DistributedDataParallel(module, bucket_cap_mb=0.03)
+
+    with use_backend("triton"):
+        expected = step(model, model)
+        run = compiled(parallel(model)) if order == "compile(DDP)" else parallel(compiled(model))
+        torch.testing.assert_close(step(run, model), expected)
+    assert "fastgpt.add_layer_norm_forward.default" in compiler.operators
+
+
+@pytest.mark.parametrize("way", [{}, dict(return_logits=False)], ids=["logits", "no logits"])
+def test_for_cuda_graphs(way):
+    """mode="reduce-overhead": that nothing keeps the graphs from it is in test_compile_on_cuda.py;
+    here, that it computes the same.
+    """
+    model = small(**way, n_layer=1)
+    with use_backend("triton"):
+        compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+        for _ in range(3):
+            torch.testing.assert_close(step(compiled, model), step(model, model))
+    assert graphs() == 1
+
+
+def test_logits_in_chunks(monkeypatch):
+    """Whose backward may run twice, and must not work in what it was given."""
+    monkeypatch.setitem(CHUNKS, DEVICE, (8, 16))
+    model, compiler = small(return_logits=False, n_layer=1), Compiler()
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    idx = torch.arange(34, device=DEVICE).view(2, 17) % 33
+    with use_backend("triton"):
+        expected = step(model, model)
+        loss = 3 * compiled(idx, idx.flip(1))[1]
+        model.zero_grad()
+        loss.backward()
+    in_place = {name for name in compiler.operators if "auto_functionalized" in name}
+    assert in_place  # which is how the compiler sees cross_entropy_
+    found = [loss.detach(), *(p.grad for p in model.parameters())]
+    torch.testing.assert_close([t / 3 for t in found], expected)
+
+
+def test_checkpointed_blocks():
+    """Are computed again as modules: PyTorch up to 2.11 would keep all that a unit saves."""
+    model, compiler = small(checkpoint_blocks=True), Compiler()
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    with use_backend("triton"):
+        torch.testing.assert_close(step(compiled, model), step(model, model))
+        assert "fastgpt.layer_norm_forward.default" in compiler.operators
+        assert "fastgpt.add_layer_norm_forward.default" not in compiler.operators
+        with torch.no_grad():
+            compiled(torch.arange(17, device=DEVICE)[None])
+    assert "fastgpt.add_layer_norm_forward.default" in compiler.operators
