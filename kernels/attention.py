@@ -11,6 +11,8 @@ drawn on the device from PyTorch's generator, so manual_seed and a checkpoint's 
 without a host wait.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -62,7 +64,7 @@ def _empty_lse(B: int, H: int, T: int, like: Tensor) -> Tensor:
     return torch.empty(B, H, T, device=like.device, dtype=torch.float32)
 
 
-def _outputs(q, k, v, seed, scale, dropout_p):
+def _outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     B, H, T, D = q.shape
     return _empty_heads(B, H, T, D, q), _empty_lse(B, H, T, q)
 
@@ -71,13 +73,14 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, scale: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """q, k, v (B, H, T, D) -> o (B, H, T, D), lse (B, H, T) fp32."""
-    o, lse = _outputs(q, k, v, seed, scale, dropout_p)
+    o, lse = _outputs(q)
     launch_forward(q, k, v, seed, o, lse, scale, dropout_p)
     return o, lse
 
 
-def _gradients(do, q, k, v, o, lse, seed, scale, dropout_p):
-    return tuple(_empty_heads(*q.shape, like=q) for _ in range(3))
+def _gradients(do: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (_empty_heads(*q.shape, like=q) for _ in range(3))
+    return dq, dk, dv
 
 
 def backward(
@@ -85,12 +88,12 @@ def backward(
     scale: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv (B, H, T, D)."""
-    dq, dk, dv = _gradients(do, q, k, v, o, lse, seed, scale, dropout_p)
+    dq, dk, dv = _gradients(do, q)
     launch_backward(do, q, k, v, o, lse, seed, dq, dk, dv, scale, dropout_p)
     return dq, dk, dv
 
 
-def _packed_outputs(qkv, n_head, seed, dropout_p):
+def _packed_outputs(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, Tensor]:
     B, T, C3 = qkv.shape
     y = torch.empty(B, T, C3 // 3, device=qkv.device, dtype=qkv.dtype)
     return y, _empty_lse(B, n_head, T, qkv)
@@ -100,14 +103,14 @@ def packed_forward(
     qkv: Tensor, n_head: int, seed: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
     """qkv (B, T, 3C) -> y (B, T, C), lse (B, H, T) fp32."""
-    y, lse = _packed_outputs(qkv, n_head, seed, dropout_p)
+    y, lse = _packed_outputs(qkv, n_head)
     q, k, v = _split_heads(qkv, n_head)
     o = _heads(y, n_head)
     launch_forward(q, k, v, seed, o, lse, q.shape[-1] ** -0.5, dropout_p)
     return y, lse
 
 
-def _packed_gradient(dy, qkv, y, lse, seed, n_head, dropout_p):
+def _packed_gradient(dy: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return torch.empty(qkv.shape, device=qkv.device, dtype=qkv.dtype)
 
 
@@ -116,7 +119,7 @@ def packed_backward(
     n_head: int, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     """-> dqkv (B, T, 3C): the kernels write dq, dk and dv straight into it."""
-    dqkv = _packed_gradient(dy, qkv, y, lse, seed, n_head, dropout_p)
+    dqkv = _packed_gradient(dy, qkv)
     q, k, v = _split_heads(qkv, n_head)
     do, o = _heads(dy, n_head), _heads(y, n_head)
     scale = q.shape[-1] ** -0.5
@@ -152,10 +155,10 @@ def dropout_mask(seed: Tensor, B: int, H: int, T: int, dropout_p: float) -> Tens
     return mask
 
 
-_forward = register(
+registered_forward = register(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? seed, float scale, float dropout_p)"
     " -> (Tensor, Tensor)", forward, _outputs)  # fmt: skip
-_backward = register(
+registered_backward = register(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     " Tensor? seed, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)",
     backward, _gradients)  # fmt: skip
@@ -170,7 +173,7 @@ registered_packed_backward = register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, seed, scale, dropout_p):
-        o, lse = _forward(q, k, v, seed, scale, dropout_p)
+        o, lse = registered_forward(q, k, v, seed, scale, dropout_p)
         ctx.save_for_backward(q, k, v, o, lse, seed)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         return o
@@ -179,7 +182,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, do):
         differentiable_once()
         q, k, v, o, lse, seed = ctx.saved_tensors
-        dq, dk, dv = _backward(do, q, k, v, o, lse, seed, ctx.scale, ctx.dropout_p)
+        dq, dk, dv = registered_backward(do, q, k, v, o, lse, seed, ctx.scale, ctx.dropout_p)
         return dq, dk, dv, None, None, None
 
 

@@ -88,13 +88,17 @@ def gelu_forward(h: Tensor, tanh: bool) -> Tensor:
     return y
 
 
-def gelu_gradients(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+def gelu_gradients(
+    dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dh = torch.empty(h.shape, device=h.device, dtype=h.dtype)
     y = torch.empty_like(dh) if with_output else dh.new_empty(0)
     return dh, y, dh.new_empty(h.shape[1] if with_bias else 0)
 
 
-def gelu_backward(dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+def gelu_backward(
+    dy: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """dy (M, N) any strides, h (M, N) contiguous -> dh (M, N); gelu(h) or (0,); db (N,) or (0,)."""
     dh, y, db = gelu_gradients(dy, h, tanh, with_bias, with_output)
     if not with_bias and dy.is_contiguous():

@@ -87,15 +87,19 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor,
     return h, y
 
 
-def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+def dgrad(
+    dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """dy (M, K), w (K, N) any strides, h (M, N) contiguous -> gelu_backward's results of dy @ w."""
     if gemm_tma.takes(dy, w, h):
         return gemm_tma.dgrad(dy, w, h, tanh, with_bias, with_output)
     return gelu_backward(dy @ w, h, tanh, with_bias, with_output)
 
 
-def _dgrad_outputs(dy, w, h, tanh, with_bias, with_output):
-    return gelu_gradients(h, h, tanh, with_bias, with_output)
+def _dgrad_outputs(
+    dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gelu_gradients(dy, h, tanh, with_bias, with_output)
 
 
 registered_forward = register(

@@ -173,7 +173,9 @@ def fc(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tens
     return h, y
 
 
-def dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
+def dgrad(
+    dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """dy (M, K), w (K, N), h (M, N) contiguous -> dh (M, N); gelu(h) or (0,); db (N,) or (0,)."""
     (M, K), N = dy.shape, w.shape[1]
     dh, y, db = gelu_gradients(dy, h, tanh, with_bias, with_output)

@@ -146,14 +146,18 @@ def _backward_config(N: int) -> dict[str, int]:
     return dict(BLOCK_M=rows, BLOCK_N=block, STAGES=stages, num_warps=warps)
 
 
-def _outputs(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype):
+def _outputs(
+    x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     M, N = x.shape
     y = torch.empty(M, N, device=x.device, dtype=dtype)
     mean, rstd = (torch.empty(M, device=x.device, dtype=torch.float32) for _ in range(2))
     return y, mean, rstd
 
 
-def forward(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype):
+def forward(
+    x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """x (M, N) -> y (M, N) in `dtype`; mean, rstd (M,) fp32."""
     M, N = x.shape
     y, mean, rstd = _outputs(x, w, b, eps, dtype)
@@ -165,7 +169,7 @@ def forward(x: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dty
 
 def _add_outputs(
     delta: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype
-):
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, mean, rstd = _outputs(delta, w, b, eps, dtype)
     s = torch.empty_like(y, dtype=torch.promote_types(delta.dtype, residual.dtype))
     return y, s, mean, rstd
@@ -173,7 +177,7 @@ def _add_outputs(
 
 def add_forward(
     delta: Tensor, residual: Tensor, w: Tensor, b: Tensor | None, eps: float, dtype: torch.dtype
-):
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """delta, residual (M, N) -> y (M, N) in `dtype`, their sum s (M, N); mean, rstd (M,) fp32."""
     M, N = delta.shape
     y, s, mean, rstd = _add_outputs(delta, residual, w, b, eps, dtype)
@@ -186,7 +190,7 @@ def add_forward(
 def _gradients(
     dy: Tensor, ds_out: Tensor | None, s: Tensor, w: Tensor, mean: Tensor, rstd: Tensor,
     has_bias: bool, delta_dtype: torch.dtype,
-):  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     M, N = s.shape
     ds = torch.empty(M, N, device=s.device, dtype=s.dtype)
     ddelta = torch.empty(M if delta_dtype != s.dtype else 0, N, device=s.device, dtype=delta_dtype)
@@ -196,7 +200,7 @@ def _gradients(
 def backward(
     dy: Tensor, ds_out: Tensor | None, s: Tensor, w: Tensor, mean: Tensor, rstd: Tensor,
     has_bias: bool, delta_dtype: torch.dtype,
-):  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> ds (M, N); the same in delta_dtype, (0, N) where that is ds's own; dw (N,); db (N,) or
     (0,).
     """

@@ -30,7 +30,7 @@ import torch
 from bench.harness.roofline import Shape, attention, shape_of
 from bench.harness.timeline import OTHER, by_words, matmul_groups
 from bench.peers.models import SIZES
-from bench.prediction import machine_code
+from bench.prediction import ir, machine_code
 from bench.prediction.kernel import ATEN, ATTENTION, GEMM, Kernel
 
 RECORDS = Path(__file__).with_name("inductor.json")
@@ -126,31 +126,30 @@ def _shape_of(operand: ast.expr, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _triton(made: "_Generated", operands: list[ast.expr], shapes: list[Any]) -> Kernel:
-    given = dict(zip(made.arguments, zip(operands, shapes, strict=True), strict=False))
-    numbers = {
-        name: ast.literal_eval(operand)
-        for name, (operand, _) in given.items()
-        if name.endswith("numel")
-    } | made.config
+    numbers: dict[str, Any] = {
+        name: operand.value
+        for name, operand in zip(made.signature, operands, strict=False)
+        if isinstance(operand, ast.Constant)
+    }
+    of = dict(zip(made.signature, shapes, strict=False))
+    names = [name for name, kind in made.signature.items() if kind != "constexpr"]
+    given = [numbers.get(name) for name in names]
+    room = [
+        math.prod(of[name]) * ir.itemsize(made.signature[name]) if of[name] else 0 for name in names
+    ]
     grid = 1
     for axis in "xyz":
-        block = numbers.get("RSPLIT_SIZE", numbers.get(f"{axis.upper()}BLOCK"))
+        block = made.config.get("RSPLIT_SIZE", made.config.get(f"{axis.upper()}BLOCK"))
         if f"{axis}numel" in numbers and block:
             grid *= math.ceil(numbers[f"{axis}numel"] / block)
-    room = [
-        math.prod(shape) * machine_code.itemsize(made.signature[name]) if shape else 0
-        for name, (_, shape) in given.items()
-    ]
     component = "attention" if "_cat_" in f"{made.name}_" else by_words(made.name) or OTHER
-    turns = machine_code.trips(numbers, grid)
-    return machine_code.counted(made.name, component, made.code, grid, made.warps, turns, room)
+    return machine_code.counted(made.name, component, made.code, grid, made.warps, given, room)
 
 
 class _Generated(NamedTuple):
     """A Triton kernel of inductor's, in the first configuration that it would try."""
 
     name: str
-    arguments: list[str]
     signature: dict[str, str]
     config: dict[str, int]
     warps: int
@@ -183,13 +182,8 @@ def _compiled(name: str, tuner: Any) -> _Generated:
     source = ASTSource(tuner.fn, meta["signature"], constants, meta["configs"][0])
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
     made = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
-    code = machine_code.read(
-        made.asm["ttir"], made.asm["cubin"], made.metadata.shared, config.num_warps
-    )
-    arguments = list(meta["signature"])
-    return _Generated(
-        name, arguments, meta["signature"], dict(config.kwargs), config.num_warps, code
-    )
+    code = machine_code.read(made.asm["ttir"], made.asm["cubin"], made.metadata.shared)
+    return _Generated(name, meta["signature"], dict(config.kwargs), config.num_warps, code)
 
 
 def _told(kernel: Kernel) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from bench import predict
 from bench.harness import record
 from bench.harness.record import Record
 from bench.harness.timeline import OTHER, by_words
+from bench.harness.training_variant import MAX_NAME
 from bench.predict import Prediction
 from bench.prediction import model
 from bench.prediction.kernel import GEMM, TRITON, Kernel
@@ -48,26 +49,17 @@ same for other sizes and GPUs.
 OTHERS_NOTE = """The model's constants are of {name}. That other GPUs reach the same shares of
 their peaks is assumed, and that inductor makes the same kernels for them.
 """
-MODEL_NOTE = """Constants that a kernel of ours gave were fitted to it, so that our kernels' errors
-are smaller than those to expect of new ones; inductor's kernels had no part in that. The host is
-not modelled: where the device waits for it, a step takes longer than predicted.
+MODEL_NOTE = f"""The constants were fitted to kernels of ours as they were in the first record of
+{model.MEASURED_ON}; inductor's had no part
+in that. The host is not modelled: where the device waits for it, a step takes longer than
+predicted.
 """
-_OWN = {  # what Triton names our kernels in a profile
-    "_forward_kernel": "norm",
-    "_backward_kernel": "norm",
-    "_gelu_kernel": "mlp",
-    "_gelu_backward_kernel": "mlp",
-    "_in_place_kernel": "loss",
-    "_add_rows_kernel": "embedding",
-    "_square_kernel": "optimizer",
-    "_adamw_kernel": "optimizer",
-}
 _LIBRARIES = (  # the more telling first
     (r"cudnn|flash", "attention"),
     (r"nvjet|splitK|gemm|cutlass", PRODUCTS),
     (r"multi_tensor_apply|lpnorm", "optimizer"),
     (r"FillFunctor<c10::BFloat16>", "loss"),
-    (r"::elementwise_kernel<128, 4.*direct_copy", "attention"),  # of dq, dk and dv
+    (r"CatArrayBatchedCopy_vectorized", "attention"),  # of dq, dk and dv
 )
 
 
@@ -107,8 +99,9 @@ def _sources(p: Prediction, measured: Record | None) -> str:
 
 def _step(p: Prediction, compiled: list[Kernel], ours: Any, theirs: Any) -> str:
     """By component, in ms."""
-    columns = [_predicted(p.ours, p.gpu), _measured(ours)]
-    columns += [_predicted(compiled, p.gpu), _measured(theirs)]
+    own = {_in_profiles(k.name): k.component for k in p.ours if k.kind == TRITON}
+    columns = [_predicted(p.ours, p.gpu), _measured(ours, own)]
+    columns += [_predicted(compiled, p.gpu), _measured(theirs, own)]
     names = sorted({name for column in columns for name in column}, key=lambda n: (n == OTHER, n))
     lines = [[name, *(_ms(column.get(name)) for column in columns)] for name in names]
     lines.append(["kernels", *(_ms(sum(column.values()) or None) for column in columns)])
@@ -138,17 +131,15 @@ def _predicted(kernels: list[Kernel], gpu: model.Gpu) -> dict[str, float]:
     return sums
 
 
-def _measured(row: Any) -> dict[str, float]:
+def _measured(row: Any, own: dict[str, str]) -> dict[str, float]:
     sums: dict[str, float] = {}
     for kernel in (row or {}).get("kernels", ()):
-        group = _component(kernel["kernel"])
+        group = own.get(kernel["kernel"]) or _component(kernel["kernel"])
         sums[group] = sums.get(group, 0.0) + 1e-3 * kernel["us"]
     return sums
 
 
 def _component(name: str) -> str:
-    if name in _OWN:
-        return _OWN[name]
     if name.startswith("triton_"):
         return "attention" if "_cat_" in name else by_words(name) or OTHER
     return next((group for pattern, group in _LIBRARIES if re.search(pattern, name)), OTHER)
@@ -164,7 +155,7 @@ def _kernels(kernels: list[Kernel], gpu: model.Gpu, measured: Any) -> str:
     errors, lines = [], []
     for group in groups:
         ms = model.kernels_ms(group, gpu)
-        seen = found.get(f"_{group[0].name.split('.')[-1]}") or found.get(group[0].name[:160])
+        seen = found.get(_in_profiles(group[0].name))
         if seen:
             errors.append(abs(1e3 * ms / seen["us"] - 1))
         lines.append([*_cells(group, gpu), _ms(ms), _ms(1e-3 * seen["us"] if seen else None)])
@@ -172,6 +163,11 @@ def _kernels(kernels: list[Kernel], gpu: model.Gpu, measured: Any) -> str:
               "per SM", "live MB", "predicted ms", "measured ms"]  # fmt: skip
     close = f"\n\nMedian error of the predictions: {median(errors):.0%}." if errors else ""
     return f"{table(header, lines)}{close}\n"
+
+
+def _in_profiles(name: str) -> str:
+    """Of a kernel: file.name of ours, inductor's as they are, cut off as records do."""
+    return f"_{name.split('.')[-1]}" if "." in name else name[:MAX_NAME]
 
 
 def _bytes(group: list[Kernel]) -> float:
@@ -210,7 +206,7 @@ def _model() -> str:
     named = dict(re.findall(r"^([A-Z_]+) = .*?  # (.*)$", source, re.M))
     lines = [
         [f"`{name}`", str(getattr(model, name)), named.get(name, "of the peak FLOP/s, by phase")]
-        for name in ("BANDWIDTH", "ISSUE", "ALONE", "LATENCY", "CAT", "SMALLEST", "GAP",
+        for name in ("BANDWIDTH", "ISSUE", "ALONE", "LATENCY", "SMALLEST", "GAP",
                      "PRODUCTS", "ATTENTION_SHARE")
     ]  # fmt: skip
     constants = table(["constant", "value", "of"], lines)

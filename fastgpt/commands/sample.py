@@ -117,7 +117,7 @@ def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
 
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
-    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for text, not for parameter counts
+    with contextlib.redirect_stdout(io.StringIO()):  # stdout is for text alone
         model, tokenizer = _loaded(args)
     model.to(device).eval()
 

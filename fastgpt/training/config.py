@@ -68,7 +68,9 @@ class TrainConfig:
     device: str | None = _setting(None, "cuda, cuda:1, cpu, ...; default: a GPU if there is one")
     seed: int = _setting(1337, "of weights, batches and dropout", least=0, below=2**63)
     compile: bool = _setting(False, "torch.compile the model")
-    capture: bool = _setting(False, "replay a CUDA graph, for small batches")
+    capture: bool | None = _setting(
+        None, "replay a CUDA graph; default: on one GPU, where nothing else speaks against it"
+    )
     checkpoint_blocks: bool = _setting(False, "save memory: compute blocks again in the backward")
     shard: bool = _setting(False, "FSDP2: split weights and optimizer among the processes")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -9,21 +10,28 @@ from typing import Any
 class Interrupts:
     """`with Interrupts() as interrupts`: the first ones only leave their `interrupts.number`.
 
-    The third Ctrl-C, for somebody whose step does not end, interrupts at once, unless a checkpoint
-    is being written.
+    For somebody whose step does not end, one that comes `PATIENCE` seconds after the first
+    interrupts at once, unless a checkpoint is being written.
     """
 
+    PATIENCE = 5.0
+
     def __init__(self) -> None:
-        self.noted = self.number = 0
+        self.number = 0
+        self.first = 0.0
         self.saving = False
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.noted, self.number = self.noted + 1, number
-        if self.noted == 2 and not self.saving:
-            os.write(2, b"\nstopping after this step; Ctrl-C again loses it\n")
-        if self.noted > 2 and number == signal.SIGINT and not self.saving:
+        now = time.monotonic()
+        self.first = self.first or now
+        self.number = number
+        if number != signal.SIGINT or self.saving:
+            return
+        if now - self.first > self.PATIENCE:
             raise KeyboardInterrupt
+        if now > self.first:
+            os.write(2, b"\nstopping after this step; Ctrl-C some seconds from now loses it\n")
 
     def __enter__(self) -> "Interrupts":
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,26 @@ class Log:
         self._file = os.fdopen(os.open(self.path, flags), "a", encoding="utf-8")
 
     def add(self, step: int, **values: Any) -> None:
-        self._file.write(_line({"step": step, **values}))
+        self._write(_line({"step": step, **values}))
         for other in self._others:
             other(step, values)
 
     def sync(self) -> None:
         """Before a checkpoint: its history must last as long."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write("", last=True)
+
+    def _write(self, text: str, last: bool = False) -> None:
+        try:
+            self._file.write(text)
+            if last:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise files.explained(error, self.path, len(text)) from None
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # which was said when it was synced
+            self._file.close()
         for other in self._others:
             other(None, {})
 
@@ -121,6 +131,9 @@ def draw(log: Path, picture: Path) -> str:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.grid(alpha=0.3)
     axes.legend()
-    with files.replacing(picture) as file:
-        figure.savefig(file, format="png", dpi=120)
+    try:
+        with files.replacing(picture) as file:
+            figure.savefig(file, format="png", dpi=120)
+    except OSError as error:
+        return f"no loss curves: {error}"
     return f"loss curves: {picture}"

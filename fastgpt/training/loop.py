@@ -11,6 +11,7 @@ import torch
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
 from fastgpt.storage.printable import printable
+from fastgpt.train_step import TrainStep
 from fastgpt.training import sharded_folder
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.folder import RunFolder
@@ -102,6 +103,10 @@ class Run:
         with self.interrupts:
             try:
                 result = self._steps()
+            except ValueError:  # of data that changed: the last whole step is worth keeping
+                if not self.config.shard:
+                    self._save()
+                raise
             except RuntimeError as error:
                 found = self.world.explained(error)
                 if not isinstance(found, LostProcess):
@@ -114,6 +119,8 @@ class Run:
 
     def _steps(self) -> Result:
         trainer, config = self.trainer, self.config
+        if isinstance(trainer.step, TrainStep) and trainer.step.graph is not None:
+            self.progress.note("a CUDA graph replays every forward and backward (--no-capture)")
         while True:
             if self._stop():
                 self._flush()

@@ -95,7 +95,7 @@ def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if not state:  # before the first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state |= {moment: torch.zeros_like(p) for moment in MOMENTS}
         found[f"model.{name}"] = p.detach()
         found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}

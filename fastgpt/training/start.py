@@ -77,12 +77,12 @@ def check_vocabulary(
     remedy = "use the data it was trained on, or others prepared with the same vocabulary"
     known = "characters" in ours
     if known and ours["characters"] != tokenizer.characters:
-        kinds = [
+        now, before = (
             "GPT-2's vocabulary" if c is None else f"a vocabulary of {len(c)} characters"
             for c in (tokenizer.characters, ours["characters"])
-        ]
-        other = "another " if kinds[0] == kinds[1] else ""
-        raise ValueError(f"{folder} has {other}{kinds[0]}, {source} {kinds[1]}; {remedy}")
+        )
+        now = now.replace("a ", "another ", 1) if now == before else now
+        raise ValueError(f"{folder} has {now}, {source} {before}; {remedy}")
     needed = tokenizer.vocab_size if tokenizer.characters is not None else data.GPT2_TOKENS
     fits = size >= needed if known or tokenizer.characters is None else size == needed
     if not fits:

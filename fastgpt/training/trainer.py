@@ -113,9 +113,17 @@ class Trainer:
         betas = (cfg.beta1, cfg.beta2)
         how = (self.model, cfg.weight_decay, cfg.lr, betas, cfg.grad_clip, self.dtype)
         if cfg.shard:
-            return ShardedStep(*how, self.world, cfg.compile, cfg.capture)
+            return ShardedStep(*how, self.world, cfg.compile, bool(cfg.capture))
         shared = self.world.size > 1
-        return TrainStep(*how, capture=cfg.capture, compile=cfg.compile, data_parallel=shared)
+        capture = self._may_capture() if cfg.capture is None else cfg.capture
+        return TrainStep(*how, capture=capture, compile=cfg.compile, data_parallel=shared)
+
+    def _may_capture(self) -> bool:
+        """All batches have one shape. Checkpointing asks for the state of the random numbers, which
+        a graph under capture does not give.
+        """
+        alone = self.device.type == "cuda" and self.world.size == 1
+        return alone and not (self.config.compile or self.config.checkpoint_blocks)
 
     def seconds(self) -> float:
         """Of training, as all processes have agreed at the last step."""

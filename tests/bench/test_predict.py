@@ -13,29 +13,24 @@ import torch
 
 from bench.harness import roofline
 from bench.harness.roofline import shape_of
-from bench.prediction import inductor, machine_code, model, step
+from bench.prediction import inductor, ir, machine_code, model, step
 from bench.prediction.kernel import ATTENTION, GEMM, TRITON, Kernel
 from bench.prediction.model import GPUS
 from fastgpt import GPTConfig, use_backend
 from fastgpt.fused.launchers import kernels as chosen
 
-pytest.importorskip("triton", reason="what is predicted are its kernels")
+triton = pytest.importorskip("triton", reason="what is predicted are its kernels")
 mlp = pytest.importorskip("fastgpt.kernels.mlp")
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+bounded = pytest.mark.skipif(VERSION < (3, 6), reason="the bounds are for Triton 3.6 and later")
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "prediction.md"
 H200 = GPUS["H200"]
-# Of 124M at B=16: launches of our kernels, and GB that they move, by component. Lower them when
-# something was won.
-BOUNDS = {
-    "norm": (50, 8.8),
-    "mlp": (24, 7.3),
-    "loss": (1, 5.0),
-    "embedding": (1, 0.16),
-    "optimizer": (2, 4.3),
-}
-MOST_LAUNCHES = 416  # with those of PyTorch
-LEAST_RATIO = 1.0
+# Of 124M at B=16: GB that our kernels move, by component. Lower them when something was won.
+MOST_GIGABYTES = {"norm": 8.9, "mlp": 7.3, "loss": 3.3, "embedding": 0.16, "optimizer": 4.3}
+MOST_LAUNCHES = 364  # with those of PyTorch
+LEAST_RATIO = 1.1
 # In a process of its own: here the interpreter may have taken the compiler's place.
 SCRIPT = """
 import json
@@ -60,13 +55,14 @@ def predicted():
     return json.loads(done.stdout)
 
 
+@bounded
 def test_what_was_won_is_kept(predicted):
     own = [row for row in predicted["kernels"] if row["kind"] == TRITON]
-    for component, (launches, gigabytes) in BOUNDS.items():
+    for component, most in MOST_GIGABYTES.items():
         rows = [row for row in own if row["component"] == component]
-        assert 0 < sum(row["launches"] for row in rows) <= launches, component
-        assert sum(row["launches"] * row["bytes"] for row in rows) <= 1e9 * gigabytes, component
-    assert {row["component"] for row in own} == set(BOUNDS)
+        assert 0 < sum(row["launches"] * row["bytes"] for row in rows) <= 1e9 * most, component
+    assert {row["component"] for row in own} == set(MOST_GIGABYTES)
+    assert not any(row["spills"] for row in own)
     assert sum(row["launches"] * row["parts"] for row in predicted["kernels"]) <= MOST_LAUNCHES
     assert predicted["ratio"] >= LEAST_RATIO
 
@@ -84,6 +80,7 @@ def test_the_parts_add_up(predicted):
     assert predicted["compile_source"]["torch"] in predicted["table"]
 
 
+@bounded
 def test_the_page_is_of_this_step(predicted):
     """Its headings and rows; the figures in them depend on Triton's version."""
 
@@ -158,6 +155,8 @@ def test_inductors_record_is_of_the_same_model():
 
 TTIR = """
   tt.func public @_kernel(%x_ptr: !tt.ptr<bf16>, %y_ptr: !tt.ptr<f32>, %N: i32) attributes {} {
+    %c0_i32 = arith.constant 0 : i32
+    %c256_i32 = arith.constant 256 : i32
     %table = tt.load %y_ptr : !tt.ptr<f32>
     %a = tt.splat %x_ptr : !tt.ptr<bf16> -> tensor<256x!tt.ptr<bf16>>
     %p = tt.addptr %a, %cols : tensor<256x!tt.ptr<bf16>>, tensor<256xi32>
@@ -175,28 +174,68 @@ TTIR = """
 
 
 def test_loads_and_stores_are_read_from_the_ir():
-    sites, chain = machine_code.sites(TTIR)
-    assert [(s.argument, s.bytes, s.in_loop, s.stores) for s in sites] == [
-        (1, 4, False, False),
-        (0, 512, True, False),
-        (1, 4, False, False),
-        (1, 4, False, True),
+    found = ir.read(TTIR)
+    assert [(s.argument, s.bytes, s.loops, s.stores) for s in found.sites] == [
+        (1, 4, (), False),
+        (0, 512, (0,), False),
+        (1, 4, (), False),
+        (1, 4, (), True),
     ]
-    assert chain == 2  # the last load's address was loaded
+    assert found.chain == 2  # the last load's address was loaded
 
 
-def test_trips_follow_from_tiles_and_programs():
-    assert machine_code.trips({"M": 1000, "BLOCK_M": 4, "N": 768, "BLOCK_N": 1024}, 25) == 10
-    assert machine_code.trips({"SIZE": 4096, "BLOCK": 2048}, 2) == 1
-    assert (
-        machine_code.trips({"xnumel": 64, "XBLOCK": 1, "r0_numel": 4096, "R0_BLOCK": 1024}, 64) == 4
-    )
+def test_loops_turn_as_often_as_their_bounds_say():
+    found = ir.read(TTIR)
+    assert ir.turns(found, [None, None, 1000], 7) == [4.0]  # blocks of 256
+    # programs stride over 100 blocks
+    strided = [
+        ir.Step("%p", "tt.get_program_id", ()),
+        ir.Step("%n", "tt.get_num_programs", ()),
+        ir.Step("0", "loop", ("%p", "%N", "%n")),
+    ]
+    assert ir.turns(found._replace(steps=tuple(strided)), [None, None, 100], 64) == [100 / 64]
+    # a chunk of a tensor whose place and size were loaded: neither is known, their distance is
+    chunk = [
+        ir.Step("%c", "arith.constant", ("4096",)),
+        ir.Step("%block", "arith.constant", ("1024",)),
+        ir.Step("%end", "arith.addi", ("%loaded", "%c")),
+        ir.Step("%last", "arith.minsi", ("%end", "%size")),
+        ir.Step("0", "loop", ("%loaded", "%last", "%block")),
+    ]
+    assert ir.turns(found._replace(steps=tuple(chunk)), [None, None, 1], 3) == [4.0]
 
 
-def test_unrolled_loops_are_seen():
-    body = [(0, "IADD3", "R4, P5, R4, 0x2800, RZ"), (16, "IADD3", "R2, P0, R3, 0x400, RZ")]
-    assert machine_code._unrolled(body, {1024}) == 10
-    assert machine_code._unrolled(body, {999}) == 1
+def test_an_if_goes_the_way_that_moves_more():
+    text = """
+    scf.if %whole {
+      tt.store %p, %x : tensor<8x!tt.ptr<f32>>
+    } else {
+      tt.store %p, %x : tensor<64x!tt.ptr<f32>>
+      scf.if %more {
+        tt.store %q, %x : !tt.ptr<f32>
+      }
+    }
+    """
+    assert [site.elements for site in ir.read(text).sites] == [64, 1]
+
+
+SASS = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P0 BRA 0x60 ;
+        /*0020*/                   FADD R4, R4, R4 ;
+        /*0030*/                   VIADD R9, R9, 0x800 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0050*/               @P1 BRA 0x20 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70 ;
+"""
+
+
+def test_instructions_are_those_on_the_way_that_moves_most():
+    code = machine_code.Code(ir.read(TTIR), machine_code.instructions(SASS), frozenset(), 8, 0)
+    assert machine_code._issued(code, [5.0]) == 2 + 5 * 4 + 1
+    unrolled = code._replace(steps=frozenset({1024}))  # twice a turn
+    assert machine_code._issued(unrolled, [6.0]) == 2 + 3 * 4 + 1
 
 
 PASS = Kernel(

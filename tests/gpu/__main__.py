@@ -27,11 +27,15 @@ HUGE = "tests/gpu/test_huge.py"
 RACES = "tests/gpu/test_specialized.py"
 SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
 KERNELS = [
-    *(f"kernels/test_{name}" for name in ("layer_norm", "mlp", "cross_entropy", "attention")),
+    *(
+        f"kernels/test_{name}"
+        for name in ("layer_norm", "gelu", "mlp", "cross_entropy", "attention", "adamw")
+    ),
     *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
     "commands/test_tune",
 ]
-MAX_PROCESSES = 12  # each holds a CUDA context, and at times some GiB of tensors
+MAX_PROCESSES = 16
+GIB_OF_A_PROCESS = 6.0  # a CUDA context, and at times some GiB of tensors
 MAX_STARTS = 20
 HUNG = 120.0  # seconds in one test; compiling for many configurations takes a minute
 ENDED = (0, 1, 5)  # pytest's exit codes: all passed, some failed, nothing left to run
@@ -130,7 +134,9 @@ def main() -> int:
         for path in (*args.out.glob("outcomes-*.jsonl"), *args.out.glob("*.txt")):
             path.unlink()
     until = time.monotonic() + args.budget
-    count = max(1, min(MAX_PROCESSES, (os.cpu_count() or 2) - 1))
+    count = max(1, min(MAX_PROCESSES, os.cpu_count() or 2))
+    if torch.cuda.is_available():
+        count = max(1, min(count, int(torch.cuda.mem_get_info()[0] / 2**30 / GIB_OF_A_PROCESS)))
     if args.part in ("all", "ops"):
         run([Shard(shared, f"{i}/{count}", args.out, str(i)) for i in range(count)], until)
     if args.part in ("all", "huge"):  # alone: 80 GB are enough for these, for nothing beside them

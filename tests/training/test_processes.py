@@ -1,0 +1,126 @@
+"""Runs on several processes (gloo, CPU): the same model, and what a lost process costs."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import cli
+from tests.training.runs import (
+    assert_same_losses,
+    assert_same_model,
+    finished,
+    losses,
+    needs_gloo,
+    prepared,
+    start,
+    wait_for,
+)
+
+pytestmark = needs_gloo
+SETTINGS = ("--grad-accum", 6, "--steps", 8, "--eval-every", 4)
+needs_fsdp_on_cpus = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's FSDP2 needs a GPU"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With data/, and alone/: the run of one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    prepared(folder / "data")
+    finished(start("--data", folder / "data", "--out", folder / "alone", *SETTINGS))
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_trains_the_same_model(folder, processes):
+    out = folder / f"of-{processes}"
+    said = finished(start("--data", folder / "data", "--out", out, *SETTINGS, processes=processes))
+    assert_same_losses(out, folder / "alone")
+    assert_same_model(out / "ckpt.pt", folder / "alone/ckpt.pt")
+    assert said.count("number of parameters") == 1  # one process prints
+
+
+def test_resumes_on_another_number_of_processes(folder):
+    out = folder / "resumed"
+    shorter = ("--grad-accum", 6, "--eval-every", 4, "--steps", 4, "--lr-decay-steps", 8)
+    finished(start("--data", folder / "data", "--out", out, *shorter, processes=2))
+    finished(start("--out", out, "--resume", "--steps", 8, processes=3))
+    assert_same_losses(out, folder / "alone")
+    finished(start("--out", out, "--resume", "--steps", 9))
+
+
+def test_a_number_that_does_not_divide_grad_accum_is_refused(folder):
+    process = start("--data", folder / "data", "--out", folder / "odd", *SETTINGS, processes=4)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "fastgpt: grad_accum=6 micro-batches cannot be shared evenly among 4" in said
+    assert said.count("cannot be shared evenly") == 1 and "--grad-accum 8" in said
+
+
+@needs_fsdp_on_cpus
+def test_sharded_trains_the_same_model_resumes_and_becomes_one_file(folder, capsys):
+    out = folder / "sharded"
+    shorter = ("--grad-accum", 6, "--eval-every", 4, "--steps", 4, "--lr-decay-steps", 8)
+    finished(start("--data", folder / "data", "--out", out, *shorter, "--shard", processes=2))
+    finished(start("--out", out, "--resume", "--steps", 8, processes=3))
+    assert_same_losses(out, folder / "alone")
+    assert cli.main(["convert", f"{out}/sharded-000008", f"{folder}/one.pt"]) == 0
+    assert_same_model(folder / "one.pt", folder / "alone/ckpt.pt")
+    one, alone = (torch.load(folder / p)["optimizer"]["state"] for p in ("one.pt", "alone/ckpt.pt"))
+    torch.testing.assert_close(one, alone, rtol=0, atol=1e-5)
+
+    shard = next((out / "sharded-000008").glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    capsys.readouterr()
+    assert cli.main(["convert", f"{out}/sharded-000008", f"{folder}/two.pt"]) == 2
+    assert f"{shard} is damaged" in capsys.readouterr().err
+    assert not (folder / "two.pt").exists()
+
+
+def kill(said: str, launcher: int, rank: int) -> int:
+    """SIGKILL for one process of a torchrun."""
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+            os.kill(int(pid), signal.SIGKILL)
+            return int(pid)
+    raise AssertionError(said)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
+def test_a_lost_process_is_named_and_costs_nothing(folder):
+    out = folder / "lost"
+    settings = ("--grad-accum", 6, "--steps", 100_000, "--eval-every", 100_000)
+    process = start("--data", folder / "data", "--out", out, *settings, processes=3)
+    said = wait_for(process, "step 1 ")
+    killed, before = kill(said, process.pid, rank=1), time.monotonic()
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - before < 20
+    assert process.returncode != 0
+    assert f"fastgpt: process 1 (pid {killed} on " in said
+    step = int(re.findall(r"step (\d+) is saved", said)[0])
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    assert saved["iter_num"] == step >= 1
+    assert len(losses(out)) >= step  # one a step, and those of the validation at step 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
+def test_torchruns_restart_goes_on_where_the_lost_run_was(folder):
+    out = folder / "elastic"
+    settings = ("--grad-accum", 2, "--steps", 300, "--eval-every", 50)
+    process = start("--data", folder / "data", "--out", out, *settings, processes=2, restarts=3)
+    said = wait_for(process, "step 50: ")
+    kill(said, process.pid, rank=1)
+    said += finished(process)
+    assert said.count("step 50: ") == 1  # not begun anew
+    alone = folder / "elastic-alone"
+    finished(start("--data", folder / "data", "--out", alone, *settings))
+    assert losses(out).keys() == losses(alone).keys()
+    assert_same_model(out / "ckpt.pt", alone / "ckpt.pt")
