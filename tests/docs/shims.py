@@ -43,13 +43,10 @@ exec {sys.executable} "$@"
 args=() before=""
 for word in "$@"; do  # two processes, whatever is asked for
     [[ "$before" == --nproc-per-node ]] && word=2
-    args+=("${{word/--nproc_per_node=8/--nproc_per_node=2}}")
+    args+=("$word")
     before="$word"
 done
-case "$*" in
-    *" fastgpt train"*) args+=({TRAIN}) ;;
-    *" fastgpt run"*) args+=({NANOGPT} {NANOGPT_TRAIN} --backend=gloo --gradient_accumulation_steps=2) ;;
-esac
+case "$*" in *" fastgpt train"*) args+=({TRAIN}) ;; esac
 exec {sys.executable} -m torch.distributed.run "${{args[@]}}"
 """,
 }
