@@ -144,6 +144,17 @@ def test_matrix_products_run_on_tensor_cores(hopper, others):
             assert row["tensor_core"] == "wgmma", row
 
 
+def test_the_page_fits_60_columns():
+    """Without --json; a row is a few lines."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastgpt", "inspect", "--arch", "sm_90"]
+    command += ["--dtype", "bfloat16", "--kernel", "gelu.gelu_kernel"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "gelu.gelu_kernel sm_90" and " registers, 0 spills, " in lines[2]
+    assert max(map(len, lines)) <= 60
+
+
 def test_unknown_arch_names_the_known_ones():
     command = [sys.executable, "-m", "fastgpt", "inspect", "--arch", "sm_70"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
