@@ -135,7 +135,7 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
 
 
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
-    host, before = machine.check(), nvidia_smi.reading()
+    host, before = machine.check(device=device), nvidia_smi.reading()
     set_precision(settings.dtype)
     bandwidth = copy_ceiling(device)
     config = models.config_of(settings.size)

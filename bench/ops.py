@@ -195,7 +195,7 @@ class OpsRecord:
         if len(self.cases) < len(found):
             self.settings["only"] = sorted(self.cases)
         self.without = args.without or ()
-        self.machine, self.gpu = machine.check(), nvidia_smi.reading()
+        self.machine, self.gpu = machine.check(device=self.device), nvidia_smi.reading()
         self.ceilings = roofline.measure(self.device, self.dtype, min(2.0, args.seconds))
         self._rows: dict[str, list[Row]] = {}
 

@@ -33,7 +33,7 @@ def measure(
     settings: Settings, device: torch.device, names: list[str], out: Path
 ) -> tuple[TrainingRecord, list[str]]:
     """The finished record, and the variants that a lost device left without a turn."""
-    before, host = nvidia_smi.reading(), machine.check()
+    before, host = nvidia_smi.reading(), machine.check(device=device)
     say(machine.warning(host))
     set_precision(settings.dtype)
     ceiling = matmul_ceiling(device, matmul_dtype(settings.dtype))

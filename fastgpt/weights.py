@@ -118,12 +118,17 @@ def load_folder(folder: Path) -> Any:
     # attention of a name that the folder chooses might be fetched from anywhere
     how = dict(attn_implementation="eager", trust_remote_code=False, local_files_only=True)
     try:
-        return import_transformers().GPT2LMHeadModel.from_pretrained(
-            str(folder), config=hf_config, **how
+        model, found = import_transformers().GPT2LMHeadModel.from_pretrained(
+            str(folder), config=hf_config, output_loading_info=True, **how
         )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder} holds no GPT-2 that can be loaded: {reason:.300}") from None
+    for kind in ("missing", "unexpected", "mismatched"):  # drawn anew, dropped: never silently
+        names = [str(name) for name in found[f"{kind}_keys"]]
+        if wrong := sorted(name for name in names if not name.endswith(_MASKS)):
+            raise ValueError(f"{folder} holds no GPT-2 of its config.json: {kind} {wrong[0]}")
+    return model
 
 
 _ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}

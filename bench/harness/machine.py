@@ -4,12 +4,13 @@
             runs, so no warning comes from it
     busy    share of all cores that others used (or a hypervisor took) while this process slept;
             None where there is no /proc/stat
-    spread  of one small computation's time, repeated: (p90 - p10) / median. Clocks that change
-            and neighbours on the same host show here.
+    spread  of one small computation's time on the device that is measured: (p90 - p10) / median.
+            Clocks that change and neighbours show here.
 
 `python -m bench.harness.machine` prints it.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -22,11 +23,11 @@ STAT = Path("/proc/stat")
 Machine = dict[str, float | None]
 
 
-def check(sleep: float = 1.0, repeats: int = 100) -> Machine:
+def check(sleep: float = 1.0, repeats: int = 100, device: torch.device | None = None) -> Machine:
     return {
         "load": os.getloadavg()[0] / (os.cpu_count() or 1),
         "busy": _busy(sleep),
-        "spread": _spread(repeats),
+        "spread": _spread(repeats, device or torch.device("cpu")),
     }
 
 
@@ -57,15 +58,32 @@ def _cpu_ticks() -> tuple[int, int]:
     return ticks[3] + ticks[4], sum(ticks)  # user nice system idle iowait irq softirq steal
 
 
-def _spread(repeats: int) -> float:
-    a = torch.randn(384, 384)
-    times = []
+def _spread(repeats: int, device: torch.device) -> float:
+    times = (_of_gpu if device.type == "cuda" else _of_cpu)(repeats, device)
+    low, *_, high = statistics.quantiles(times[repeats // 10 :], n=10)  # the first ones warm up
+    return (high - low) / statistics.median(times)
+
+
+def _of_cpu(repeats: int, device: torch.device) -> list[float]:
+    a, times = torch.randn(384, 384, device=device), []
     for _ in range(repeats):
         start = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - start)
-    low, *_, high = statistics.quantiles(times[repeats // 10 :], n=10)  # the first ones warm up
-    return (high - low) / statistics.median(times)
+    return times
+
+
+def _of_gpu(repeats: int, device: torch.device) -> list[float]:
+    """One after the other without a wait: what the host does in between does not matter."""
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            a @ a
+            event.record()
+        torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in itertools.pairwise(events)]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -219,7 +219,7 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "arch": ARCH,
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "source": args.source,
         "kernels": [_told(kernel) for kernel in kernels(args.files, shape)],
     }

@@ -60,23 +60,30 @@ def counted(
         if site.argument is not None and room[site.argument]:
             size = min(size, room[site.argument])
         before = moved[site.argument] if site.argument is not None else 0.0
-        if not site.stores and before >= size / 2:  # not where a few elements were looked up
-            again += size if before else 0.0
+        if before and not site.stores and before >= size / 2:  # else a few elements were looked up
+            again += size
         moved[site.argument] += size
         elements = max(elements, size / site.bytes * site.elements)
-    names = [i.name for i in code.instructions]
-    loading = {site.loops for site in code.ir.sites if site.loops and not site.stores}
-    rounds = sum(math.prod(turns[loop] for loop in loops) for loops in loading) or 1.0
+    way = _way(code, turns, warps)
     return Kernel(
         name, component, TRITON, 1, float(sum(moved.values())),
         elements=elements,
-        instructions=grid * warps * _issued(code, turns),
+        instructions=grid * warps * sum(times for _, times in way),
         grid=grid, warps=warps, registers=code.registers,
-        spills=sum(name.startswith(("LDL", "STL")) for name in names),
+        spills=sum(i.name.startswith(("LDL", "STL")) for i in code.instructions),
         shared_bytes=code.shared_bytes,
-        load_bits=_usual_width(names, _LOADS), store_bits=_usual_width(names, _STORES),
-        waits=code.ir.chain - 1 + rounds if code.ir.chain else 0.0, again=again,
+        load_bits=_usual_width(way, _LOADS), store_bits=_usual_width(way, _STORES),
+        waits=_waits(code, turns), again=again,
     )  # fmt: skip
+
+
+def _waits(code: Code, turns: list[float]) -> float:
+    """Of a program for memory, one after the other: in each turn of a loop, unless it copies
+    ahead."""
+    loops = {site.loops for site in code.ir.sites if site.loops and not site.stores}
+    rounds = sum(math.prod(turns[loop] for loop in around) for around in loops)
+    ahead = any(i.name.startswith("LDGSTS") for i in code.instructions)
+    return max(0, code.ir.chain - 1) + (rounds if rounds and not ahead else min(1, code.ir.chain))
 
 
 @functools.cache
@@ -103,29 +110,49 @@ def instructions(sass: str) -> tuple[Instruction, ...]:
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*([^;]*);", re.M)
 
 
-def _issued(code: Code, turns: list[float]) -> float:
-    """By one warp."""
+Way = list[tuple[Instruction, float]]  # what is executed, and how often
+
+
+def _way(code: Code, turns: list[float], warps: int) -> Way:
+    """Of one warp."""
     found, loops = code.instructions, _loops(code.instructions)
-    weights = [1.0] * len(found)
+    alike = len(loops) == len(turns)  # else the assembler has split or dissolved some
+    times = [1.0] * len(found)
     for number, (first, last) in enumerate(loops):
-        # where the assembler has split or dissolved loops, which is which cannot be told
-        times = turns[number] if len(loops) == len(turns) else max(turns, default=1.0)
-        body = range(first, last + 1)
-        times /= _unrolled([found[i] for i in body], code.steps)
-        for i in body:
-            weights[i] *= times
+        body = found[first : last + 1]
+        turn = [body[i] for i in _heaviest(body, [1.0] * len(body))]
+        of_trip = sum(s.bytes for s in code.ir.sites if alike and s.loops[-1:] == (number,))
+        trips = turns[number] if alike else max(turns, default=1.0)
+        for i in range(first, last + 1):
+            times[i] *= trips / _unrolled(turn, of_trip, warps, code.steps)
+    return [(found[i], times[i]) for i in _heaviest(found, times)]
+
+
+def _heaviest(found: tuple[Instruction, ...], times: list[float]) -> list[int]:
+    """The way that moves most bytes, and of such ways the shortest."""
     places = {instruction.address: i for i, instruction in enumerate(found)}
-    best = [(0.0, 0.0)] * (len(found) + 1)  # from here to the end: bytes, less instructions
-    for i in reversed(range(len(found))):
-        _, conditional, name, rest = found[i]
-        ways = [best[i + 1]] if conditional or name.split(".")[0] not in ("BRA", "EXIT") else []
-        if name.startswith("BRA") and (target := _target(rest, places)) is not None and target > i:
-            ways.append(best[target])
-        elif name.startswith("BRA") and not ways:
-            ways.append(best[i + 1])  # a loop without a condition: on with what follows it
-        moved, issued = max(ways, default=(0.0, 0.0))
-        best[i] = (moved + weights[i] * _width(name), issued - weights[i])
-    return -best[0][1]
+    end = len(found)
+    best = [(0.0, 0.0)] * (end + 1)  # from here to the end: bytes, less instructions
+    following = [end] * end
+    for i in reversed(range(end)):
+        following[i] = max(_next(found, i, places), key=lambda n: best[n], default=end)
+        moved, issued = best[following[i]]
+        best[i] = (moved + times[i] * _width(found[i].name), issued - times[i])
+    way, i = [], 0
+    while i < end:
+        way.append(i)
+        i = following[i]
+    return way
+
+
+def _next(found: tuple[Instruction, ...], i: int, places: dict[int, int]) -> list[int]:
+    """Where it goes on after the i-th, forwards: nowhere from the end."""
+    _, conditional, name, rest = found[i]
+    kind = name.split(".")[0]
+    target = _target(rest, places) if kind == "BRA" else None
+    forward = [target] if target is not None and target > i else []
+    endless = target is not None and not forward  # a loop that something else leaves
+    return forward + [i + 1] * (conditional or endless or kind not in ("BRA", "EXIT"))
 
 
 def _loops(found: tuple[Instruction, ...]) -> list[tuple[int, int]]:
@@ -144,8 +171,11 @@ def _target(rest: str, places: dict[int, int]) -> int | None:
     return places.get(int(address[1], 16)) if address else None
 
 
-def _unrolled(body: list[Instruction], steps: frozenset[int]) -> int:
-    """Trips in one turn of a loop, by how far its counter goes; 1 where that cannot be seen."""
+def _unrolled(body: list[Instruction], of_trip: int, warps: int, steps: frozenset[int]) -> int:
+    """Trips in one turn of a loop: by the bytes that both move, or by how far the counter goes."""
+    if of_trip:
+        moved = 32 * warps * sum(_width(i.name) for i in body) / 8
+        return max(1, round(moved / of_trip))
     added = re.compile(r"(U?R\d+),.*\b\1\b.*, 0x([0-9a-f]+)\b")
     found = [int(m[2], 16) for i in body if "ADD" in i.name and (m := added.match(i.rest))]
     return min((n // step for n in found for step in steps if n and n % step == 0), default=1)
@@ -163,10 +193,10 @@ def _width(name: str) -> int:
     return next((int(bits) for part in rest if (bits := part.lstrip("US")) in _WIDTHS), 32)
 
 
-def _usual_width(names: list[str], kinds: tuple[str, ...]) -> int:
+def _usual_width(way: Way, kinds: tuple[str, ...]) -> int:
     """Bits of the instructions, loads or stores, that move most bytes together; 0 for none."""
     moved: Counter[int] = Counter()
-    for name in names:
-        if name.split(".")[0] in kinds:
-            moved[_width(name)] += _width(name)
+    for instruction, times in way:
+        if instruction.name.split(".")[0] in kinds:
+            moved[_width(instruction.name)] += round(times * _width(instruction.name))
     return moved.most_common(1)[0][0] if moved else 0

@@ -37,7 +37,7 @@ same for other sizes and GPUs.
 
 | figure | how it comes about |
 | --- | --- |
-| launches | counted; the kernels that a library adds (memsets, halves of products) are not |
+| launches | counted; of what libraries add, only attention's and sort's, as a GPU's record has it |
 | bytes of our kernels and inductor's | counted in Triton's IR, times programs, times loops' trips |
 | bytes of PyTorch's ops and of matrix products | counted: every operand once, every result once |
 | instructions an element | counted in the machine code, loops times their trips |

@@ -109,6 +109,9 @@ def settings(
         if name in known or name.startswith("nanogpt_"):
             given |= nanogpt.translated(name.removeprefix("nanogpt_"), value)
     asked = from_file | given
+    for name in ("data", "out"):
+        if asked.get(name) == "":
+            raise ValueError(f"{option(name)} '' names no folder")
     restarted = _restarted_run(Path(asked.get("out", "out")))
     if restarted or asked.get("resume"):
         asked |= {"resume": True, "force": False}

@@ -41,6 +41,8 @@ def pieces_of(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
             while piece := file.read(PIECE):
+                if "\0" in piece:
+                    raise ValueError(f"{path} is no text: it holds bytes of 0; name texts only")
                 yield piece
     except UnicodeDecodeError:
         raise ValueError(_undecodable(path)) from None

@@ -233,9 +233,17 @@ SASS = """
 
 def test_instructions_are_those_on_the_way_that_moves_most():
     code = machine_code.Code(ir.read(TTIR), machine_code.instructions(SASS), frozenset(), 8, 0)
-    assert machine_code._issued(code, [5.0]) == 2 + 5 * 4 + 1
-    unrolled = code._replace(steps=frozenset({1024}))  # twice a turn
-    assert machine_code._issued(unrolled, [6.0]) == 2 + 3 * 4 + 1
+    once = [times for _, times in machine_code._way(code, [5.0], warps=1)]
+    assert once == [1, 1, 5, 5, 5, 5, 1]
+    # two warps move the 512 bytes of two trips in a turn
+    unrolled = [times for _, times in machine_code._way(code, [6.0], warps=2)]
+    assert unrolled == [1, 1, 3, 3, 3, 3, 1]
+
+
+def test_a_loop_without_bytes_is_unrolled_as_far_as_its_counter_goes():
+    body = list(machine_code.instructions(SASS)[2:6])
+    assert machine_code._unrolled(body, 0, 1, frozenset({1024})) == 2
+    assert machine_code._unrolled(body, 0, 1, frozenset({999})) == 1
 
 
 PASS = Kernel(
