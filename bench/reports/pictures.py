@@ -75,7 +75,7 @@ def _draw_headline(title: str, run: Record, path: Path, records: Records) -> Non
     axes = figure.subplots()
     _bars(axes, rows, lambda row: row["tokens_per_second"], ",.0f")
     noisy = "machine" in run and machine.warning(run["machine"])
-    notes = [markdown.heading(run), *(["the host was not quiet"] if noisy else [])]
+    notes = [markdown.heading(run), *(["the machine was not quiet"] if noisy else [])]
     notes += ["(!): losses to be doubted, docs/performance.md"] if doubt else []
     axes.set_xlabel("; ".join(notes), fontsize=8)
     axes.tick_params(labelsize=8)

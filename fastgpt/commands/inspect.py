@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -281,13 +282,14 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(compiled, indent=1))
         return 0
-    titles = f"{'regs':>5} {'spills':>6} {'shared':>7} {'core':8} {'narrow':>6}"
-    print(f"{'kernel':40} {'arch':7} {titles} config")
     for row in compiled:
-        core, narrow = row["tensor_core"] or "-", row["narrow_offsets"]
         config = " ".join(f"{k}={v}" for k, v in row["config"].items() if v is not None)
+        print(row["kernel"], row["arch"])
+        print(textwrap.fill(config, 60, initial_indent="  ", subsequent_indent="  "))
         print(
-            f"{row['kernel']:40} {row['arch']:7} {row['registers']:5} {row['spills']:6} "
-            f"{row['shared_bytes']:7} {core:8} {narrow:6} {config}"
+            f"  {row['registers']} registers, {row['spills']} spills, "
+            f"{row['shared_bytes']} B shared, {row['tensor_core'] or 'no tensor core'}"
         )
+        if row["narrow_offsets"]:
+            print(f"  {row['narrow_offsets']} offsets of 32 bits")
     return 0

@@ -41,6 +41,7 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
 }
 TMA = {name for name in KERNELS if name.startswith("gemm_tma.")}  # sm_90 on, 16-bit operands
 NEW = [arch for arch in ("sm_100",) if arch in compilable()]  # none for Triton 3.2
+DEEP = os.environ.get("FASTGPT_DEEP") == "1"  # `make test-deep`: every dtype, and other GPUs
 
 
 def inspect(*args: str, root: Path = ROOT) -> list[dict]:
@@ -54,12 +55,17 @@ def inspect(*args: str, root: Path = ROOT) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def hopper():
-    return inspect("--arch", "sm_90")
+    fewer = [] if DEEP else ["--dtype", "bfloat16", "--dtype", "tf32"]
+    return inspect("--arch", "sm_90", *fewer)
 
 
 @pytest.fixture(scope="module")
 def others():
-    """sm_80 gets sm_89's instructions and has more shared memory: there a sample will do."""
+    """None but in a deep test. sm_80 gets sm_89's instructions and has more shared memory: there a
+    sample will do.
+    """
+    if not DEEP:
+        return []
     bf16 = "--dtype", "bfloat16"
     sample = inspect("--arch", "sm_80", *bf16, "--kernel", "gemm")
     return sample + inspect("--arch", "sm_89", *(f"--arch={arch}" for arch in NEW), *bf16)
@@ -74,7 +80,7 @@ def test_every_kernel_is_compiled(hopper, others):
         if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
     }
     assert sources == set(KERNELS)
-    for arch in ("sm_89", "sm_90", *NEW):
+    for arch in ("sm_89", "sm_90", *NEW) if DEEP else ("sm_90",):
         expected = set(KERNELS) - (TMA if arch == "sm_89" or not DESCRIPTORS else set())
         assert {row["kernel"] for row in hopper + others if row["arch"] == arch} == expected
 
@@ -136,6 +142,17 @@ def test_matrix_products_run_on_tensor_cores(hopper, others):
             assert row["tensor_core"] == "mma", row
         else:
             assert row["tensor_core"] == "wgmma", row
+
+
+def test_the_page_fits_60_columns():
+    """Without --json; a row is a few lines."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastgpt", "inspect", "--arch", "sm_90"]
+    command += ["--dtype", "bfloat16", "--kernel", "gelu.gelu_kernel"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "gelu.gelu_kernel sm_90" and " registers, 0 spills, " in lines[2]
+    assert max(map(len, lines)) <= 60
 
 
 def test_unknown_arch_names_the_known_ones():

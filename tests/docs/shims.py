@@ -40,14 +40,13 @@ exec {sys.executable} "$@"
     # test_pages.py has a test of its own for what they install
     "pip": f'exec {sys.executable} -m pip "$@" --help > /dev/null\n',
     "torchrun": f"""
-args=()
-for word in "$@"; do
-    args+=("$(sed -E 's/^(--nproc[-_]per[-_]node)=[0-9]+$/\\1=2/' <<< "$word")")
+args=() before=""
+for word in "$@"; do  # two processes, whatever is asked for
+    [[ "$before" == --nproc-per-node ]] && word=2
+    args+=("$word")
+    before="$word"
 done
-case "$*" in
-    *" fastgpt train"*) args+=({TRAIN}) ;;
-    *" fastgpt run"*) args+=({NANOGPT} {NANOGPT_TRAIN} --backend=gloo) ;;
-esac
+case "$*" in *" fastgpt train"*) args+=({TRAIN}) ;; esac
 exec {sys.executable} -m torch.distributed.run "${{args[@]}}"
 """,
 }

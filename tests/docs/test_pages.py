@@ -16,6 +16,8 @@ import pytest
 
 import fastgpt
 from fastgpt import cli
+from fastgpt.commands import train
+from fastgpt.commands.options import Parser
 from fastgpt.commands.prepare import prepare
 from tests.docs import pages, shims
 from tests.docs.pages import ALSO, PAGES, ROOT, Block
@@ -76,6 +78,21 @@ def test_shell_blocks_in_nanogpts_folder(page, tools, tmp_path):
         run(block, tmp_path, tools)
 
 
+def test_what_takes_several_machines_or_gpus_parses(tools):
+    """Blocks of bash are shown and not run: what bash, and our commands, can read of them.
+
+    nanoGPT's train.py asks for CUDA as soon as it is one of several processes.
+    """
+    blocks = [b.text for page in PAGES for b in pages.blocks(page) if b.language == "bash"]
+    assert len(blocks) == 3  # of scaling.md
+    for block in blocks:
+        subprocess.run(["bash", "-n", "-c", block], check=True, env=tools)
+        for options in re.findall(r"-m fastgpt train (.*)", block):
+            parser = Parser()
+            train.add_arguments(parser)
+            parser.parse_args(options.split())
+
+
 @pytest.mark.parametrize("source", [".", "git+$REPOSITORY"])
 def test_what_pip_is_told_to_install(source, tools, tmp_path):
     """From the same source, without its dependencies and without a network."""
@@ -109,7 +126,7 @@ def test_python_blocks(page, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES.get)
 def test_no_command_hides_in_a_block_that_is_not_run(page):
     for block in pages.blocks(page):
-        if block.language not in ("sh", "python"):
+        if block.language not in ("sh", "bash", "python"):
             first = [line.split()[0] for line in block.text.splitlines() if line.split()]
             assert not set(first) & set(pages.PROGRAMS), block.text
 
