@@ -91,7 +91,9 @@ def parts(device: torch.device, layers: int) -> dict[str, Callable[[], object]]:
     x, y = torch.randint(32, (2, 1, 4), device=device)
 
     def model(**how: Any) -> GPT:
-        sizes = dict(block_size=4, vocab_size=32, n_layer=layers, n_head=1, n_embd=16)
+        sizes: dict[str, Any] = dict(
+            block_size=4, vocab_size=32, n_layer=layers, n_head=1, n_embd=16
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             return GPT(GPTConfig(**sizes, bias=False, **how)).to(device)
 
