@@ -148,7 +148,7 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)
     if given[0].is_cuda and _mode == "auto":
-        _warn_once(op, choice)
+        _warn_once(op, choice.reason)
     return reference
 
 
@@ -300,8 +300,9 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def _warn_once(op: str, choice: Choice) -> None:
-    _, refused, problem = choice.reason.partition("cannot run: ")
+@torch.compiler.assume_constant_result  # a warning would break the graph
+def _warn_once(op: str, reason: str) -> None:
+    _, refused, problem = reason.partition("cannot run: ")
     if refused and problem not in _warned:  # once, whichever ops and implementations it stops
         _warned.add(problem)
-        warnings.warn(f"fastgpt: {op} runs in PyTorch: {choice.reason}", stacklevel=4)
+        warnings.warn(f"fastgpt: {op} runs in PyTorch: {reason}", stacklevel=4)

@@ -133,9 +133,9 @@ def test_only_what_is_faster_than_noise_is_chosen():
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _tuned.entry.cache_clear()
+    _tuned.forget()
     yield _tuned.path("NVIDIA H200")
-    _tuned.entry.cache_clear()
+    _tuned.forget()
 
 
 def test_what_was_measured_decides(cache):
