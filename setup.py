@@ -20,7 +20,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     # the addresses of this repository belong here once it is published
-    project_urls={"nanoGPT, which this drops into": "https://github.com/karpathy/nanoGPT"},
+    project_urls={"nanoGPT (what this drops into)": "https://github.com/karpathy/nanoGPT"},
     keywords=["GPT", "nanoGPT", "Triton", "PyTorch", "CUDA", "training"],
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -17,7 +17,7 @@ SHORT += ["--batch-size", "2", "--block-size", "16", "--rounds", "2", "--steps",
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(train, "matmul_ceiling", lambda device, dtype: 1e12)
-    monkeypatch.setattr(machine, "check", lambda: {"load": 0.0, "busy": 0.0, "spread": 0.0})
+    monkeypatch.setattr(machine, "check", lambda **_: {"load": 0.0, "busy": 0.0, "spread": 0.0})
 
 
 def bench(out: Path, variants: str) -> dict:

@@ -41,5 +41,7 @@ def test_it_runs_what_a_change_must_pass(jobs):
 def test_metadata():
     for words in ('author="fastgpt contributors"', 'license="MIT"', "project_urls=", "py.typed"):
         assert words in SETUP
+    for label in re.findall(r'"([^"]+)": "https?://', SETUP):
+        assert "," not in label  # where metadata end a label
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     assert (ROOT / "fastgpt/py.typed").exists()
