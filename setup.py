@@ -11,12 +11,13 @@ setup(
     packages=[
         "fastgpt",
         "fastgpt.commands",
+        "fastgpt.decoding",
         "fastgpt.fused",
         "fastgpt.implementations",
         "fastgpt.kernels",
     ],
     package_dir={"fastgpt.kernels": "kernels"},
-    package_data={"fastgpt.kernels": ["tuned.json"]},
+    package_data={"fastgpt.kernels": ["tuned.json"], "fastgpt.decoding": ["native.c"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"],
     extras_require={
         "flash": ["flash-attn>=2.6"],
