@@ -47,7 +47,7 @@ _LOSS = {"triton": _KERNELS + "cross_entropy", "aten": _OTHERS + "aten"}
 
 # "triton" is always our own kernel; "cublas" is PyTorch's GEMM followed by our elementwise kernels;
 # "cudnn" and "flash" are SDPA held to one of its own backends; "aten" is PyTorch's ops under a
-# backward of our own, which is where a CPU can be faster.
+# backward of our own, which is where a CPU can be faster; "native" is C.
 OPS: dict[str, Op] = {
     "layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
     "add_layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
@@ -70,7 +70,17 @@ OPS: dict[str, Op] = {
         {"triton": "fastgpt.fused.launchers:operators"}, "triton", public=False, calls_sdpa=True
     ),
     "adamw": Op({"triton": _KERNELS + "adamw"}, "triton", public=False),
+    # a token of sampling, after the first
+    "decode": Op(
+        {"triton": _KERNELS + "decode", "native": "fastgpt.decoding.native"},
+        "triton",
+        on_cpu="native",
+        public=False,
+    ),
 }
+
+
+_WITHOUT_CUDA = ("aten", "native")
 
 
 class Choice(NamedTuple):
@@ -232,7 +242,7 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
     wanted, why = _wanted(op, tensors[0])
     if wanted == "torch":
         return Choice("torch", why)
-    if _mode == "auto" and not tensors[0].is_cuda and wanted != "aten":
+    if _mode == "auto" and not tensors[0].is_cuda and wanted not in _WITHOUT_CUDA:
         return Choice("torch", _needs_cuda(tensors[0]))
     if any(t.numel() == 0 for t in tensors):  # nothing to gain, and kernels divide by sizes
         return Choice("torch", "an operand is empty")
@@ -249,8 +259,12 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
         return _overrides[op], "asked for by use_backend"
     if _mode == "auto" and not tensor.is_cuda:
         name = OPS[op].on_cpu if tensor.device.type == "cpu" else "torch"
-        why = _needs_cuda(tensor) if name == "torch" else "PyTorch's ops under fastgpt's backward"
-        return name, why
+        reasons = {
+            "torch": _needs_cuda(tensor),
+            "aten": "PyTorch's ops under fastgpt's backward",
+            "native": "loops in C at the rate of memory",
+        }
+        return name, reasons[name]
     choice, source = OPS[op].unmeasured, "the conservative choice"
     if tensor.is_cuda:
         choice, source = _measured_on(tensor.device, op) or (choice, source)
