@@ -8,7 +8,6 @@ from torch import Tensor
 from fastgpt.fused.block import Settings, Weights
 from fastgpt.fused.untouched import alike, block_weights, decodable, embeddings_as_built
 
-
 _MATRICES = "qkv", "attn_proj", "fc", "mlp_proj"
 
 
