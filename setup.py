@@ -39,6 +39,7 @@ setup(
     packages=[
         "fastgpt",
         "fastgpt.commands",
+        "fastgpt.decoding",
         "fastgpt.fused",
         "fastgpt.implementations",
         "fastgpt.kernels",
@@ -46,7 +47,11 @@ setup(
         "fastgpt.training",
     ],
     package_dir={"fastgpt.kernels": "kernels"},
-    package_data={"fastgpt": ["py.typed"], "fastgpt.kernels": ["tuned.json"]},
+    package_data={
+        "fastgpt": ["py.typed"],
+        "fastgpt.decoding": ["native.c"],
+        "fastgpt.kernels": ["tuned.json"],
+    },
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "tqdm"],
     extras_require={
         "flash": ["flash-attn>=2.6"],

@@ -47,7 +47,7 @@ _LOSS = {"triton": _KERNELS + "cross_entropy", "aten": _OTHERS + "aten"}
 
 # "triton" is always our own kernel; "cublas" is PyTorch's GEMM followed by our elementwise kernels;
 # "cudnn" and "flash" are SDPA held to one of its own backends; "aten" is PyTorch's ops under a
-# backward of our own, which is where a CPU can be faster.
+# backward of our own, which is where a CPU can be faster; "native" is C.
 OPS: dict[str, Op] = {
     "layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
     "add_layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
@@ -70,7 +70,17 @@ OPS: dict[str, Op] = {
         {"triton": "fastgpt.fused.launchers:operators"}, "triton", public=False, calls_sdpa=True
     ),
     "adamw": Op({"triton": _KERNELS + "adamw"}, "triton", public=False),
+    # a token of sampling, after the first
+    "decode": Op(
+        {"triton": _KERNELS + "decode", "native": "fastgpt.decoding.native"},
+        "triton",
+        on_cpu="native",
+        public=False,
+    ),
 }
+
+
+_WITHOUT_CUDA = ("aten", "native")
 
 
 class Choice(NamedTuple):
@@ -148,7 +158,7 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)
     if given[0].is_cuda and _mode == "auto":
-        _warn_once(op, choice)
+        _warn_once(op, choice.reason)
     return reference
 
 
@@ -232,7 +242,7 @@ def explain(op: str, tensors: tuple[Tensor, ...], facts: Mapping[str, Any]) -> C
     wanted, why = _wanted(op, tensors[0])
     if wanted == "torch":
         return Choice("torch", why)
-    if _mode == "auto" and not tensors[0].is_cuda and wanted != "aten":
+    if _mode == "auto" and not tensors[0].is_cuda and wanted not in _WITHOUT_CUDA:
         return Choice("torch", _needs_cuda(tensors[0]))
     if any(t.numel() == 0 for t in tensors):  # nothing to gain, and kernels divide by sizes
         return Choice("torch", "an operand is empty")
@@ -249,8 +259,12 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
         return _overrides[op], "asked for by use_backend"
     if _mode == "auto" and not tensor.is_cuda:
         name = OPS[op].on_cpu if tensor.device.type == "cpu" else "torch"
-        why = _needs_cuda(tensor) if name == "torch" else "PyTorch's ops under fastgpt's backward"
-        return name, why
+        reasons = {
+            "torch": _needs_cuda(tensor),
+            "aten": "PyTorch's ops under fastgpt's backward",
+            "native": "loops in C at the rate of memory",
+        }
+        return name, reasons[name]
     choice, source = OPS[op].unmeasured, "the conservative choice"
     if tensor.is_cuda:
         choice, source = _measured_on(tensor.device, op) or (choice, source)
@@ -300,8 +314,9 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def _warn_once(op: str, choice: Choice) -> None:
-    _, refused, problem = choice.reason.partition("cannot run: ")
+@torch.compiler.assume_constant_result  # a warning would break the graph
+def _warn_once(op: str, reason: str) -> None:
+    _, refused, problem = reason.partition("cannot run: ")
     if refused and problem not in _warned:  # once, whichever ops and implementations it stops
         _warned.add(problem)
-        warnings.warn(f"fastgpt: {op} runs in PyTorch: {choice.reason}", stacklevel=4)
+        warnings.warn(f"fastgpt: {op} runs in PyTorch: {reason}", stacklevel=4)

@@ -120,7 +120,8 @@ def _check_number(name: str, value: Any, whole: bool) -> None:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     kinds = int if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or (whole and value < 0):
+    no_number = not isinstance(value, kinds) or isinstance(value, bool) or value != value
+    if no_number or (whole and value < 0):
         raise ValueError(f"`{name}` is {value!r:.40}, not a {'count' if whole else 'number'}")
 
 
@@ -174,6 +175,8 @@ def _check_tensor(name: str, t: Any, shape: tuple[int, ...]) -> None:
     # a tensor may claim more elements than the file holds, by strides of 0
     if t.is_meta or t.numel() * t.element_size() > t.untyped_storage().nbytes():
         raise ValueError(f"{name} {tuple(t.shape)} is larger than what is stored of it")
+    if not t.isfinite().all():
+        raise ValueError(f"{name} is not finite: the run that wrote it had diverged")
 
 
 def shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -55,7 +55,7 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
         return
     if idx.is_meta and not wte.weight.is_meta:  # a CPU's embedding takes them, and returns noise
         raise RuntimeError(f"idx is on meta, the model on {wte.weight.device}; move one with .to()")
-    if _can_be_read(idx):
+    if can_be_read(idx):
         low, high = (t.item() for t in idx.aminmax())
         V = wte.weight.shape[0]  # which a fork may have given more rows than num_embeddings
         if low < 0 or high >= V:
@@ -63,6 +63,41 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
                 f"idx holds ids from {low} to {high}, but vocab_size={V} allows 0 to {V - 1}; "
                 "check that the data and the model use the same tokenizer"
             )
+
+
+def check_lengths(lengths: Tensor | None, idx: Tensor) -> list[int] | None:
+    """Of the prompts in idx (B, T), each at its row's right end, as a list."""
+    if lengths is None:
+        return None
+    found: list[int] = lengths.tolist() if lengths.dim() == 1 else []
+    if len(found) != idx.size(0) or not all(
+        isinstance(n, int) and 0 < n <= idx.size(1) for n in found
+    ):
+        raise ValueError(
+            f"lengths={lengths.tolist()} must be (B,) integers from 1 to T, for idx (B, T), "
+            f"{tuple(idx.shape)}; an empty prompt has nothing to go on from"
+        )
+    return found
+
+
+def check_decoding_dtype(dtype: torch.dtype | None) -> None:
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    if dtype is not None and dtype not in known:
+        raise ValueError(f"dtype={dtype} is none to decode in; use one of {known} or None")
+
+
+def check_count(max_new_tokens: int) -> None:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 0")
+
+
+def check_logits(logits: Tensor) -> None:
+    """On a GPU, where looking would wait for the device, NaN is for PyTorch to notice."""
+    if can_be_read(logits) and logits.isnan().any():
+        raise RuntimeError(
+            "the logits hold NaN; look for NaN or inf in the model's weights, or for values beyond "
+            "float16's range"
+        )
 
 
 def check_qkv(qkv: Tensor, C: int, n_embd: int) -> None:
@@ -80,7 +115,7 @@ def check_last_position(idx: Tensor) -> None:
         raise IndexError(f"idx {shape} has no last position; give at least one token")
 
 
-def _can_be_read(idx: Tensor) -> bool:
+def can_be_read(idx: Tensor) -> bool:
     """Whether there are values on a CPU, and nobody is tracing what is done with them."""
     return (
         not torch.compiler.is_compiling()

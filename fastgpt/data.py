@@ -84,9 +84,11 @@ Tokenizer = Characters | GPT2
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a data folder."""
     path = folder / "meta.pkl"
-    if not path.exists():
+    if not os.path.lexists(path):
         return GPT2()
     try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
         if path.stat().st_size > 2**26:
             raise ValueError("it is larger than any vocabulary of characters")
         with path.open("rb") as file:
@@ -105,6 +107,8 @@ def _vocabulary(meta: Any) -> list[str]:
     characters = [itos[i] for i in range(size)]
     if not all(isinstance(c, str) and c for c in characters) or len(set(characters)) != size:
         raise ValueError("itos does not name a different text for each id")
+    if meta["stoi"] != {character: i for i, character in enumerate(characters)}:
+        raise ValueError("stoi and itos contradict each other")
     return characters
 
 
@@ -158,17 +162,22 @@ class Split:
         return torch.stack([self.read(start, length) for start in starts])
 
 
-def open_data(folder: Path) -> tuple[Tokenizer, dict[str, Split], str]:
+def open_data(folder: Path, verify: bool = True) -> tuple[Tokenizer, dict[str, Split], str]:
     """A data folder's tokenizer, its splits "train" and "val", and what identifies its content.
 
     ValueError names what is wrong with it: not whole, cut off, of another type, or without the
-    vocabulary that its ids belong to.
+    vocabulary that its ids belong to. To `verify` is to read all of it, for its checksums.
     """
     paths = {name: _existing(folder, name) for name in ("train", "val")}
     found = manifest.load(folder)
     if found is not None:
-        found.check(folder)
+        found.check(folder, verify)
     tokenizer = load_tokenizer(folder)
+    if found is not None and found.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{folder / manifest.NAME} says a vocabulary of {found.vocab_size}, the folder has one "
+            f"of {tokenizer.vocab_size}; run `fastgpt prepare` again"
+        )
     known = GPT2_TOKENS if isinstance(tokenizer, GPT2) else tokenizer.vocab_size
     splits = {name: Split(path, known) for name, path in paths.items()}
     for split in splits.values():

@@ -107,6 +107,11 @@ def _adamw(s: Sizes, draw: Draw) -> Example:
     return Example((draw(s.C, s.C).float(),), {}, {})
 
 
+def _decode(s: Sizes, draw: Draw) -> Example:
+    """Dispatch sees the head's weight."""
+    return Example((draw(s.V, s.C),), {}, dict(head_dim=s.C // s.H))
+
+
 EXAMPLES: dict[str, Callable[[Sizes, Draw], Example]] = {
     "layer_norm": _layer_norm,
     "add_layer_norm": _add_layer_norm,
@@ -119,4 +124,5 @@ EXAMPLES: dict[str, Callable[[Sizes, Draw], Example]] = {
     "block": _block,
     "compiled": _block,
     "adamw": _adamw,
+    "decode": _decode,
 }

@@ -256,17 +256,21 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         stop_token: int | None = None,
+        dtype: torch.dtype | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """idx (B, T) with up to `max_new_tokens` sampled ids appended.
 
         temperature 0 is argmax, inf draws evenly, a tensor (B, 1) is one for each row. `top_k`
         keeps ties, `top_p` the smallest set of ids of that probability. `stop_token` ends a row,
-        which is filled up with it; the batch ends when every row has. Fills a key-value cache up to
-        block_size; past it the window moves and is computed anew, as in nanoGPT.
+        which is filled up with it; the batch ends when every row has. `dtype` is of the weights as
+        they are read: float32, bfloat16 or float16, by default the model's or autocast's. `lengths`
+        (B,) is for prompts of unequal length: row b's are its last lengths[b] ids, and what stands
+        before them changes nothing. Fills a key-value cache up to block_size; past it the window
+        moves and is computed anew, as in nanoGPT.
         """
-        self._check_tokens(idx, None)
         how = sampling.Sampling(temperature, top_k, top_p)
-        new = sampling.stream(self, idx, max_new_tokens, how, stop_token, watched=False)
+        new = self._sample(idx, max_new_tokens, how, stop_token, dtype, lengths, watched=False)
         return torch.cat([idx, *new], dim=1)
 
     def generate_stream(
@@ -277,11 +281,28 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         stop_token: int | None = None,
+        dtype: torch.dtype | None = None,
+        lengths: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """`generate`, one (B, 1) column of new ids at a time."""
-        self._check_tokens(idx, None)
+        """`generate`, one (B, 1) column of new ids at a time: one for each row."""
         how = sampling.Sampling(temperature, top_k, top_p)
-        return sampling.stream(self, idx, max_new_tokens, how, stop_token)
+        return self._sample(idx, max_new_tokens, how, stop_token, dtype, lengths)
+
+    def _sample(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        how: sampling.Sampling,
+        stop_token: int | None,
+        dtype: torch.dtype | None,
+        lengths: Tensor | None,
+        watched: bool = True,
+    ) -> Iterator[Tensor]:
+        self._check_tokens(idx, None)
+        checks.check_count(max_new_tokens)
+        checks.check_decoding_dtype(dtype)
+        own = checks.check_lengths(lengths, idx)
+        return sampling.stream(self, idx, max_new_tokens, how, stop_token, dtype, own, watched)
 
 
 remember(LayerNorm, CausalSelfAttention, MLP, Block, GPT)

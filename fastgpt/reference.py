@@ -74,3 +74,39 @@ def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
 ) -> Tensor:
     return cross_entropy(F.linear(x, weight), targets, ignore_index)
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: tuple[Tensor, Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    approximate: str | None = None,
+) -> Tensor:
+    """[residual +] [gelu] ([norm](x) @ weight.T + bias) for few rows: x (B, K), weight (N, K).
+
+    The product is in weight's dtype, all else in x's.
+    """
+    normed = x if norm is None else layer_norm(x, *norm)
+    low = None if bias is None else bias.to(weight.dtype)
+    y = F.linear(normed.to(weight.dtype), weight, low).to(x.dtype)
+    y = y if approximate is None else F.gelu(y, approximate=approximate)
+    return y if residual is None else residual + y
+
+
+def decode_attention_(keys: Tensor, values: Tensor, qkv: Tensor, positions: Tensor) -> Tensor:
+    """Attention of one new token a row: its key and value are written into the cache first.
+
+    keys, values (B, H, S, D), qkv (B, 3 H D), positions (B,) below S -> (B, H D). Row b attends to
+    its cache up to positions[b]; what lies behind it is not read.
+    """
+    B, H, S, D = keys.shape
+    q, k, v = split_heads(qkv[:, None].to(keys.dtype), H)
+    rows, at = torch.arange(B, device=keys.device), positions.long()
+    keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
+    unseen = torch.arange(S, device=keys.device) > at[:, None]  # (B, S)
+    scores = (q @ keys.transpose(-2, -1)).to(torch.promote_types(keys.dtype, torch.float32))
+    scores = (scores * D**-0.5).masked_fill(unseen[:, None, None, :], float("-inf"))
+    seen_values = values.masked_fill(unseen[:, None, :, None], 0)  # 0 * NaN is NaN
+    return (F.softmax(scores, dim=-1).to(keys.dtype) @ seen_values).flatten(1)

@@ -8,7 +8,8 @@ GEMM shapes); in bf16 they are as far apart as two runs of differently shaped GE
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.fused.untouched import decodable
+from fastgpt import checks, ops
+from fastgpt.decoding.decoder import Decoder
+from fastgpt.decoding.parameters import in_dtype, parameters, state_of
+
+_multinomial = torch.multinomial
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,14 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is no probability above 0; use None for every id")
 
+    @property
+    def greedy(self) -> bool:
+        return not isinstance(self.temperature, Tensor) and self.temperature == 0
+
     def draw(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> ids (B, 1), consuming the generator exactly as nanoGPT does."""
-        if not isinstance(self.temperature, Tensor) and self.temperature == 0:
+        checks.check_logits(logits)
+        if self.greedy:
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits / self.temperature
         if self.top_k is not None:
@@ -43,7 +53,10 @@ class Sampling:
             logits = logits.masked_fill(logits < kth, -math.inf)  # ties with the k-th stay
         if self.top_p is not None:
             logits = _keep_nucleus(logits, self.top_p)
-        return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+        p = F.softmax(logits, dim=-1)
+        if p.is_cuda and torch.multinomial is _multinomial:  # its own steps, but for a host wait
+            return (p / torch.empty_like(p).exponential_()).argmax(dim=-1, keepdim=True)
+        return torch.multinomial(p, num_samples=1)
 
 
 def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -61,69 +74,93 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling,
     stop_token: int | None,
+    dtype: torch.dtype | None = None,
+    lengths: list[int] | None = None,
     watched: bool = True,
 ) -> Iterator[Tensor]:
-    """Columns (B, 1) of new ids after the prompt idx (B, T). Between two of them a caller who is
-    `watched` may change the model.
+    """Columns (B, 1) of new ids after the prompts idx (B, T), each at its row's right end. Between
+    two of them a caller who is `watched` may change the model.
     """
-    done = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-    next_logits = _NextLogits(model)
-    for i in range(max_new_tokens):
-        if watched and i > 0:
-            next_logits.cacheable = decodable(model)
-        new = sampling.draw(next_logits(idx))
+    (B, T), end = idx.shape, idx.size(1) + max_new_tokens
+    text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
+    done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+    next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype)
+    for filled in range(T, end):
+        if watched and filled > T:
+            next_logits.look_again()
+        new = sampling.draw(next_logits(text[:, :filled]))
         if stop_token is not None:
             new = new.masked_fill(done, stop_token)
             done |= new == stop_token
+        text[:, filled : filled + 1] = new
         yield new
         if stop_token is not None and done.all():
             return
-        idx = torch.cat((idx, new), dim=1)
 
 
-class _NextLogits:
-    """The logits (B, V) after idx (B, T), whose earlier columns were given in the call before.
+class NextLogits:
+    """The logits (B, V) after texts (B, T), whose earlier columns were given in the call before.
 
-    The cache is only for a model as it was built (fused/untouched.py). Without it every call is a
-    whole forward.
+    Row b begins at column starts[b]; no text will be longer than `end`. The cache is only for a
+    model as it was built, and for rows that fit in block_size; else a call is a whole forward.
     """
 
-    def __init__(self, model: Any):
-        self.model, self.cacheable = model, decodable(model)
-        self.cache: list[tuple[Tensor, Tensor]] = []  # per layer k, v (B, H, block_size, D)
-        self.filled = 0  # positions in it
+    def __init__(self, model: Any, starts: list[int], end: int, dtype: torch.dtype | None = None):
+        self.model, self.starts, self.end, self.dtype = model, starts, end, dtype
+        self.state: Any = None
+        self.look_again()
 
-    def __call__(self, idx: Tensor) -> Tensor:
-        block_size = self.model.config.block_size
-        if 0 < idx.size(1) <= block_size and self.cacheable:
-            return self._extend(idx)[:, -1, :]
-        self.cache, self.filled = [], 0
-        logits, _ = self.model(idx[:, -block_size:])
-        return logits[:, -1, :]
+    def look_again(self) -> None:
+        """Begin anew if the model is not what it was: every cached key is of its old weights."""
+        found = parameters(self.model)
+        state = None if found is None else state_of(found)
+        if state is None or state != self.state:
+            self.parameters, self.state = found, state
+            self.decoder: Decoder | None = None
+            self.filled = 0  # columns in the decoder's cache
 
-    def _extend(self, idx: Tensor) -> Tensor:
-        """Forward only the columns that are not cached yet."""
-        transformer = self.model.transformer
-        start, end = self.filled, idx.size(1)
-        pos = torch.arange(start, end, device=idx.device)
-        x = transformer.drop(transformer.wte(idx[:, start:]) + transformer.wpe(pos))
-        for layer, block in enumerate(transformer.h):
-            x = x + self._attend(layer, block.attn, block.ln_1(x))
-            x = x + block.mlp(block.ln_2(x))
-        self.filled = end
-        return self.model.lm_head(transformer.ln_f(x[:, [-1], :]))
+    def __call__(self, text: Tensor) -> Tensor:
+        T, block_size = text.size(1), self.model.config.block_size
+        moved = [T - start > block_size for start in self.starts]
+        if T == 0 or self.parameters is None or all(moved):
+            self.decoder, self.filled = None, 0
+            return self._whole(text, range(len(text)))
+        logits = self._cached(text)
+        if any(moved):
+            rows = [b for b, is_moved in enumerate(moved) if is_moved]
+            logits[rows] = self._whole(text, rows).to(logits.dtype)
+        return logits
 
-    def _attend(self, layer: int, attn: Any, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        H, start, end = attn.n_head, self.filled, self.filled + x.size(1)
-        q, k, v = (t.view(B, T, H, C // H).transpose(1, 2) for t in attn.c_attn(x).split(C, dim=2))
-        if layer == len(self.cache):
-            shape = (B, H, self.model.config.block_size, C // H)
-            self.cache.append((k.new_empty(shape), v.new_empty(shape)))
-        keys, values = self.cache[layer]
-        keys[:, :, start:end], values[:, :, start:end] = k, v
-        # the prompt attends causally; a single later token attends to everything before it
-        y = F.scaled_dot_product_attention(
-            q, keys[:, :, :end], values[:, :, :end], is_causal=start == 0
-        )
-        return attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+    def _cached(self, text: Tensor) -> Tensor:
+        T, first = text.size(1), min(self.starts)
+        if self.decoder is not None and self.filled == T - 1:
+            self.filled = T
+            return self.decoder.step(text[:, -1])
+        assert self.parameters is not None
+        if self.decoder is None:
+            dtype = self.dtype or ops.autocast_dtype(self.parameters.head)
+            capacity = min(self.model.config.block_size, self.end - first)
+            self.decoder = Decoder(in_dtype(self.parameters, dtype), len(text), capacity)
+        self.filled = T
+        return self.decoder.prefill(*self._at_the_left(text))
+
+    def _at_the_left(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Texts moved to their rows' left ends, cropped to block_size, and their lengths."""
+        T, first = text.size(1), min(self.starts)
+        if len(set(self.starts)) == 1:
+            return text[:, first:], None
+        width = min(T - first, self.model.config.block_size)
+        starts = torch.tensor(self.starts, device=text.device)
+        columns = starts[:, None] + torch.arange(width, device=text.device)
+        return text.gather(1, columns.clamp(max=T - 1)), (T - starts).clamp(max=width)
+
+    def _whole(self, text: Tensor, rows: Sequence[int]) -> Tensor:
+        """nanoGPT's way, a forward of the last block_size tokens; row by row where they differ."""
+        first = max(0, text.size(1) - self.model.config.block_size)
+        starts = {max(start, first) for start in self.starts}
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(text.device.type, self.dtype) if low else nullcontext():
+            if len(starts) <= 1:
+                return self.model(text[:, max(starts, default=first) :])[0][:, -1, :]
+            each = [self.model(text[[b], max(self.starts[b], first) :])[0][:, -1, :] for b in rows]
+            return torch.cat(each)

@@ -46,15 +46,31 @@ def configured(t: Tensor, kernel: str, guess: Callable[..., Any], *shape: Any) -
     """The launch configuration of `kernel` where `t` lives: measured, or guess(*shape). What was
     measured of a kernel that has other settings by now is no more than a guess either.
     """
-    key = " ".join([kernel, *(str(part).removeprefix("torch.") for part in shape)])
-    if key in _trial:
+    if _trial and (key := _key(kernel, shape)) in _trial:
         return _trial[key]
+    return _chosen(_name(t.device) if t.is_cuda else None, kernel, guess, shape)
+
+
+@functools.cache  # asked in front of every launch
+def _chosen(
+    device_name: str | None, kernel: str, guess: Callable[..., Any], shape: tuple[Any, ...]
+) -> Any:
     guessed = guess(*shape)
-    if t.is_cuda:
-        measured = entry(_name(t.device)).get("configs", {}).get(key)
+    if device_name is not None:
+        measured = entry(device_name).get("configs", {}).get(_key(kernel, shape))
         if measured is not None and _settings(measured) == _settings(guessed):
             return measured
     return guessed
+
+
+def _key(kernel: str, shape: tuple[Any, ...]) -> str:
+    return " ".join([kernel, *(str(part).removeprefix("torch.") for part in shape)])
+
+
+def forget() -> None:
+    """Read the files again: one has been written."""
+    entry.cache_clear()
+    _chosen.cache_clear()
 
 
 def _settings(config: Any) -> list[set[str]]:

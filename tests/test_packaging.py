@@ -31,10 +31,14 @@ LAYERS = """
     linear_cross_entropy [kernels]
     backend
     ops optim
+    decoding.eager decoding.graphs
+    decoding.native
     fused.launchers [kernels]
     fused.block fused.embedding
     fused.untouched
     fused.whole
+    decoding.parameters
+    decoding.decoder
     sampling
     model
     examples
@@ -47,7 +51,7 @@ LAYERS = """
 KERNELS = """
     _launch _tuned _autograd _math
     _attention
-    gelu attention_forward attention_backward layer_norm cross_entropy embedding adamw
+    gelu attention_forward attention_backward layer_norm cross_entropy embedding adamw decode
     gemm_tma attention
     gemm_gelu
     mlp

@@ -81,6 +81,7 @@ def _run_launchers(dtype: torch.dtype) -> None:
         adamw,
         attention,
         cross_entropy,
+        decode,
         embedding,
         gelu,
         gemm_gelu,
@@ -128,7 +129,35 @@ def _run_launchers(dtype: torch.dtype) -> None:
     clip, decay, corrections = (meta(*s, dtype=torch.float32) for s in ((), (148,), (148, 2)))
     adamw.sum_of_squares(table, chunks)
     adamw.launch_update(table, chunks, clip, corrections, decay, 6e-4, (0.9, 0.95), 1e-8, dtype)
+    _run_decoding(decode, dtype)
     embedding.add_rows_(meta(50304, C, dtype=torch.float32), meta(M, dtype=torch.int64), x)
+
+
+def _run_decoding(decode: Any, dtype: torch.dtype) -> None:
+    """A step's launchers for one row and for several; TF32 changes nothing in them."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    C, H, S, V = 768, 12, 1024, 50304
+    for B in (1, 8):
+        x, gain = meta(B, C), meta(C)
+        ids, positions = meta(B, dtype=torch.int64), meta(B, dtype=torch.int32)
+        decode.embed(x, ids, positions, meta(V, C), meta(S, C))
+        decode.linear(meta(B, 3 * C), x, meta(3 * C, C, dtype=dtype), meta(3 * C), (gain, gain))
+        decode.linear(meta(B, V), x, meta(V, C, dtype=dtype), None, (gain, None))
+        hidden = meta(B, 4 * C)
+        for approximate in ("none", "tanh"):
+            fc = meta(4 * C, C, dtype=dtype)
+            decode.linear(hidden, x, fc, meta(4 * C), (gain, gain), None, approximate)
+        decode.linear(x, hidden, meta(C, 4 * C, dtype=dtype), gain, None, x)
+        for D in (64, 80):
+            cache = meta(B, H, S, D, dtype=dtype)
+            weight = meta(C, H * D, dtype=dtype)
+            for longest in (255, S - 1):
+                decode.attend_project(
+                    x, meta(B, 3 * H * D), cache, cache, positions, longest, weight, gain
+                )
 
 
 def specimen_of(launch: Any, arch: int) -> Specimen:

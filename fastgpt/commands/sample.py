@@ -111,6 +111,11 @@ def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
         saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
         model = checkpoint.load_model(saved)
         tokenizer = data.load_tokenizer(args.data) if args.data else tokenizer_of(saved, args.out)
+        known = saved.get("fastgpt", {})
+        if "characters" in known and known["characters"] != tokenizer.characters:
+            raise ValueError(
+                f"{args.data} has another vocabulary than {args.out / 'ckpt.pt'}; leave out --data"
+            )
     check_fits(tokenizer, model)
     return model, tokenizer
 

@@ -397,4 +397,4 @@ def main(args: argparse.Namespace) -> int:
 def _write(path: Path, entry: dict[str, Any]) -> None:
     """In one step, so that no process reads half of it; and let this one read it anew."""
     files.write_bytes(path, (json.dumps(entry, indent=1) + "\n").encode())
-    _tuned.entry.cache_clear()
+    _tuned.forget()

@@ -40,10 +40,6 @@ class Weights(NamedTuple):
     mlp_proj_bias: Tensor | None
 
 
-MATMULS = ("qkv", "qkv_bias", "attn_proj", "attn_proj_bias", "fc", "fc_bias", "mlp_proj",
-           "mlp_proj_bias")  # fmt: skip
-
-
 class Settings(NamedTuple):
     n_head: int
     tanh: bool

@@ -64,14 +64,13 @@ class PackedAttention(NamedTuple):
 
 
 class BlockImplementation(NamedTuple):
-    """As backend.OPS names them for "block" and "compiled"."""
+    """As backend.OPS names them for "block" and "compiled".
 
-    # for qkv (B, T, 3C) in the matmuls' dtype, n_head, dropout_p; or the reason why there are none
-    launchers: Callable[[Tensor, int, float], Launchers | str]
+    For qkv (B, T, 3C) in the matmuls' dtype, n_head and dropout_p.
+    """
 
-    def unsupported(self, tensors: tuple[Tensor, ...], n_head: int, dropout_p: float) -> str | None:
-        made = self.launchers(tensors[0], n_head, dropout_p)
-        return made if isinstance(made, str) else None
+    unsupported: Callable[[tuple[Tensor, ...], int, float], str | None]
+    launchers: Callable[[Tensor, int, float], Launchers]  # where nothing is unsupported
 
 
 # The ops inside a block, and the implementations that a fused one can be made of.
@@ -96,41 +95,46 @@ def _asked_otherwise() -> str | None:
     return None
 
 
-def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
-    attention = sdpa.choice(qkv, n_head, dropout_p)
-    if attention is None:
+def _aten_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float) -> str | None:
+    if sdpa.choice(tensors[0], n_head, dropout_p) is None:
         return "SDPA has no fused dropout on a CPU"
-    return (
-        _asked_otherwise()
-        or on_aten.unsupported((qkv,))
-        or Launchers(
-            norm=on_aten.norm,
-            add_norm=on_aten.add_norm,
-            norm_backward=on_aten.norm_backward,
-            linear_gelu=on_aten.linear_gelu,
-            gelu_dgrad=on_aten.gelu_dgrad,
-            attention=attention.packed_forward,
-            attention_backward=attention.packed_backward,
-            add_rows_=on_aten.add_rows_,
-            cross_entropy_=on_aten.cross_entropy_,
-        )
+    return _asked_otherwise() or on_aten.unsupported(tensors)
+
+
+def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
+    attention = sdpa.choice(qkv, n_head, dropout_p)
+    assert attention is not None  # as _aten_unsupported found
+    return Launchers(
+        norm=on_aten.norm,
+        add_norm=on_aten.add_norm,
+        norm_backward=on_aten.norm_backward,
+        linear_gelu=on_aten.linear_gelu,
+        gelu_dgrad=on_aten.gelu_dgrad,
+        attention=attention.packed_forward,
+        attention_backward=attention.packed_backward,
+        add_rows_=on_aten.add_rows_,
+        cross_entropy_=on_aten.cross_entropy_,
     )
 
 
-def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
+def _kernels_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float) -> str | None:
     if reason := _asked_otherwise():
         return reason
-    needed = {"add_layer_norm": ("triton", dict(width=qkv.shape[-1] // 3)), "mlp": ("cublas", {})}
+    width = tensors[0].shape[-1] // 3
+    needed = {"add_layer_norm": ("triton", dict(width=width)), "mlp": ("cublas", {})}
     for op, (name, facts) in needed.items():
-        if problem := backend.why_not(op, name, (qkv,), facts):
+        if problem := backend.why_not(op, name, tensors, facts):
             return f"{op} cannot run: {problem}"
-    attention = _attention(qkv, n_head, dropout_p)
-    if isinstance(attention, str):
-        return attention
+    attention, reason = _attention(tensors[0], n_head, dropout_p)
+    return f"{_ATTENTION} runs in {reason}" if attention is None else None
 
+
+def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
     from fastgpt.kernels import cross_entropy, embedding, gemm_gelu, layer_norm, mlp
 
     own = backend.explain("mlp", (qkv,), {}).implementation == "triton"
+    attention, _ = _attention(qkv, n_head, dropout_p)
+    assert attention is not None  # as _kernels_unsupported found
     return Launchers(
         norm=layer_norm.forward,
         add_norm=layer_norm.add_forward,
@@ -144,15 +148,12 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
     )
 
 
-def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str:
+def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
     """The same, as torch.compile keeps it: each kernel an operator, between GEMMs that it sees."""
-    made = _of_kernels(qkv, n_head, dropout_p)
-    if isinstance(made, str):
-        return made
-
     from fastgpt.kernels import _launch, cross_entropy, embedding, gemm_gelu, layer_norm, mlp
 
     _launch.introduce_to_inductor()
+    made = _of_kernels(qkv, n_head, dropout_p)
     gemms = mlp.own if made.linear_gelu is gemm_gelu.forward else mlp.cublas
     return Launchers(
         norm=layer_norm.registered_forward,
@@ -168,20 +169,25 @@ def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers | str
     )
 
 
-def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> PackedAttention | str:
-    """Forward and backward of the attention that dispatch chooses, or why they cannot be had."""
-    op, head_dim = "packed_causal_attention", qkv.shape[-1] // 3 // n_head
-    name, reason = backend.explain(op, (qkv,), dict(head_dim=head_dim, dropout_p=dropout_p))
+_ATTENTION = "packed_causal_attention"
+
+
+def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[PackedAttention | None, str]:
+    """Forward and backward of the attention that dispatch chooses, where they can be had; and what
+    it chose, with the reason.
+    """
+    head_dim = qkv.shape[-1] // 3 // n_head
+    name, reason = backend.explain(_ATTENTION, (qkv,), dict(head_dim=head_dim, dropout_p=dropout_p))
+    why = f"{name}: {reason}"
     if name == "triton":
         from fastgpt.kernels import attention
 
-        return PackedAttention(attention.seeded_forward, attention.seeded_backward)
+        return PackedAttention(attention.seeded_forward, attention.seeded_backward), why
     held = sdpa.choice(qkv, n_head, dropout_p) if name == "torch" else getattr(sdpa, name, None)
-    if held is None:
-        return f"{op} runs in {name}: {reason}"
-    return PackedAttention(held.packed_forward, held.packed_backward)
+    made = None if held is None else PackedAttention(held.packed_forward, held.packed_backward)
+    return made, why
 
 
-aten = BlockImplementation(_of_aten)
-kernels = BlockImplementation(_of_kernels)
-operators = BlockImplementation(_of_operators)
+aten = BlockImplementation(_aten_unsupported, _of_aten)
+kernels = BlockImplementation(_kernels_unsupported, _of_kernels)
+operators = BlockImplementation(_kernels_unsupported, _of_operators)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import backend, ops, reference
 from fastgpt.fused import block as block_unit
 from fastgpt.fused import embedding
-from fastgpt.fused.block import MATMULS, Settings, Weights
+from fastgpt.fused.block import Settings, Weights
 from fastgpt.fused.launchers import Launchers
 from fastgpt.fused.untouched import (
     alike,
@@ -116,12 +116,17 @@ class FusedModel(NamedTuple):
         loss = ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets)
         return (logits if returned else None), loss
 
-    def _low_matrices(self, weights: Weights) -> Weights:
+    def _low_matrices(self, w: Weights) -> Weights:
         """The weights with those of matmuls, and their biases, as the matmuls read them."""
-        of_matmuls = {name: getattr(weights, name) for name in MATMULS}
-        return weights._replace(
-            **{name: self._low(t) for name, t in of_matmuls.items() if t is not None}
-        )
+        low = self._low
+        return Weights(
+            w.ln_1, w.ln_1_bias,
+            low(w.qkv), None if w.qkv_bias is None else low(w.qkv_bias),
+            low(w.attn_proj), None if w.attn_proj_bias is None else low(w.attn_proj_bias),
+            w.ln_2, w.ln_2_bias,
+            low(w.fc), None if w.fc_bias is None else low(w.fc_bias),
+            low(w.mlp_proj), None if w.mlp_proj_bias is None else low(w.mlp_proj_bias),
+        )  # fmt: skip
 
     def _low(self, p: Tensor) -> Tensor:
         """A parameter in the matmuls' dtype, without autograd: TrainStep's copy, or a cast."""

@@ -31,8 +31,10 @@ class Manifest:
     def identity(self) -> str:
         return hashlib.sha256(repr(sorted(self.sha256.items())).encode()).hexdigest()
 
-    def check(self, folder: Path) -> None:
-        """ValueError unless the folder's files are as they were written, by their sizes."""
+    def check(self, folder: Path, verify: bool) -> None:
+        """ValueError unless the folder's files are as they were written: by their sizes, and to
+        `verify` by their checksums, which reads them whole.
+        """
         if not self.whole:
             raise ValueError(
                 f"{folder} is not whole: its preparation was interrupted; run `fastgpt prepare` "
@@ -44,6 +46,11 @@ class Manifest:
             if found != 2 * count:
                 raise ValueError(
                     f"{path} has {found} bytes, and was written with {2 * count}; run `fastgpt "
+                    "prepare` again"
+                )
+            if verify and file_sha256(path) != self.sha256[name]:
+                raise ValueError(
+                    f"{path} is damaged: its content does not match its checksum; run `fastgpt "
                     "prepare` again"
                 )
         meta = folder / "meta.pkl"
@@ -62,6 +69,8 @@ class Manifest:
 def load(folder: Path) -> Manifest | None:
     """None where there is no manifest. ValueError for a damaged one."""
     path = folder / NAME
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file; move it away, run `fastgpt prepare` again")
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -80,12 +89,15 @@ def _fits(content: dict[str, Any]) -> bool:
     tokens, sha256 = content["tokens"], content["sha256"]
     return (
         strings
+        and content["dtype"] == "uint16"
+        and content["tokenizer"] in ("char", "gpt2")
         and isinstance(content["vocab_size"], int)
         and isinstance(content["whole"], bool)
         and isinstance(tokens, dict)
-        and set(tokens) <= {"train.bin", "val.bin"}
+        and set(tokens) == {"train.bin", "val.bin"}
         and all(isinstance(n, int) for n in tokens.values())
         and isinstance(sha256, dict)
+        and set(tokens) <= set(sha256)
         and all(isinstance(digest, str) for digest in sha256.values())
     )
 

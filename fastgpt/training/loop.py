@@ -121,6 +121,14 @@ class Run:
         trainer, config = self.trainer, self.config
         if isinstance(trainer.step, TrainStep) and trainer.step.graph is not None:
             self.progress.note("a CUDA graph replays every forward and backward (--no-capture)")
+        if trainer.other_data:
+            self.progress.note(f"{config.data} has other data than the run was trained on before")
+        if trainer.steps_done and trainer.fraction() >= 1:
+            limit = "steps" if config.minutes is None else "minutes"
+            self.progress.note(
+                f"{config.out} is at step {trainer.steps_done:,} already, which ends the run; a "
+                f"higher --{limit} goes on with it"
+            )
         while True:
             if self._stop():
                 self._flush()
@@ -178,6 +186,7 @@ class Run:
         best = measured is not None and measured.val < trainer.best_val_loss
         if best and measured is not None:
             trainer.best_val_loss = measured.val
+        trainer.check_finite()
         self.interrupts.saving = True
         try:
             with self.world.writing():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgpt import checkpoint, data, weights
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.storage import hf_tokenizer
 from fastgpt.training.config import SHAPE, TrainConfig, option
 
 
@@ -48,6 +49,8 @@ def initialised(config: TrainConfig, tokenizer: data.Tokenizer, given: frozenset
     elif path.is_dir() or source in weights.SIZES:
         model = GPT.from_pretrained(source)
         saved = {"model_args": checkpoint.model_args(model.config)}
+        if characters := hf_tokenizer.read_characters(path, model.config.vocab_size):
+            saved["fastgpt"] = {"characters": characters}
         check_vocabulary(tokenizer, saved, source, config.data)
         args, found = dict(saved["model_args"]), dict(model.state_dict())
     else:

@@ -20,7 +20,7 @@ from fastgpt import checkpoint, data
 from fastgpt.devices import autocast, pick_device, pick_dtype
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.train_step import TrainStep
-from fastgpt.training import start
+from fastgpt.training import optimizer_state, start
 from fastgpt.training.batches import Batches, moved, seed_of, windows
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.schedule import learning_rate
@@ -50,7 +50,9 @@ class Trainer:
         self._check_shares()
         self.device = pick_device(self.world.device(config.device))
         self.dtype = pick_dtype(self.device, config.dtype)
-        self.tokenizer, self.splits, self.data_identity = data.open_data(Path(config.data))
+        self.tokenizer, self.splits, self.data_identity = data.open_data(
+            Path(config.data), verify=self.world.first
+        )
         self.world.check_same("data", self.data_identity)
         if config.resume and saved is None:
             saved = checkpoint.load_checkpoint(Path(config.out) / "ckpt.pt")
@@ -78,6 +80,7 @@ class Trainer:
         self.losses: Losses | None = None  # at `validated_at`
         self.validated_at = -1
         self.saved_at = 0
+        self.other_data = False  # than the checkpoint was trained on
         self.run = ""
         self.started = time.perf_counter()
         self.agreed_seconds: float | None = None
@@ -175,8 +178,22 @@ class Trainer:
             if mean is None:
                 return None
             means.append(mean)
+        if not all(map(math.isfinite, means)):
+            raise FloatingPointError(self._not_finite("losses are", means))
         self.losses, self.validated_at = Losses(*means), self.steps_done
         return self.losses
+
+    def check_finite(self) -> None:
+        """FloatingPointError for weights that must not take a whole checkpoint's place."""
+        whole = not self.config.shard  # of parts every process would have to say
+        if whole and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise FloatingPointError(self._not_finite("weights are", "not finite"))
+
+    def _not_finite(self, what: str, found: object) -> str:
+        return (
+            f"the model's {what} {found} after step {self.steps_done}, which is not saved; try a "
+            "lower --lr or a longer --warmup. A checkpoint that was saved is from before that"
+        )
 
     @torch.no_grad()
     def _mean_loss(self, name: str, stop: Callable[[], bool]) -> float | None:
@@ -225,13 +242,18 @@ class Trainer:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         try:
-            if "optimizer" in saved:
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self._apply_settings()
-            self.steps_done = self.saved_at = int(saved.get("iter_num", 0))
-            self.best_val_loss = float(saved.get("best_val_loss", math.inf))
+            self.steps_done = self.saved_at = int(saved["iter_num"])
             ours = saved.get("fastgpt", {})  # nanoGPT's own has none
-            self.started -= float(ours.get("seconds", 0.0))
+            if not self.config.shard:
+                # under fp16 the first steps are skipped, and leave no state
+                stepped = self.steps_done > 0 and not ours.get("scaler")
+                optimizer_state.restore(self.optimizer, saved["optimizer"], stepped)
+            self.best_val_loss = float(saved.get("best_val_loss", math.inf))
+            seconds = float(ours.get("seconds", 0.0))
+            if not 0 <= seconds < math.inf:
+                raise ValueError(f"it has trained for {seconds} seconds")
+            self.started -= seconds
+            self.other_data = ours.get("data") not in (None, self.data_identity)
             self.run = str(ours.get("run", ""))
             if ours.get("losses"):
                 self.losses = Losses(*map(float, ours["losses"]))
@@ -241,14 +263,11 @@ class Trainer:
         except Exception as error:  # whatever a malformed one leads to
             name = Path(self.config.out) / "ckpt.pt"
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{name} cannot be resumed from: {reason}") from None
-
-    def _apply_settings(self) -> None:
-        """An optimizer's state carries those it had before."""
-        decayed, *others = self.optimizer.param_groups
-        decayed["weight_decay"] = self.config.weight_decay
-        for group in (decayed, *others):
-            group["betas"] = (self.config.beta1, self.config.beta2)
+            if isinstance(error, KeyError):
+                reason = f"it lacks {reason}"
+            raise ValueError(
+                f"{name} cannot be resumed from: {reason}; --init-from starts from its weights"
+            ) from None
 
 
 def _dataset(folder: Path) -> str:

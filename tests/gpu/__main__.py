@@ -29,9 +29,20 @@ SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
 KERNELS = [
     *(
         f"kernels/test_{name}"
-        for name in ("layer_norm", "gelu", "mlp", "cross_entropy", "attention", "adamw")
+        for name in (
+            "layer_norm",
+            "gelu",
+            "mlp",
+            "cross_entropy",
+            "attention",
+            "adamw",
+            "decode",
+        )  # fmt: skip
     ),
-    *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
+    *(
+        f"model/test_{name}"
+        for name in ("fused", "train_step", "backend", "compile", "training", "decoding")
+    ),
     "commands/test_tune",
 ]
 MAX_PROCESSES = 16

@@ -20,9 +20,9 @@ SHAPES = ((C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,), (4 * C, C)
 def launchers_for(made_of: str, x: torch.Tensor) -> launchers.Launchers:
     maker = launchers.kernels if made_of == "triton" else launchers.aten
     with use_backend("triton" if made_of == "triton" else "auto"):
-        made = maker.launchers(x.new_empty(1, T, 3 * C), H, 0.0)
-    assert isinstance(made, launchers.Launchers), made
-    return made
+        qkv = x.new_empty(1, T, 3 * C)
+        assert maker.unsupported((qkv,), H, 0.0) is None
+        return maker.launchers(qkv, H, 0.0)
 
 
 def weights(bias: bool, dtype: torch.dtype) -> list[torch.Tensor | None]:

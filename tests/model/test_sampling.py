@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig, sampling
+from fastgpt.decoding.decoder import Decoder
 
 V, BLOCK_SIZE = 31, 12
 
@@ -52,14 +53,19 @@ def assert_samples_alike(model: GPT, idx: Tensor, steps: int, **how) -> None:
 @pytest.fixture
 def cached(monkeypatch) -> list[int]:
     """The number of columns that each cached step computed; empty if none was."""
-    widths = []
-    extend = sampling._NextLogits._extend
+    widths: list[int] = []
+    prefill, step = Decoder.prefill, Decoder.step
 
-    def recorded(self, idx):
-        widths.append(idx.size(1) - self.filled)
-        return extend(self, idx)
+    def recorded_prefill(self, idx, lengths=None):
+        widths.append(idx.size(1))
+        return prefill(self, idx, lengths)
 
-    monkeypatch.setattr(sampling._NextLogits, "_extend", recorded)
+    def recorded_step(self, ids):
+        widths.append(1)
+        return step(self, ids)
+
+    monkeypatch.setattr(Decoder, "prefill", recorded_prefill)
+    monkeypatch.setattr(Decoder, "step", recorded_step)
     return widths
 
 
@@ -91,7 +97,7 @@ def test_the_cache_computes_one_column_a_token_until_the_window_moves(cached):
 @torch.no_grad()
 def test_cached_logits_are_the_uncached_ones_to_rounding():
     model, idx = tiny(), prompt(3, BLOCK_SIZE)
-    cached = sampling._NextLogits(model)
+    cached = sampling.NextLogits(model, [0, 0, 0], BLOCK_SIZE)
     for length in range(3, BLOCK_SIZE + 1):
         logits = cached(idx[:, :length])
         torch.testing.assert_close(logits, model(idx[:, :length])[0][:, -1], rtol=1e-5, atol=1e-5)

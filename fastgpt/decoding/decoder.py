@@ -1,0 +1,115 @@
+"""Tokens from a key-value cache: a prompt in one pass, then each token as one step for every row.
+
+A step is five calls a layer, in memory that is allocated with the cache: the norm and QKV
+projection; attention with its cache write and its projection, added to the residual stream; norm,
+linear and GELU; linear, added to the stream. What they run on is dispatched as the op "decode".
+Rows have positions of their own: a row's tokens are those that it would get alone.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import backend, ops, reference
+from fastgpt.decoding import eager
+from fastgpt.decoding.graphs import Graphs, capture_for
+from fastgpt.decoding.parameters import Parameters
+from fastgpt.fused.block import Weights
+
+
+class Decoder:
+    """`rows` sequences of up to `capacity` tokens; `parameters` as in_dtype gives them."""
+
+    @torch.inference_mode(False)  # whose tensors could not be written to outside it
+    def __init__(self, parameters: Parameters, rows: int, capacity: int):
+        self.parameters = parameters
+        C, L, head = parameters.wte.shape[1], len(parameters.blocks), parameters.head
+        shape = (L, rows, parameters.n_head, capacity, C // parameters.n_head)
+        self.keys, self.values = (head.new_zeros(shape) for _ in range(2))
+        hidden = max((w.fc.shape[0] for w in parameters.blocks), default=0)
+        sizes = (C, 3 * C, hidden, head.shape[0])
+        wide = torch.promote_types(head.dtype, torch.float32)
+        self.x, self.qkv, self.hidden, self.logits = (
+            torch.empty(rows, size, dtype=wide, device=head.device) for size in sizes
+        )
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=head.device)
+        # of each row's next token, and the largest of them
+        self.positions = torch.zeros(rows, dtype=torch.int32, device=head.device)
+        self.longest = 0
+        self.run: Any = None  # chosen at the first step: a single token needs none
+        self.graphs = Graphs(self._forward, capture_for(head.device))
+
+    def prefill(self, idx: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Prompts idx (B, T), of which a row counts up to lengths[b] (all by default), from its
+        left -> logits (B, V) after each row's last token.
+
+        A causal model does not see what stands to the right: a row's padding changes nothing in it,
+        and its keys are overwritten before a step can read them.
+        """
+        p, (B, T) = self.parameters, idx.shape
+        x = F.embedding(idx, p.wte) + p.wpe[:T]
+        x = x.to(self.x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
+            for keys, values, w in zip(self.keys, self.values, p.blocks, strict=True):
+                x = self._prefill_block(x, w, keys, values)
+            if lengths is None:
+                self.positions.fill_(T)
+                last = x[:, -1]
+            else:
+                self.positions.copy_(lengths).clamp_(max=self.keys.shape[-2] - 1)
+                last = x[torch.arange(B, device=x.device), lengths - 1]
+            self.longest = T
+            last = ops.layer_norm(last, p.ln_f, p.ln_f_bias)
+            return F.linear(last.to(p.head.dtype), p.head).to(x.dtype)
+
+    def _prefill_block(self, x: Tensor, w: Weights, keys: Tensor, values: Tensor) -> Tensor:
+        """x (B, T, C) through one block, as training computes it; fills the layer's cache."""
+        T, dtype = x.shape[1], w.qkv.dtype
+
+        def linear(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(t.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+        qkv = linear(ops.layer_norm(x, w.ln_1, w.ln_1_bias), w.qkv, w.qkv_bias)
+        _, k, v = reference.split_heads(qkv, self.parameters.n_head)
+        keys[:, :, :T], values[:, :, :T] = k, v
+        y = ops.packed_causal_attention(qkv, self.parameters.n_head)
+        x = x + linear(y, w.attn_proj, w.attn_proj_bias)
+        h = linear(ops.layer_norm(x, w.ln_2, w.ln_2_bias), w.fc, w.fc_bias)
+        h = F.gelu(h, approximate=self.parameters.approximate)
+        return x + linear(h, w.mlp_proj, w.mlp_proj_bias)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """One more token ids (B,) a row -> logits (B, V), which the next step overwrites.
+
+        A row that is full stays so, and its logits mean nothing.
+        """
+        if self.run is None:
+            head, head_dim = self.parameters.head, self.keys.shape[-1]
+            rows = len(self.x)
+            chosen = backend.choose("decode", head, head_dim=head_dim, rows=rows)
+            self.run = eager if chosen is reference else chosen
+        self.ids.copy_(ids)
+        self.graphs(min(max(64, 1 << self.longest.bit_length()), self.keys.shape[-2]))
+        self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
+        return self.logits
+
+    def _forward(self, bucket: int) -> None:
+        """All of a step that a device does, where every position is below `bucket`: the same calls
+        on the same memory every time.
+        """
+        p, run = self.parameters, self.run
+        run.embed(self.x, self.ids, self.positions, p.wte, p.wpe)
+        for keys, values, w in zip(self.keys, self.values, p.blocks, strict=True):
+            run.linear(self.qkv, self.x, w.qkv, w.qkv_bias, (w.ln_1, w.ln_1_bias))
+            run.attend_project(
+                self.x, self.qkv, keys, values, self.positions, bucket - 1,
+                w.attn_proj, w.attn_proj_bias,
+            )  # fmt: skip
+            width, norm = w.fc.shape[0], (w.ln_2, w.ln_2_bias)
+            hidden = self.hidden.flatten()[: len(self.x) * width].view(-1, width)
+            run.linear(hidden, self.x, w.fc, w.fc_bias, norm, None, p.approximate)
+            run.linear(self.x, hidden, w.mlp_proj, w.mlp_proj_bias, None, self.x)
+        run.linear(self.logits, self.x, p.head, None, (p.ln_f, p.ln_f_bias))
+        self.positions.add_(1).clamp_(max=self.keys.shape[-2] - 1)

@@ -1,0 +1,104 @@
+/* A decoding step's two loops over memory, for CPUs: see native.py.
+
+   A GEMV reads each weight once. Every output is one dot product along a row of the weight, as
+   nanoGPT stores it, and the rows are shared among threads; sums are fp32 in vector lanes. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+static float from_bf16(uint16_t bits) {
+    union { uint32_t bits; float value; } wide = {(uint32_t)bits << 16};
+    return wide.value;
+}
+
+static uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays NaN */
+    union { float value; uint32_t bits; } wide = {value};
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16);
+}
+
+static float from_f32(float value) { return value; }
+static float to_f32(float value) { return value; }
+
+static void layer_norm(const float *x, const float *weight, const float *bias, float *y, int N) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < N; i++) sum += x[i];
+    float mean = sum / N;
+#pragma omp simd reduction(+ : squares)
+    for (int i = 0; i < N; i++) squares += (x[i] - mean) * (x[i] - mean);
+    float rstd = 1 / sqrtf(squares / N + 1e-5f);
+    for (int i = 0; i < N; i++)
+        y[i] = (x[i] - mean) * rstd * weight[i] + (bias ? bias[i] : 0);
+}
+
+/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T + bias) */
+#define LINEAR(NAME, T, FROM)                                                                     \
+    void NAME(const float *x, const T *w, const float *bias, const float *norm_weight,            \
+              const float *norm_bias, const float *residual, float *y, int M, int N, int K,       \
+              int threads) {                                                                      \
+        float *normed = NULL;                                                                     \
+        if (norm_weight) {                                                                        \
+            normed = malloc(sizeof(float) * M * K);                                               \
+            for (int m = 0; m < M; m++)                                                           \
+                layer_norm(x + (int64_t)m * K, norm_weight, norm_bias, normed + (int64_t)m * K,   \
+                           K);                                                                    \
+            x = normed;                                                                           \
+        }                                                                                         \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
+        for (int n = 0; n < N; n++) {                                                             \
+            const T *row = w + (int64_t)n * K;                                                    \
+            for (int m = 0; m < M; m++) {                                                         \
+                const float *from = x + (int64_t)m * K;                                           \
+                int64_t to = (int64_t)m * N + n;                                                  \
+                float sum = 0;                                                                    \
+                _Pragma("omp simd reduction(+ : sum)")                                            \
+                for (int k = 0; k < K; k++) sum += from[k] * FROM(row[k]);                        \
+                sum += bias ? bias[n] : 0;                                                        \
+                y[to] = residual ? residual[to] + sum : sum;                                      \
+            }                                                                                     \
+        }                                                                                         \
+        free(normed);                                                                             \
+    }
+
+/* qkv (B, 3 H D): k and v go to positions[b] of the cache (B, H, S, D), and q attends to all up to
+   there -> y (B, H D) */
+#define ATTEND(NAME, T, FROM, TO)                                                                 \
+    void NAME(const float *qkv, T *keys, T *values, const int32_t *positions, float *y, int B,    \
+              int H, int S, int D, int threads) {                                                 \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
+        for (int bh = 0; bh < B * H; bh++) {                                                      \
+            int b = bh / H, h = bh % H, last = positions[b];                                      \
+            const float *q = qkv + ((int64_t)b * 3 * H + h) * D;                                  \
+            T *ks = keys + (int64_t)bh * S * D, *vs = values + (int64_t)bh * S * D;               \
+            for (int d = 0; d < D; d++) {                                                         \
+                ks[(int64_t)last * D + d] = TO(q[H * D + d]);                                     \
+                vs[(int64_t)last * D + d] = TO(q[2 * H * D + d]);                                 \
+            }                                                                                     \
+            float *p = malloc(sizeof(float) * (last + 1 + D)), *sums = p + last + 1;              \
+            float top = -INFINITY, total = 0, scale = 1 / sqrtf(D);                               \
+            for (int t = 0; t <= last; t++) {                                                     \
+                const T *k = ks + (int64_t)t * D;                                                 \
+                float s = 0;                                                                      \
+                _Pragma("omp simd reduction(+ : s)")                                              \
+                for (int d = 0; d < D; d++) s += q[d] * FROM(k[d]);                               \
+                p[t] = s * scale;                                                                 \
+                top = p[t] > top ? p[t] : top;                                                    \
+            }                                                                                     \
+            for (int d = 0; d < D; d++) sums[d] = 0;                                              \
+            for (int t = 0; t <= last; t++) {                                                     \
+                const T *v = vs + (int64_t)t * D;                                                 \
+                float weight = expf(p[t] - top);                                                  \
+                total += weight;                                                                  \
+                for (int d = 0; d < D; d++) sums[d] += weight * FROM(v[d]);                       \
+            }                                                                                     \
+            for (int d = 0; d < D; d++) y[(int64_t)bh * D + d] = sums[d] / total;                 \
+            free(p);                                                                              \
+        }                                                                                         \
+    }
+
+LINEAR(linear_float32, float, from_f32)
+LINEAR(linear_bfloat16, uint16_t, from_bf16)
+ATTEND(attend_float32, float, from_f32, to_f32)
+ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16)

@@ -1,0 +1,117 @@
+"""A decoding step on a CPU at the rate of memory: native.c, compiled once by the machine's C
+compiler.
+
+PyTorch's GEMV reads weights at half a core's bandwidth in fp32 and at a quarter in bf16. Where
+there is no compiler, eager.py runs instead. The functions are those of eager.py, on fp32
+activations and fp32 or bf16 weights and caches, contiguous.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.decoding import eager
+from fastgpt.decoding.eager import Norm
+
+_SOURCE = Path(__file__).with_name("native.c")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MAX_ROWS = 8
+
+embed = eager.embed
+
+
+def linear(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None = None,
+    residual: Tensor | None = None, approximate: str | None = None,
+) -> None:  # fmt: skip
+    M, K = x.shape
+    norm_weight, norm_bias = norm or (None, None)
+    tensors = (x, weight, bias, norm_weight, norm_bias, residual, out)
+    threads = torch.get_num_threads()
+    _functions("linear")[weight.dtype](*map(_address, tensors), M, weight.shape[0], K, threads)
+    if approximate is not None:  # PyTorch's is in vectors, C's erff is not
+        torch.ops.aten.gelu_(out, approximate=approximate)
+
+
+def attend_project(
+    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
+    weight: Tensor, bias: Tensor | None,
+) -> None:  # fmt: skip
+    y = torch.empty_like(out)
+    tensors = map(_address, (qkv, keys, values, positions, y))
+    _functions("attend")[keys.dtype](*tensors, *keys.shape, torch.get_num_threads())
+    linear(out, y, weight, bias, residual=out)
+
+
+def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
+    """Why these cannot decode with such a weight, or None. Compiles at the first question."""
+    (weight,) = tensors
+    if rows > MAX_ROWS:
+        return f"{rows} rows are more than {MAX_ROWS}: a GEMM reuses the weights better"
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES:
+        return f"{weight.dtype} on {weight.device.type} is neither float32 nor bfloat16 on a CPU"
+    made = library()
+    return made if isinstance(made, str) else None
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+@functools.cache
+def _functions(name: str) -> dict[torch.dtype, Any]:
+    pointers, sizes = (7, 4) if name == "linear" else (5, 5)
+    found = {dtype: getattr(library(), f"{name}_{word}") for dtype, word in _DTYPES.items()}
+    for function in found.values():
+        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * sizes
+        function.restype = None
+    return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """native.c compiled for this CPU, kept in the user's cache; or why there is none."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        return "there is no C compiler (cc, gcc, clang) and $CC names none"
+    made_of = (_SOURCE.read_bytes(), compiler, *_FLAGS, platform.machine(), _cpu())
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastgpt"
+    path /= f"native-{key}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"compiling {_SOURCE.name} failed: {getattr(error, 'stderr', None) or error}"
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Under another name first: several processes may be at it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, path)
+
+
+def _cpu() -> str:
+    """What -march=native looks at: a home folder may be on several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("model name", "flags", "Features")
+    return "".join(next((line for line in lines if line.startswith(name)), "") for name in names)

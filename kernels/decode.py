@@ -1,0 +1,255 @@
+"""A decoding step for few rows: every weight is read once, and the cache once.
+
+    embed           x = wte[id] + wpe[position]
+    linear          y = [residual +] [gelu] ([norm](x) @ w.T + bias)
+    attend_project  x += softmax(q @ K.T / sqrt(D)) @ V @ w.T + bias,  K and V up to the position
+
+A program of `linear` owns BLOCK_N outputs of BLOCK_M rows, and norms the rows it reads by itself:
+they are in L2, and a pass of their own would be another launch. Attention splits the keys of a head
+into chunks, a program each (flash decoding, arXiv 2311.01282); the program whose chunk the new
+token falls into writes its key and value. Chunks leave o, not divided by its sum, the sum and the
+maximum; the projection's programs join them while they read. Five launches a layer.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels._launch import cdiv, device_problem, launch, power_of_2
+from fastgpt.kernels._math import gelu
+from fastgpt.kernels._tuned import configured
+
+MAX_ROWS = 8  # beyond them GEMMs use tensor cores
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _embed_kernel(
+    ids_ptr, positions_ptr, wte_ptr, wpe_ptr,  # in: (B,) int64, (B,) int32, (V, C), (S, C)
+    x_ptr,                                     # out: (B, C)
+    C, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_C).to(tl.int64)
+    mask = cols < C
+    token = tl.load(wte_ptr + tl.load(ids_ptr + b) * C + cols, mask=mask).to(tl.float32)
+    position = tl.load(positions_ptr + b).to(tl.int64)
+    token += tl.load(wpe_ptr + position * C + cols, mask=mask).to(tl.float32)
+    tl.store(x_ptr + b * C + cols, token, mask=mask)
+
+
+@triton.jit
+def _statistics(x_ptr, rows, M, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and 1 / deviation of rows of x (M, K), in two passes over what is in cache."""
+    sums = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        mask = (rows < M)[:, None] & (cols < K)[None, :]
+        sums += tl.sum(tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0), 1)
+    mean = sums / K
+    squares = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        mask = (rows < M)[:, None] & (cols < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0)
+        centred = tl.where(mask, x - mean[:, None], 0.0)
+        squares += tl.sum(centred * centred, 1)
+    return mean, 1.0 / tl.sqrt(squares / K + eps)
+
+
+@triton.jit
+def _finish(
+    acc, y_ptr, bias_ptr, residual_ptr, rows, outs, M, N,
+    GELU: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
+    """Bias, GELU, residual; acc (BLOCK_M, BLOCK_N) -> y (M, N)."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + outs, mask=outs < N, other=0.0)[None, :]
+    if GELU:
+        acc = gelu(acc, TANH, tl.float32)
+    at, mask = rows[:, None] * N + outs[None, :], (rows < M)[:, None] & (outs < N)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0)
+    tl.store(y_ptr + at, acc, mask=mask)
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, bias_ptr,              # in:  (M, K) fp32, (N, K), (N,) fp32 or None
+    norm_w_ptr, norm_b_ptr,              # in:  (K,) fp32 each or None
+    residual_ptr,                        # in:  (M, N) fp32 or None
+    y_ptr,                               # out: (M, N) fp32, which may be residual
+    M, N, K, eps,
+    GELU: tl.constexpr, TANH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_M).to(tl.int64)
+    outs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if norm_w_ptr is not None:
+        mean, rstd = _statistics(x_ptr, rows, M, K, eps, BLOCK_M, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        w_mask = (outs < N)[:, None] & (cols < K)[None, :]
+        w = tl.load(w_ptr + outs[:, None] * K + cols[None, :], mask=w_mask, other=0.0)
+        x_mask = (rows < M)[:, None] & (cols < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=x_mask, other=0.0)
+        if norm_w_ptr is not None:
+            gain = tl.load(norm_w_ptr + cols, mask=cols < K, other=0.0)
+            x = (x - mean[:, None]) * rstd[:, None] * gain[None, :]
+            if norm_b_ptr is not None:
+                x += tl.load(norm_b_ptr + cols, mask=cols < K, other=0.0)[None, :]
+        acc += tl.sum(x[:, None, :] * w.to(tl.float32)[None, :, :], 2)
+    _finish(acc, y_ptr, bias_ptr, residual_ptr, rows, outs, M, N, GELU, TANH)
+
+
+@triton.jit
+def _attend_kernel(
+    qkv_ptr, keys_ptr, values_ptr, positions_ptr,  # (B, 3HD) fp32, (B, H, S, D) each, (B,) int32
+    o_ptr, sum_ptr, top_ptr,                       # out: (B, H, P, D), (B, H, P) each, fp32
+    H, S, P, scale,
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    part, head = tl.program_id(0) % P, (tl.program_id(0) // P).to(tl.int64)
+    b, h = head // H, head % H
+    position = tl.load(positions_ptr + b)
+    ds = tl.arange(0, BLOCK_D)
+    new_ptr = qkv_ptr + b * 3 * H * D + h * D + ds
+    q = tl.load(new_ptr, mask=ds < D, other=0.0) * scale
+    # rounded as the cache holds them
+    dtype: tl.constexpr = keys_ptr.dtype.element_ty
+    new_k = tl.load(new_ptr + H * D, mask=ds < D, other=0.0).to(dtype)
+    new_v = tl.load(new_ptr + 2 * H * D, mask=ds < D, other=0.0).to(dtype)
+    if position // CHUNK == part:
+        at = (head * S + position) * D + ds
+        tl.store(keys_ptr + at, new_k, mask=ds < D)
+        tl.store(values_ptr + at, new_v, mask=ds < D)
+
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    total, top = 0.0, -1e30  # finite: a chunk behind the position leaves a sum of 0
+    for start in range(part * CHUNK, min(part * CHUNK + CHUNK, position + 1), BLOCK_S):
+        ts = start + tl.arange(0, BLOCK_S)
+        at = (head * S + ts)[:, None] * D + ds[None, :]
+        mask, is_new = (ts < position)[:, None] & (ds < D)[None, :], (ts == position)[:, None]
+        k = tl.where(is_new, new_k[None, :], tl.load(keys_ptr + at, mask=mask, other=0.0))
+        s = tl.sum(q[None, :] * k.to(tl.float32), 1)
+        s = tl.where(ts <= position, s, -1e30)
+        new_top = tl.maximum(top, tl.max(s, 0))
+        p = tl.where(ts <= position, tl.exp(s - new_top), 0.0)
+        shrink = tl.exp(top - new_top)
+        v = tl.where(is_new, new_v[None, :], tl.load(values_ptr + at, mask=mask, other=0.0))
+        acc = acc * shrink + tl.sum(p[:, None] * v.to(tl.float32), 0)
+        total, top = total * shrink + tl.sum(p, 0), new_top
+
+    out = head * P + part
+    tl.store(o_ptr + out * D + ds, acc, mask=ds < D)
+    tl.store(sum_ptr + out, total)
+    tl.store(top_ptr + out, top)
+
+
+@triton.jit
+def _project_kernel(
+    o_ptr, sum_ptr, top_ptr,     # in:  (B, H, P, D), (B, H, P) each, fp32
+    w_ptr, bias_ptr,             # in:  (N, H D), (N,) fp32 or None
+    y_ptr,                       # in and out: (B, N) fp32, the residual stream
+    M, N, H, P,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_M).to(tl.int64)
+    outs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ds, parts = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for h in range(0, H):
+        at = (rows * H + h) * P
+        known = (rows < M)[:, None] & (parts < P)[None, :]
+        tops = tl.load(top_ptr + at[:, None] + parts[None, :], mask=known, other=-1e30)
+        top = tl.max(tops, 1)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        y = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        for part in range(0, P):
+            here = tl.load(top_ptr + at + part, mask=rows < M, other=0.0)
+            share = tl.where(rows < M, tl.exp(here - top), 0.0)
+            total += share * tl.load(sum_ptr + at + part, mask=rows < M, other=0.0)
+            o_mask = (rows < M)[:, None] & (ds < D)[None, :]
+            o_at = (at + part)[:, None] * D + ds[None, :]
+            y += share[:, None] * tl.load(o_ptr + o_at, mask=o_mask, other=0.0)
+        y = y / tl.where(rows < M, total, 1.0)[:, None]
+        w_at = outs[:, None] * H * D + h * D + ds[None, :]
+        w = tl.load(w_ptr + w_at, mask=(outs < N)[:, None] & (ds < D)[None, :], other=0.0)
+        acc += tl.sum(y[:, None, :] * w.to(tl.float32)[None, :, :], 2)
+    _finish(acc, y_ptr, bias_ptr, y_ptr, rows, outs, M, N, False, False)
+
+
+def _linear_config(M: int, N: int, K: int) -> dict[str, int]:
+    """About two programs a multiprocessor where the outputs are few. Not measured on a GPU yet."""
+    block_n = 16 if N > 16384 else 4
+    block_k = min(power_of_2(K), max(64, 1024 // power_of_2(M)))
+    return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+
+
+def _attend_config(S: int, D: int) -> dict[str, int]:
+    """Chunks that make a few programs a head. Not measured on any GPU yet."""
+    chunk = max(64, power_of_2(cdiv(S, 16)))
+    return dict(CHUNK=chunk, BLOCK_S=min(chunk, 4096 // power_of_2(D)), num_warps=4)
+
+
+def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
+    """ids, positions (B,), wte (V, C), wpe (block_size, C), rows contiguous -> out (B, C) fp32."""
+    B, C = out.shape
+    launch(_embed_kernel, B, ids, positions, wte, wpe, out, C, BLOCK_C=power_of_2(C), num_warps=4)
+
+
+def linear(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+    norm: tuple[Tensor, Tensor | None] | None = None, residual: Tensor | None = None,
+    approximate: str | None = None,
+) -> None:  # fmt: skip
+    """x (M, K) fp32, weight (N, K) -> out (M, N) fp32, which may be `residual`; all contiguous."""
+    (M, K), N = x.shape, weight.shape[0]
+    norm_w, norm_b = norm or (None, None)
+    config = configured(x, "decode_linear", _linear_config, M, N, K)
+    launch(_linear_kernel, cdiv(N, config["BLOCK_N"]), x, weight, bias, norm_w, norm_b, residual,
+           out, M, N, K, 1e-5, GELU=approximate is not None, TANH=approximate == "tanh",
+           BLOCK_M=power_of_2(M), **config)  # fmt: skip
+
+
+def attend(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, 3HD) fp32, keys, values (B, H, S, D), written to at `positions` (B,), none of them
+    beyond `longest` -> o (B, H, P, D), sums, maxima (B, H, P) of P chunks, fp32.
+    """
+    B, H, S, D = keys.shape
+    config = configured(keys, "decode_attend", _attend_config, S, D)
+    P = cdiv(longest + 1, config["CHUNK"])
+    o = torch.empty(B, H, P, D, device=qkv.device, dtype=torch.float32)
+    sums, tops = (torch.empty(B, H, P, device=qkv.device, dtype=torch.float32) for _ in range(2))
+    launch(_attend_kernel, B * H * P, qkv, keys, values, positions, o, sums, tops,
+           H, S, P, D**-0.5, D=D, BLOCK_D=power_of_2(D), **config)  # fmt: skip
+    return o, sums, tops
+
+
+def attend_project(
+    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
+    weight: Tensor, bias: Tensor | None,
+) -> None:  # fmt: skip
+    """out (B, N) fp32 += attention @ weight (N, HD).T + bias, for `attend`'s arguments."""
+    o, sums, tops = attend(qkv, keys, values, positions, longest)
+    (B, H, P, D), N = o.shape, weight.shape[0]
+    launch(_project_kernel, cdiv(N, 4), o, sums, tops, weight, bias, out, B, N, H, P,
+           D=D, BLOCK_M=power_of_2(B), BLOCK_N=4, BLOCK_D=power_of_2(D), BLOCK_P=power_of_2(P),
+           num_warps=4)  # fmt: skip
+
+
+def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
+    """Why a step with such a weight cannot run here, or None."""
+    if head_dim > MAX_HEAD_DIM or rows > MAX_ROWS:
+        return (
+            f"head dim {head_dim} and {rows} rows are more than {MAX_HEAD_DIM} and {MAX_ROWS} of "
+            "the kernels for few rows"
+        )
+    if tensors[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {tensors[0].dtype} is not float32, float16 or bfloat16"
+    return device_problem(tensors[0])

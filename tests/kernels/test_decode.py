@@ -1,0 +1,114 @@
+"""A decoding step's functions: in Triton, in C and in PyTorch, against float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import reference
+from fastgpt.decoding import eager, native
+from fastgpt.kernels import decode
+from tests.close import DEVICE, EPS_BUDGET, randn
+
+RUNS = {"triton": decode, "eager": eager}
+if DEVICE == "cpu" and native.unsupported((torch.empty(1),), 16) is None:
+    RUNS["native"] = native
+
+
+@pytest.fixture(params=RUNS)
+def run(request):
+    return RUNS[request.param]
+
+
+@pytest.fixture
+def low(run, dtype) -> torch.dtype:
+    """Of weights and caches."""
+    if run is native and dtype == torch.float16:
+        return torch.bfloat16
+    return dtype
+
+
+def assert_close(ours: Tensor, truth: Tensor, low: torch.dtype, eager_rounds: bool) -> None:
+    """Activations are fp32 but for those that PyTorch's matmuls round to the weights' dtype."""
+    assert ours.dtype == torch.float32
+    error, scale = (ours.double() - truth).abs().max(), truth.abs().max() + 1
+    limit = 4 * torch.finfo(low).eps if eager_rounds else 8 * EPS_BUDGET[torch.float32] * 1.2e-7
+    assert error <= limit * scale, (error, scale)
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+LINEARS = {  # norm, bias of both, residual, GELU
+    "plain": (False, False, False, None),
+    "norm": (True, True, False, None),
+    "norm without bias": (True, False, False, None),
+    "norm, gelu": (True, True, False, "none"),
+    "norm, tanh": (True, True, False, "tanh"),
+    "residual": (False, True, True, None),
+}
+
+
+@pytest.mark.parametrize("case", LINEARS)
+@pytest.mark.parametrize("M, N, K", [(1, 7, 5), (3, 33, 100), (1, 130, 257), (5, 16, 64)])
+def test_linear(run, low, case, M, N, K):
+    with_norm, with_bias, with_residual, approximate = LINEARS[case]
+    x, weight = 3 + randn(M, K), randn(N, K, dtype=low, scale=K**-0.5)
+    bias = randn(N) if with_bias else None
+    norm = (1 + randn(K, scale=0.1), randn(K) if with_bias else None) if with_norm else None
+    residual = randn(M, N) if with_residual else None
+    truth = reference.decode_linear(
+        x.double(), weight.double(), *double(bias),
+        None if norm is None else tuple(double(*norm)), *double(residual), approximate,
+    )  # fmt: skip
+    out = torch.full((M, N), math.nan, device=DEVICE) if residual is None else residual
+    given = [t.clone() for t in (x, weight)]
+    run.linear(out, x, weight, bias, norm, residual, approximate)
+    assert torch.equal(x, given[0]) and torch.equal(weight, given[1])
+    assert_close(out, truth, low, run is eager and low != torch.float32)
+
+
+@pytest.mark.parametrize(
+    "B, H, S, D", [(1, 1, 1, 16), (2, 3, 70, 20), (3, 2, 200, 64), (1, 2, 300, 7)]
+)
+@pytest.mark.parametrize("filled", ["nothing", "some", "all"])
+def test_attention_and_its_projection(run, low, B, H, S, D, filled):
+    """Memory behind the positions is NaN: it must not be read, nor written to but at them."""
+    furthest = {"nothing": 0, "some": S // 2, "all": S - 1}[filled]
+    positions = torch.tensor([max(0, furthest - 3 * b) for b in range(B)], device=DEVICE).int()
+    qkv, C = 2 * randn(B, 3 * H * D), H * D
+    keys, values = (randn(B, H, S, D, dtype=low) for _ in range(2))
+    for cache in (keys, values):
+        for b, position in enumerate(positions.tolist()):
+            cache[b, :, position:] = math.nan
+    weight, bias, x = randn(C, C, dtype=low, scale=C**-0.5), randn(C), randn(B, C)
+    wide_keys, wide_values = keys.double(), values.double()
+    rounded = qkv.clone()
+    rounded[:, C:] = qkv[:, C:].to(low)
+    y = reference.decode_attention_(wide_keys, wide_values, rounded.double(), positions)
+    truth = x.double() + y @ weight.double().t() + bias.double()
+    run.attend_project(x, qkv, keys, values, positions, furthest, weight, bias)
+    assert_close(x, truth, low, run is eager and low != torch.float32)
+    torch.testing.assert_close(keys.double(), wide_keys, equal_nan=True)
+    torch.testing.assert_close(values.double(), wide_values, equal_nan=True)
+
+
+def test_attention_is_sdpa(dtype):
+    """The definition, of a full cache."""
+    keys, values, qkv = randn(2, 3, 9, 8), randn(2, 3, 9, 8), randn(2, 72)
+    y = reference.decode_attention_(keys, values, qkv, torch.tensor([8, 8], device=DEVICE))
+    q, k, v = reference.split_heads(qkv[:, None], 3)
+    assert torch.equal(keys[:, :, -1:], k) and torch.equal(values[:, :, -1:], v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values)
+    torch.testing.assert_close(y, expected.transpose(1, 2).reshape(2, 24))
+
+
+def test_embedding(run, dtype):
+    wte, wpe = randn(11, 24, dtype=dtype), randn(9, 24, dtype=dtype)
+    ids = torch.tensor([3, 10, 0], device=DEVICE)
+    positions = torch.tensor([0, 8, 2], device=DEVICE, dtype=torch.int32)
+    out = torch.full((3, 24), math.nan, device=DEVICE)
+    run.embed(out, ids, positions, wte, wpe)
+    assert torch.equal(out, wte[ids].float() + wpe[positions.long()].float())
