@@ -45,3 +45,9 @@ def test_metadata():
         assert "," not in label  # where metadata end a label
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     assert (ROOT / "fastgpt/py.typed").exists()
+
+
+def test_what_test_fast_names_is_there():
+    (listed,) = re.findall(r"^FAST = (.*?[^\\])$", (ROOT / "Makefile").read_text(), re.M | re.S)
+    paths = listed.replace("\\", " ").split()
+    assert len(paths) > 5 and all((ROOT / path).is_file() for path in paths)
