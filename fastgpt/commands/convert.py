@@ -17,6 +17,7 @@ from fastgpt.checkpoint import load_checkpoint, load_model, model_args, save_che
 from fastgpt.commands.sample import tokenizer_of
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.storage import files, hf_tokenizer, shards
+from fastgpt.storage.printable import printable
 from fastgpt.training import sharded_folder
 
 
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
         _check_replaceable(args.dst)
         convert = to_hugging_face
     more = convert(args.src, args.dst)
-    print(f"wrote {args.dst}{more}")
+    print(printable(f"wrote {args.dst}{more}"))
     return 0
 
 

@@ -29,6 +29,7 @@ from fastgpt.data import GPT2, GPT2_TOKENS, Characters, Tokenizer, python_docume
 from fastgpt.storage import files, manifest, texts
 from fastgpt.storage.lock import Lock
 from fastgpt.storage.manifest import Manifest
+from fastgpt.storage.printable import printable
 
 END_OF_TEXT = GPT2_TOKENS - 1
 _ONE_PROCESS = 8 * texts.PIECE  # below so many characters others would not be worth their start
@@ -332,7 +333,7 @@ def main(args: argparse.Namespace) -> int:
     )
     found = manifest.load(args.out)
     assert found is not None
-    print(f"{args.out}: vocabulary of {tokenizer.vocab_size:,}", end="")
+    print(printable(f"{args.out}: vocabulary of {tokenizer.vocab_size:,}"), end="")
     train, val = found.tokens["train.bin"], found.tokens["val.bin"]
     print(f", {train:,} tokens to train on, {val:,} to validate")
     return 0

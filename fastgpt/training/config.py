@@ -8,6 +8,7 @@ from typing import Any
 
 from fastgpt.devices import DTYPES
 
+_LARGEST = 2**53  # which a float still counts to
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 SCHEDULES = ("cosine", "constant-then-decay", "constant")
 
@@ -104,6 +105,8 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
 def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value} must be a finite number")
+    if isinstance(value, int) and value > (most := limits.get("below", _LARGEST + 1) - 1):
+        raise ValueError(f"{name} is a number of {len(str(value))} digits; it can be {most}")
     if "choices" in limits and value not in limits["choices"]:
         raise ValueError(f"{name}={value!r:.60}; use one of {', '.join(limits['choices'])}")
     if "least" in limits and value < limits["least"]:
