@@ -104,6 +104,8 @@ def main(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"no checkpoint file or Hugging Face folder {args.src}")
     if (args.dst.exists() or args.dst.is_symlink()) and not args.force:
         raise FileExistsError(f"{args.dst} exists; --force writes over it")
+    if args.src.resolve() in args.dst.resolve().parents:
+        raise ValueError(f"{args.dst} is in {args.src}, which is converted; name another place")
     if args.src.is_dir():
         if args.dst.is_dir():
             raise IsADirectoryError(f"{args.dst} is a folder; name the file to write, as ckpt.pt")

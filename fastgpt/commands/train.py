@@ -16,7 +16,7 @@ from typing import Any
 from fastgpt.commands.options import true_or_false
 from fastgpt.storage.printable import printable
 from fastgpt.training import nanogpt, sharded_folder, world
-from fastgpt.training.config import TrainConfig, changes, kept, option
+from fastgpt.training.config import TrainConfig, changes, check_each, kept, option
 from fastgpt.training.folder import LATEST
 from fastgpt.training.log import NAME, read
 from fastgpt.training.loop import train
@@ -103,6 +103,7 @@ def settings(
     from_file: dict[str, Any] = {}
     for path in options["config"]:
         from_file |= nanogpt.read_config(path, known)
+        _check_settings(from_file, str(path))
     if from_file:
         print(printable(f"what {options['config'][-1]} leaves out is as in nanoGPT's train.py"))
     given: dict[str, Any] = {}
@@ -119,6 +120,7 @@ def settings(
         asked.pop("init_from", None)
         saved = restarted or _latest(asked)
         before = _saved_settings(saved)
+        _check_settings(before, f"the checkpoint in {asked.get('out', 'out')}")
         if "steps" in given and "minutes" not in given:
             asked["minutes"] = None
         for line in changes(before, {**from_file, **asked}):
@@ -127,6 +129,14 @@ def settings(
     if "data" not in asked:
         raise ValueError("--data names the folder that `fastgpt prepare` wrote; it is missing")
     return TrainConfig(**asked), None, given
+
+
+def _check_settings(found: Mapping[str, Any], source: str) -> None:
+    """ValueError names where a setting is from that no run can have."""
+    try:
+        check_each(found)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _latest(asked: Mapping[str, Any]) -> dict[str, Any]:

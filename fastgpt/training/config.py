@@ -76,12 +76,7 @@ class TrainConfig:
     shard: bool = _setting(False, "FSDP2: split weights and optimizer among the processes")
 
     def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(TrainConfig)
-        for setting in fields(TrainConfig):
-            value = getattr(self, setting.name)
-            _check_kind(setting.name, value, kinds[setting.name])
-            if value is not None:
-                _check_range(setting.name, value, setting.metadata)
+        check_each({setting.name: getattr(self, setting.name) for setting in fields(TrainConfig)})
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
@@ -91,6 +86,15 @@ class TrainConfig:
             raise ValueError("resume and force contradict each other: go on, or begin anew")
         if self.resume and self.init_from:
             raise ValueError("resume and init_from contradict each other: each names the weights")
+
+
+def check_each(settings: Mapping[str, Any]) -> None:
+    """ValueError names a setting whose value no run can have, whatever the others are."""
+    kinds, known = typing.get_type_hints(TrainConfig), {s.name: s for s in fields(TrainConfig)}
+    for name, value in settings.items():
+        _check_kind(name, value, kinds[name])
+        if value is not None:
+            _check_range(name, value, known[name].metadata)
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
