@@ -29,6 +29,8 @@ def read(path: Path) -> Any:
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint file; name the file in it")
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}; `fastgpt train` writes one")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file, so no checkpoint; save it as one")
     try:
         file = path.open("rb")
     except OSError as error:

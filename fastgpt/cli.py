@@ -6,6 +6,7 @@ What a user can put right ends as `fastgpt: <message>` with exit code 2 and no t
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import textwrap
@@ -56,7 +57,8 @@ _USER_ERRORS = (
     OSError,
     ImportError,
     RuntimeError,  # a backend that cannot run here, a GPU without memory left
-    FloatingPointError,  # a loss that is not finite
+    ArithmeticError,  # a loss that is not finite, a number beyond what PyTorch counts with
+    MemoryError,
 )
 
 
@@ -65,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         print(overview())
         return 0
+    for stream in (sys.stdout, sys.stderr):  # a name or a text that the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = _arguments(argv)
         return args.main(args)
@@ -93,7 +98,10 @@ def overview() -> str:
 
 def one_line(error: Exception) -> str:
     """What went wrong, without a file's control characters."""
-    return printable(" ".join(str(error).split()) or type(error).__name__)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"cannot open {error.filename}: {error.strerror}"
+    return printable(" ".join(text.split()) or type(error).__name__)
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

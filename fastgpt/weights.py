@@ -1,7 +1,8 @@
 """Weights in and out: names that wrappers prefix, and Hugging Face's layout of the same weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +119,35 @@ def load_folder(folder: Path) -> Any:
     # attention of a name that the folder chooses might be fetched from anywhere
     how = dict(attn_implementation="eager", trust_remote_code=False, local_files_only=True)
     try:
-        model, found = import_transformers().GPT2LMHeadModel.from_pretrained(
-            str(folder), config=hf_config, output_loading_info=True, **how
-        )
+        with _quiet(import_transformers()):
+            model, found = import_transformers().GPT2LMHeadModel.from_pretrained(
+                str(folder), config=hf_config, output_loading_info=True, **how
+            )
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "weights_only" in reason:  # whose advice is to run what is in the file
+            reason = "its weights are no tensors alone, and were not loaded"
         raise ValueError(f"{folder} holds no GPT-2 that can be loaded: {reason:.300}") from None
     for kind in ("missing", "unexpected", "mismatched"):  # drawn anew, dropped: never silently
         names = [str(name) for name in found[f"{kind}_keys"]]
         if wrong := sorted(name for name in names if not name.endswith(_MASKS)):
             raise ValueError(f"{folder} holds no GPT-2 of its config.json: {kind} {wrong[0]}")
     return model
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without its bars and tables: what they tell of is looked at, and said in a line."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 _ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
@@ -170,6 +189,8 @@ def sizes_of(hf: Any) -> dict[str, Any]:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r:.60} must be an integer of at least 1")
+    if not isinstance(hf.resid_pdrop, (int, float)) or not 0 <= hf.resid_pdrop < 1:
+        raise ValueError(f"resid_pdrop={hf.resid_pdrop!r:.60} must be at least 0 and below 1")
     if hf.n_inner not in (None, 4 * hf.n_embd):
         raise ValueError(f"cannot convert n_inner={hf.n_inner}, only 4 * n_embd={4 * hf.n_embd}")
     gelu = _ACTIVATIONS[hf.activation_function]

@@ -17,6 +17,7 @@ from fastgpt.checkpoint import load_checkpoint, load_model, model_args, save_che
 from fastgpt.commands.sample import tokenizer_of
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.storage import files, hf_tokenizer, shards
+from fastgpt.storage.printable import printable
 from fastgpt.training import sharded_folder
 
 
@@ -103,6 +104,8 @@ def main(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"no checkpoint file or Hugging Face folder {args.src}")
     if (args.dst.exists() or args.dst.is_symlink()) and not args.force:
         raise FileExistsError(f"{args.dst} exists; --force writes over it")
+    if args.src.resolve() in args.dst.resolve().parents:
+        raise ValueError(f"{args.dst} is in {args.src}, which is converted; name another place")
     if args.src.is_dir():
         if args.dst.is_dir():
             raise IsADirectoryError(f"{args.dst} is a folder; name the file to write, as ckpt.pt")
@@ -113,7 +116,7 @@ def main(args: argparse.Namespace) -> int:
         _check_replaceable(args.dst)
         convert = to_hugging_face
     more = convert(args.src, args.dst)
-    print(f"wrote {args.dst}{more}")
+    print(printable(f"wrote {args.dst}{more}"))
     return 0
 
 

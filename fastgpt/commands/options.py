@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -56,6 +57,12 @@ def true_or_false(word: str) -> bool:
     if word.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{word!r} is not True or False")
     return word.lower() in ("true", "1")
+
+
+def folder(word: str) -> Path:
+    if not word:  # which would be the current one
+        raise argparse.ArgumentTypeError("'' names no folder")
+    return Path(word)
 
 
 def seed(word: str) -> int:

@@ -25,10 +25,12 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
+from fastgpt.commands.options import folder
 from fastgpt.data import GPT2, GPT2_TOKENS, Characters, Tokenizer, python_documentation
 from fastgpt.storage import files, manifest, texts
 from fastgpt.storage.lock import Lock
 from fastgpt.storage.manifest import Manifest
+from fastgpt.storage.printable import printable
 
 END_OF_TEXT = GPT2_TOKENS - 1
 _ONE_PROCESS = 8 * texts.PIECE  # below so many characters others would not be worth their start
@@ -55,8 +57,8 @@ def prepare_documents(
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val-fraction {val_fraction} must be above 0 and below 1")
-    if processes is not None and processes < 1:
-        raise ValueError(f"--processes {processes} must be at least 1")
+    if processes is not None and not 0 < processes <= 1024:
+        raise ValueError(f"--processes {processes} must be from 1 to 1024")
     if tokenizer == "gpt2":
         GPT2().encode("")  # a missing tokenizer is found before anything else
     with Lock(out, "preparing data there"):
@@ -316,7 +318,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="UTF-8 texts, folders of .txt (Python's documentation)",
     )
-    parser.add_argument("--out", type=Path, required=True, help="data folder to write")
+    parser.add_argument("--out", type=folder, required=True, help="data folder to write")
     parser.add_argument("--tokenizer", choices=("char", "gpt2"), default="char")
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, help="of the text, its end (%(default)s)"
@@ -332,7 +334,7 @@ def main(args: argparse.Namespace) -> int:
     )
     found = manifest.load(args.out)
     assert found is not None
-    print(f"{args.out}: vocabulary of {tokenizer.vocab_size:,}", end="")
+    print(printable(f"{args.out}: vocabulary of {tokenizer.vocab_size:,}"), end="")
     train, val = found.tokens["train.bin"], found.tokens["val.bin"]
     print(f", {train:,} tokens to train on, {val:,} to validate")
     return 0

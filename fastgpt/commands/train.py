@@ -5,7 +5,6 @@ On several: `torchrun --nproc-per-node 8 -m fastgpt train ...` (docs/scaling.md)
 
 import argparse
 import os
-import signal
 import sys
 import time
 import typing
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.commands.options import true_or_false
+from fastgpt.storage.printable import printable
 from fastgpt.training import nanogpt, sharded_folder, world
-from fastgpt.training.config import TrainConfig, changes, kept, option
+from fastgpt.training.config import TrainConfig, changes, check_each, kept, option
 from fastgpt.training.folder import LATEST
 from fastgpt.training.log import NAME, read
 from fastgpt.training.loop import train
@@ -81,13 +81,14 @@ def main(args: argparse.Namespace) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     config, saved, given = settings(vars(args))
-    print(f"training on {config.data} into {config.out}", flush=True)
+    print(printable(f"training on {config.data} into {config.out}"), flush=True)
     result = train(config, saved, frozenset(given))
     if result.step and not config.eval_only:
-        print(f"saved {config.out}, {result.step:,} steps")
+        print(printable(f"saved {config.out}, {result.step:,} steps"))
     if result.interrupted:
-        print(f"interrupted; `fastgpt train --out {config.out} --resume` goes on from there")
-        return 128 + result.interrupted if result.interrupted == signal.SIGTERM else 130
+        again = f"`fastgpt train --out {config.out} --resume`"
+        print(printable(f"interrupted; {again} goes on from there"))
+        return 128 + result.interrupted
     return 0
 
 
@@ -102,8 +103,9 @@ def settings(
     from_file: dict[str, Any] = {}
     for path in options["config"]:
         from_file |= nanogpt.read_config(path, known)
+        _check_settings(from_file, str(path))
     if from_file:
-        print(f"what {options['config'][-1]} leaves out is as in nanoGPT's train.py")
+        print(printable(f"what {options['config'][-1]} leaves out is as in nanoGPT's train.py"))
     given: dict[str, Any] = {}
     for name, value in options.items():
         if name in known or name.startswith("nanogpt_"):
@@ -118,14 +120,23 @@ def settings(
         asked.pop("init_from", None)
         saved = restarted or _latest(asked)
         before = _saved_settings(saved)
+        _check_settings(before, f"the checkpoint in {asked.get('out', 'out')}")
         if "steps" in given and "minutes" not in given:
             asked["minutes"] = None
         for line in changes(before, {**from_file, **asked}):
-            print(line)
+            print(printable(line))
         return TrainConfig(**{"data": "", **before, **asked}), saved, given
     if "data" not in asked:
         raise ValueError("--data names the folder that `fastgpt prepare` wrote; it is missing")
     return TrainConfig(**asked), None, given
+
+
+def _check_settings(found: Mapping[str, Any], source: str) -> None:
+    """ValueError names where a setting is from that no run can have."""
+    try:
+        check_each(found)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _latest(asked: Mapping[str, Any]) -> dict[str, Any]:

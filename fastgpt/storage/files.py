@@ -115,7 +115,7 @@ def check_room(folder: Path, needed: int) -> None:
         made, fd = _create_beside(probe)
         try:
             os.write(fd, b"\0" * 4096)
-            os.ftruncate(fd, max(needed, 4096))  # finds limits and takes no room
+            os.ftruncate(fd, min(max(needed, 4096), 2**62))  # finds limits and takes no room
             os.fsync(fd)
         finally:
             os.close(fd)

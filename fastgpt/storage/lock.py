@@ -17,7 +17,9 @@ class Lock:
         self._fd: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            self._fd = os.open(path, flags, 0o666)
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size)  # only a file can be written to
         except OSError as error:
             raise files.explained(error, path if folder.is_dir() else folder) from None
         try:

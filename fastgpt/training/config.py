@@ -8,6 +8,7 @@ from typing import Any
 
 from fastgpt.devices import DTYPES
 
+_LARGEST = 2**53  # which a float still counts to
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 SCHEDULES = ("cosine", "constant-then-decay", "constant")
 
@@ -75,12 +76,7 @@ class TrainConfig:
     shard: bool = _setting(False, "FSDP2: split weights and optimizer among the processes")
 
     def __post_init__(self) -> None:
-        kinds = typing.get_type_hints(TrainConfig)
-        for setting in fields(TrainConfig):
-            value = getattr(self, setting.name)
-            _check_kind(setting.name, value, kinds[setting.name])
-            if value is not None:
-                _check_range(setting.name, value, setting.metadata)
+        check_each({setting.name: getattr(self, setting.name) for setting in fields(TrainConfig)})
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
@@ -90,6 +86,15 @@ class TrainConfig:
             raise ValueError("resume and force contradict each other: go on, or begin anew")
         if self.resume and self.init_from:
             raise ValueError("resume and init_from contradict each other: each names the weights")
+
+
+def check_each(settings: Mapping[str, Any]) -> None:
+    """ValueError names a setting whose value no run can have, whatever the others are."""
+    kinds, known = typing.get_type_hints(TrainConfig), {s.name: s for s in fields(TrainConfig)}
+    for name, value in settings.items():
+        _check_kind(name, value, kinds[name])
+        if value is not None:
+            _check_range(name, value, known[name].metadata)
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
@@ -104,6 +109,8 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
 def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value} must be a finite number")
+    if isinstance(value, int) and value > (most := limits.get("below", _LARGEST + 1) - 1):
+        raise ValueError(f"{name} is a number of {len(str(value))} digits; it can be {most}")
     if "choices" in limits and value not in limits["choices"]:
         raise ValueError(f"{name}={value!r:.60}; use one of {', '.join(limits['choices'])}")
     if "least" in limits and value < limits["least"]:

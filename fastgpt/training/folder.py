@@ -8,6 +8,7 @@ from typing import Any
 from fastgpt import checkpoint
 from fastgpt.storage import files
 from fastgpt.storage.lock import Lock
+from fastgpt.training.log import NAME
 
 LATEST, BEST = "ckpt.pt", "best.pt"
 _NUMBERED = re.compile(r"ckpt-(\d+)\.pt")
@@ -27,6 +28,9 @@ class RunFolder:
                     f"{found} is there already; --resume goes on with that run, --force writes "
                     "over it, or use another --out"
                 )
+            for name in (LATEST, BEST, NAME):  # found when it is saved, it would cost the work
+                if (path / name).is_dir():
+                    raise IsADirectoryError(f"{path / name} is a folder, in the way of a file")
             files.sweep(path)
         except OSError:
             self.release()
@@ -45,7 +49,8 @@ class RunFolder:
 
     def numbered(self) -> dict[int, Path]:
         """Steps of numbered checkpoints, lowest first."""
-        found = ((_NUMBERED.fullmatch(path.name), path) for path in self.path.glob("ckpt-*.pt"))
+        paths = (path for path in self.path.glob("ckpt-*.pt") if path.is_file())
+        found = ((_NUMBERED.fullmatch(path.name), path) for path in paths)
         return dict(sorted((int(match[1]), path) for match, path in found if match))
 
     def save(self, saved: Mapping[str, Any], best: bool) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, noted until a step is over and saved."""
+"""Ctrl-C, SIGTERM and a closed terminal's SIGHUP, noted until a step is over and saved."""
 
 import os
 import signal
@@ -34,8 +34,9 @@ class Interrupts:
             os.write(2, b"\nstopping after this step; Ctrl-C some seconds from now loses it\n")
 
     def __enter__(self) -> "Interrupts":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -10,7 +10,6 @@ import torch
 
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
-from fastgpt.storage.printable import printable
 from fastgpt.train_step import TrainStep
 from fastgpt.training import sharded_folder
 from fastgpt.training.config import TrainConfig
@@ -103,7 +102,9 @@ class Run:
         with self.interrupts:
             try:
                 result = self._steps()
-            except ValueError:  # of data that changed: the last whole step is worth keeping
+            except (ValueError, OSError):
+                # data that changed or cannot be read, a terminal or a pipe that was closed, a full
+                # disk under the log: the last whole step is worth keeping
                 if not self.config.shard:
                     self._save()
                 raise
@@ -223,7 +224,7 @@ class Run:
             new = model.generate(idx, count, temperature=0.8, top_k=200)[0, len(ids) :]
             model.train()
         text = "".join(trainer.tokenizer.stream(new.tolist()))
-        self.progress.note(f"sample:\n{printable(text)}\n")
+        self.progress.note(f"sample:\n{text}\n")
 
     def _result(self, interrupted: int) -> Result:
         trainer = self.trainer

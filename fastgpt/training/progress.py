@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastgpt.storage.files import readable
+from fastgpt.storage.printable import printable
 
 
 class Step(NamedTuple):
@@ -89,9 +90,9 @@ class Progress:
 
     def note(self, text: str) -> None:
         if self.bar is not None:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(printable(text), file=sys.stdout)
         elif not self.quiet:
-            print(text, flush=True)
+            print(printable(text), flush=True)
         self.shown = time.perf_counter()  # what was noted took time, but not training's
 
     def _write(self, text: str, fraction: float) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of a sharded run: folders out/sharded-STEP, whole as soon as they have that name."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,24 @@ def load(out: Path, shard: bool) -> dict[str, Any]:
                 f"{last} is sharded: --shard goes on with it, or `fastgpt convert {last} "
                 f"{out}/{LATEST}` makes one file of it"
             )
-        return checkpoint.load_checkpoint(out / LATEST)
+        saved = checkpoint.load_checkpoint(out / LATEST)
+        if there:
+            _check_latest(saved, out / LATEST, list(there.values())[-1])
+        return saved
     if not there:
         raise FileNotFoundError(f"no sharded checkpoint in {out}; leave out --shard")
     return info_of(list(there.values())[-1])
+
+
+def _check_latest(saved: Mapping[str, Any], path: Path, sharded: Path) -> None:
+    """ValueError where a sharded checkpoint may be what is meant: by --force two runs may meet."""
+    info = checkpoint.read(sharded / shards.INFO)
+    one, other = (found.get("fastgpt", {}).get("run") for found in (saved, info))
+    if one != other or info.get("iter_num", 0) > saved.get("iter_num", 0):
+        raise ValueError(
+            f"{path} is of another run than {sharded}, or older: --shard goes on with the latter; "
+            "to go on with the former, move the latter away"
+        )
 
 
 def info_of(path: Path) -> dict[str, Any]:

@@ -103,9 +103,11 @@ def connect(host_if_first: int = -1) -> Any:
         if name not in os.environ:
             raise ValueError(f"{name} is not in the environment; start the processes with torchrun")
     opens = host_if_first == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not port.isdecimal() or int(port) >= 2**16:
+        raise ValueError(f"MASTER_PORT={port!r} in the environment is no port; start with torchrun")
     patience = timedelta(minutes=5)
-    return dist.TCPStore(host, port, is_master=opens, timeout=patience, wait_for_workers=False)
+    return dist.TCPStore(host, int(port), is_master=opens, timeout=patience, wait_for_workers=False)
 
 
 def own_part(store: Any) -> Any:

@@ -42,6 +42,11 @@ class World:
     def __init__(self, device: str | None = None):
         self.launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         self.rank, self.size = rank(), _number("WORLD_SIZE", 1)
+        if self.rank >= self.size:
+            raise ValueError(
+                f"RANK={self.rank} in the environment must be below WORLD_SIZE={self.size}; start "
+                "with torchrun"
+            )
         self.local_rank = _number("LOCAL_RANK", 0)
         self.watch: Watch | None = None
         self._control: Any = None

@@ -24,7 +24,9 @@ def data(tmp_path_factory) -> Path:
     return prepared(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_at_once(data, tmp_path, number, code):
     process = start("--data", data, "--out", tmp_path, *ENDLESS)
     wait_for(process, "step 1 ")
@@ -36,6 +38,23 @@ def test_a_signal_saves_at_once(data, tmp_path, number, code):
     assert (tmp_path / "ckpt.pt").stat().st_mtime - before < 2
     step = torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter_num"]
     assert max(number for number, _ in losses(tmp_path)) == step
+
+
+def test_a_closed_pipe_costs_nothing(data, tmp_path):
+    process = start("--data", data, "--out", tmp_path, "--steps", 10**6, "--sample-tokens", 1)
+    wait_for(process, "step 1 ")
+    assert process.stdout is not None
+    process.stdout.close()  # as `| head` does; the next line is the validation's
+    assert process.wait(timeout=60) == 1
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter_num"] > 1
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "log.jsonl"])
+def test_a_folder_in_the_way_is_found_before_training(data, tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    assert cli.main(["train", "--data", str(data), "--out", str(tmp_path), "--force"]) == 2
+    said = capsys.readouterr()
+    assert f"{tmp_path / name} is a folder, in the way" in said.err and "step" not in said.out
 
 
 def test_two_in_a_validation_lose_nothing(data, tmp_path, monkeypatch):

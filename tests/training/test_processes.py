@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import cli
+from fastgpt import checkpoint, cli
 from tests.training.runs import (
     assert_same_losses,
     assert_same_model,
@@ -75,6 +75,12 @@ def test_sharded_trains_the_same_model_resumes_and_becomes_one_file(folder, caps
     one, alone = (torch.load(folder / p)["optimizer"]["state"] for p in ("one.pt", "alone/ckpt.pt"))
     torch.testing.assert_close(one, alone, rtol=0, atol=1e-5)
 
+    saved = checkpoint.load_checkpoint(folder / "one.pt")
+    saved["fastgpt"]["run"] = "another"
+    checkpoint.save_checkpoint(saved, out / "ckpt.pt")
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 2
+    assert f"{out}/ckpt.pt is of another run than" in capsys.readouterr().err
+    (out / "ckpt.pt").unlink()
     shard = next((out / "sharded-000008").glob("*.distcp"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
