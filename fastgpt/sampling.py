@@ -82,8 +82,9 @@ def stream(
     two of them a caller who is `watched` may change the model.
     """
     (B, T), end = idx.shape, idx.size(1) + max_new_tokens
-    text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
-    done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+    with torch.inference_mode(False):  # whose tensors could not be written to outside it
+        text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
+        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype)
     for filled in range(T, end):
         if watched and filled > T:
@@ -157,10 +158,11 @@ class NextLogits:
     def _whole(self, text: Tensor, rows: Sequence[int]) -> Tensor:
         """nanoGPT's way, a forward of the last block_size tokens; row by row where they differ."""
         first = max(0, text.size(1) - self.model.config.block_size)
-        starts = {max(start, first) for start in self.starts}
+        starts = [max(self.starts[b], first) for b in rows]
         low = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(text.device.type, self.dtype) if low else nullcontext():
-            if len(starts) <= 1:
-                return self.model(text[:, max(starts, default=first) :])[0][:, -1, :]
-            each = [self.model(text[[b], max(self.starts[b], first) :])[0][:, -1, :] for b in rows]
-            return torch.cat(each)
+            if len(set(starts)) <= 1:
+                alike = text if len(rows) == len(text) else text[list(rows)]
+                return self.model(alike[:, max(starts, default=first) :])[0][:, -1, :]
+            pairs = zip(rows, starts, strict=True)
+            return torch.cat([self.model(text[[b], s:])[0][:, -1, :] for b, s in pairs])
