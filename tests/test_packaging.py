@@ -38,6 +38,7 @@ LAYERS = """
     fused.whole
     decoding.parameters
     decoding.decoder
+    decoding.kept
     sampling
     model
     examples
