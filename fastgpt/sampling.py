@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import checks, ops
+from fastgpt import backend, checks, ops
+from fastgpt.decoding import kept
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.parameters import in_dtype, parameters, state_of
 
@@ -82,20 +83,29 @@ def stream(
     two of them a caller who is `watched` may change the model.
     """
     (B, T), end = idx.shape, idx.size(1) + max_new_tokens
-    text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
-    done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+    with torch.inference_mode(False):  # whose tensors could not be written to outside it
+        text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
+        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype)
-    for filled in range(T, end):
-        if watched and filled > T:
-            next_logits.look_again()
-        new = sampling.draw(next_logits(text[:, :filled]))
-        if stop_token is not None:
-            new = new.masked_fill(done, stop_token)
-            done |= new == stop_token
-        text[:, filled : filled + 1] = new
-        yield new
-        if stop_token is not None and done.all():
-            return
+    try:
+        for filled in range(T, end):
+            if watched and filled > T:
+                next_logits.look_again()
+            new = sampling.draw(next_logits(text[:, :filled]))
+            if stop_token is not None:
+                new = new.masked_fill(done, stop_token)
+                done |= new == stop_token
+            text[:, filled : filled + 1] = new
+            yield new
+            if stop_token is not None and done.all():
+                return
+    finally:
+        next_logits.close()
+
+
+def keeps(device: torch.device) -> bool:
+    """Whether a decoder is worth its memory between two calls."""
+    return device.type == "cuda"
 
 
 class NextLogits:
@@ -108,6 +118,7 @@ class NextLogits:
     def __init__(self, model: Any, starts: list[int], end: int, dtype: torch.dtype | None = None):
         self.model, self.starts, self.end, self.dtype = model, starts, end, dtype
         self.state: Any = None
+        self.key: kept.Key | None = None  # under which the decoder may be kept
         self.look_again()
 
     def look_again(self) -> None:
@@ -138,11 +149,31 @@ class NextLogits:
             return self.decoder.step(text[:, -1])
         assert self.parameters is not None
         if self.decoder is None:
-            dtype = self.dtype or ops.autocast_dtype(self.parameters.head)
-            capacity = min(self.model.config.block_size, self.end - first)
-            self.decoder = Decoder(in_dtype(self.parameters, dtype), len(text), capacity)
+            self.decoder = self._made(len(text), self.end - first)
         self.filled = T
         return self.decoder.prefill(*self._at_the_left(text))
+
+    def _made(self, rows: int, columns: int) -> Decoder:
+        assert self.parameters is not None
+        block_size, head = self.model.config.block_size, self.parameters.head
+        dtype = self.dtype or ops.autocast_dtype(head)
+        current = in_dtype(self.parameters, dtype)
+        if not keeps(head.device):
+            return Decoder(current, rows, min(block_size, columns))
+        capacity = min(block_size, 1 << (columns - 1).bit_length())
+        addresses = [t.data_ptr() for t in self.parameters.tensors()]
+        facts = dict(head_dim=head.shape[1] // self.parameters.n_head, rows=rows)
+        chosen = backend.explain("decode", (current.head,), facts).implementation
+        self.key = (rows, capacity, dtype, chosen, *addresses)
+        if decoder := kept.take(self.model, self.key):
+            decoder.refresh(current)
+            return decoder
+        return Decoder(current, rows, capacity)
+
+    def close(self) -> None:
+        """Let the next call have the decoder."""
+        if self.decoder is not None and self.key is not None:
+            kept.give_back(self.model, self.key, self.decoder)
 
     def _at_the_left(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Texts moved to their rows' left ends, cropped to block_size, and their lengths."""
@@ -157,10 +188,11 @@ class NextLogits:
     def _whole(self, text: Tensor, rows: Sequence[int]) -> Tensor:
         """nanoGPT's way, a forward of the last block_size tokens; row by row where they differ."""
         first = max(0, text.size(1) - self.model.config.block_size)
-        starts = {max(start, first) for start in self.starts}
+        starts = [max(self.starts[b], first) for b in rows]
         low = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(text.device.type, self.dtype) if low else nullcontext():
-            if len(starts) <= 1:
-                return self.model(text[:, max(starts, default=first) :])[0][:, -1, :]
-            each = [self.model(text[[b], max(self.starts[b], first) :])[0][:, -1, :] for b in rows]
-            return torch.cat(each)
+            if len(set(starts)) <= 1:
+                alike = text if len(rows) == len(text) else text[list(rows)]
+                return self.model(alike[:, max(starts, default=first) :])[0][:, -1, :]
+            pairs = zip(rows, starts, strict=True)
+            return torch.cat([self.model(text[[b], s:])[0][:, -1, :] for b, s in pairs])

@@ -39,6 +39,7 @@ LAYERS = """
     fused.whole
     decoding.parameters
     decoding.decoder
+    decoding.kept
     sampling
     model
     examples

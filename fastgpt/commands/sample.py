@@ -3,19 +3,51 @@
 import argparse
 import contextlib
 import io
-from collections.abc import Mapping
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt import checkpoint, data
 from fastgpt.commands.options import count, seed
-from fastgpt.devices import autocast, pick_device, pick_dtype
+from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
 from fastgpt.storage import hf_tokenizer
 from fastgpt.storage.printable import printable
 from fastgpt.weights import SIZES
+
+
+class Timer:
+    """Tokens a second and the time to the first token, over all samples."""
+
+    def __init__(self) -> None:
+        self.firsts: list[float] = []
+        self.tokens, self.seconds = 0, 0.0
+
+    def watch(self, columns: Iterable[Tensor]) -> Iterator[int]:
+        start, tokens, before = time.perf_counter(), 0, 0.0
+        for column in columns:
+            token = int(column)  # waits for the device
+            now = time.perf_counter() - start
+            if tokens == 0:
+                self.firsts.append(now)
+            else:
+                self.tokens, self.seconds = self.tokens + 1, self.seconds + now - before
+            before, tokens = now, tokens + 1
+            yield token
+
+    def report(self) -> str:
+        if not self.firsts:
+            return "no token was sampled"
+        first = f"{1000 * statistics.median(self.firsts):.0f} ms to the first token"
+        if not self.seconds:
+            return first
+        return f"{self.tokens / self.seconds:.1f} tokens/s after it, {first}"
 
 
 def write_sample(
@@ -24,22 +56,24 @@ def write_sample(
     prompt: str,
     max_new_tokens: int,
     stop: str | None = None,
+    timer: Timer | None = None,
     **sampling: Any,
 ) -> None:
     """Print `prompt` and its continuation up to the text `stop`, each piece when it is sampled.
 
-    `sampling`: temperature, top_k and top_p as GPT.generate takes them.
+    `sampling`: temperature, top_k, top_p and dtype as GPT.generate takes them.
     """
     device = model.lm_head.weight.device
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; a model needs at least one token to go on from")
     print(printable(prompt), end="", flush=True)
+    timer = timer or Timer()
     with autocast(device, pick_dtype(device, None)):
         idx = torch.tensor([ids], device=device)
         columns = model.generate_stream(idx, max_new_tokens, **sampling)
         text = ""
-        for piece in tokenizer.stream(int(column) for column in columns):
+        for piece in tokenizer.stream(timer.watch(columns)):
             print(printable(piece), end="", flush=True)
             text += piece
             if stop and stop in text:
@@ -78,31 +112,56 @@ def check_fits(tokenizer: data.Tokenizer, model: GPT) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default="out", help="folder of ckpt.pt (%(default)s)")
+    parser.add_argument(
+        *("--out", "--out-dir", "--out_dir"), type=Path, default="out",
+        help="folder of ckpt.pt (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, help="folder of meta.pkl, where the checkpoint does not tell"
     )
     parser.add_argument(
-        "--pretrained", help=f"{', '.join(SIZES)} or a Hugging Face folder, instead of --out"
-    )
+        *("--pretrained", "--init-from", "--init_from"), default="resume", metavar="WEIGHTS",
+        help=f"{', '.join(SIZES)} or a Hugging Face folder; resume, the default, is --out's",
+    )  # fmt: skip
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", help="text to go on from (a new line)")
+    prompt.add_argument(
+        "--prompt", "--start", help="text to go on from (a new line); FILE:path is a file's text"
+    )
     prompt.add_argument("--prompt-file", type=Path, help="the same, from a file")
-    parser.add_argument("--num-samples", type=count, default=1, help="(%(default)s)")
-    parser.add_argument("--max-new-tokens", type=count, default=500, help="(%(default)s)")
+    parser.add_argument(
+        "--num-samples", "--num_samples", type=count, default=1, help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", "--max_new_tokens", type=count, default=500, help="(%(default)s)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is argmax (%(default)s)")
     parser.add_argument(
-        "--top-k", type=int, default=200, help="likeliest tokens to keep (%(default)s)"
+        "--top-k", "--top_k", type=int, default=200, help="likeliest tokens to keep (%(default)s)"
     )
-    parser.add_argument("--top-p", type=float, help="probability that the tokens kept add up to")
+    parser.add_argument(
+        "--top-p", "--top_p", type=float, help="probability that the tokens kept add up to"
+    )
     parser.add_argument("--stop", help="text that ends a sample")
     parser.add_argument("--seed", type=seed, default=1337, help="(%(default)s)")
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights as they are read (a GPU: 16 bits)"
+    )
+
+
+def _prompt(args: argparse.Namespace, tokenizer: data.Tokenizer) -> str:
+    if args.prompt_file is not None:
+        return data.read_text(args.prompt_file)
+    if args.prompt is None:
+        return tokenizer.start
+    if args.prompt.startswith("FILE:"):
+        return data.read_text(Path(args.prompt.removeprefix("FILE:")))
+    return str(args.prompt)
 
 
 def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
     tokenizer: data.Tokenizer
-    if args.pretrained:
+    if args.pretrained != "resume":
         folder = Path(args.pretrained)
         model = GPT.from_pretrained(args.pretrained, {} if folder.is_dir() else {"gelu": "tanh"})
         characters = hf_tokenizer.read_characters(folder, model.config.vocab_size)
@@ -126,20 +185,21 @@ def main(args: argparse.Namespace) -> int:
         model, tokenizer = _loaded(args)
     model.to(device).eval()
 
-    prompt = args.prompt
-    if args.prompt_file is not None:
-        prompt = data.read_text(args.prompt_file)
+    prompt, timer = _prompt(args, tokenizer), Timer()
     torch.manual_seed(args.seed)
     for _ in range(args.num_samples):
         write_sample(
             model,
             tokenizer,
-            tokenizer.start if prompt is None else prompt,
+            prompt,
             args.max_new_tokens,
             args.stop,
+            timer,
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            dtype=None if args.dtype is None else DTYPES[args.dtype],
         )
         print("---------------")
+    print(timer.report(), file=sys.stderr)
     return 0

@@ -41,6 +41,13 @@ class Decoder:
         self.run: Any = None  # chosen at the first step: a single token needs none
         self.graphs = Graphs(self._forward, capture_for(head.device))
 
+    def refresh(self, parameters: Parameters) -> None:
+        """Take the values of `parameters`, where they are not the model's own already."""
+        pairs = zip(self.parameters.tensors(), parameters.tensors(), strict=True)
+        for own, new in pairs:
+            if own.data_ptr() != new.data_ptr():
+                own.copy_(new)
+
     def prefill(self, idx: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Prompts idx (B, T), of which a row counts up to lengths[b] (all by default), from its
         left -> logits (B, V) after each row's last token.

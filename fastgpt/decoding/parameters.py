@@ -25,7 +25,7 @@ class Parameters(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         of_blocks = (t for block in self.blocks for t in block)
-        found = (self.wte, self.wpe, *of_blocks, self.ln_f, self.ln_f_bias)
+        found = (self.wte, self.wpe, *of_blocks, self.ln_f, self.ln_f_bias, self.head)
         return [t for t in found if t is not None]
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -242,12 +243,39 @@ class TestSample:
         assert cli.main([*command, "--max-new-tokens", "5"]) == 0
         assert capsys.readouterr().out.startswith("lazy dog")
 
+    def test_nanogpts_options(self, trained, capsys):
+        """Its sample.py's, spelled as there, give the text of ours."""
+        (trained / "start.txt").write_text("lazy dog")
+        ours = ("--prompt", "lazy dog", "--num-samples", "2", "--max-new-tokens", "9")
+        theirs = (f"--start=FILE:{trained}/start.txt", "--num_samples=2", "--max_new_tokens=9")
+        theirs += ("--init_from=resume", "--top_k=200", "--seed=1337")
+        texts = []
+        for out, how in (("--out", ours), ("--out_dir", theirs)):
+            assert cli.main(["sample", out, f"{trained}/out", *how]) == 0
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] and texts[0].count("lazy dog") == 2
+
+    def test_ends_with_its_speed(self, trained, capsys):
+        command = ["sample", "--out", f"{trained}/out", "--prompt", "The ", "--dtype", "bfloat16"]
+        for tokens, words in (
+            ("9", r"[\d.]+ tokens/s after it, \d+ ms to the first token"),
+            ("1", r"\d+ ms to the first token"),
+            ("0", "no token was sampled"),
+        ):
+            assert cli.main([*command, "--max-new-tokens", tokens]) == 0
+            assert re.fullmatch(words + "\n", capsys.readouterr().err)
+
     def test_refusals(self, trained, capsys, tmp_path):
         out = ("sample", "--out", trained / "out")
         unknown = refused(capsys, *out, "--prompt", "naïve €")
         assert "'ï'" in unknown and "'€'" in unknown and "'n'" not in unknown
         assert "prompt is empty" in refused(capsys, *out, "--prompt", "")
         assert "temperature=-1" in refused(capsys, *out, "--temperature", "-1")
+        assert "top_k=0" in refused(capsys, *out, "--top_k", "0")
+        assert "top_p=2.0" in refused(capsys, *out, "--top-p", "2")
+        assert "max_new_tokens=-3" in refused(capsys, *out, "--max_new_tokens", "-3")
+        assert "--num-samples -1" in refused(capsys, *out, "--num_samples", "-1")
+        assert "no_such_file" in refused(capsys, *out, "--start", "FILE:no_such_file")
         (tmp_path / "ckpt.pt").write_text("not a checkpoint")
         assert "is no checkpoint" in refused(capsys, "sample", "--out", tmp_path)
         if not torch.cuda.is_available():
