@@ -27,22 +27,10 @@ HUGE = "tests/gpu/test_huge.py"
 RACES = "tests/gpu/test_specialized.py"
 SHARED = ["tests/gpu/test_ops.py", "tests/gpu/test_model.py"]
 KERNELS = [
-    *(
-        f"kernels/test_{name}"
-        for name in (
-            "layer_norm",
-            "gelu",
-            "mlp",
-            "cross_entropy",
-            "attention",
-            "adamw",
-            "decode",
-        )  # fmt: skip
-    ),
-    *(
-        f"model/test_{name}"
-        for name in ("fused", "train_step", "backend", "compile", "training", "decoding")
-    ),
+    *(f"kernels/test_{name}" for name in ("layer_norm", "gelu", "mlp", "cross_entropy")),
+    *(f"kernels/test_{name}" for name in ("attention", "adamw", "decode")),
+    *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
+    "decoding/test_decoding",
     "commands/test_tune",
 ]
 MAX_PROCESSES = 16
