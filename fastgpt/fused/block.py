@@ -6,10 +6,10 @@
 A block takes and gives its residual stream as two terms, whose sum the next block's first norm
 forms in the pass that reads it anyway; the backward passes one gradient for both. What autograd
 would do op by op is written out, so that nothing is stored that the backward can have for less
-(gelu's output, except on a CPU), copied (dq, dk, dv are one dqkv), or cast (a norm writes what the next matmul
-reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residual stream, norms and
-parameters in theirs. The norms' eps is written where it is used: torch.compile would take a global
-float for an input that may change.
+(gelu's output, except on a CPU), copied (dq, dk, dv are one dqkv), or cast (a norm writes what the
+next matmul reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residual
+stream, norms and parameters in theirs. The norms' eps is written where it is used: torch.compile
+would take a global float for an input that may change.
 """
 
 from typing import NamedTuple
