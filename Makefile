@@ -17,7 +17,7 @@ test: $(VENV)    ## all tests but the slowest; CPU: Triton's interpreter, GPU: t
 
 # the layers, the metadata and the links; what the model must be; a kernel each way
 FAST = tests/test_packaging.py tests/docs/test_workflow.py tests/commands/test_devices.py \
-	tests/model/test_golden.py tests/model/test_weights.py tests/model/test_sampling.py \
+	tests/model/test_golden.py tests/model/test_weights.py tests/decoding/test_sampling.py \
 	tests/model/test_bad_input.py tests/kernels/test_gelu.py tests/kernels/test_layer_norm.py
 test-fast: $(VENV) ## in under a minute, for while you work
 	$(PYTHON) -m pytest $(PARALLEL) $(FAST)

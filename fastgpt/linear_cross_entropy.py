@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastgpt.implementations.aten import matmul, scaled, wgrad
+from fastgpt.implementations.aten import dgrad, linear, matmul, scaled, wgrad
 from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 
 # Makes losses (N,) fp32 of logits (N, V), targets (N,), ignore_index and factor () fp32, and leaves
@@ -118,7 +118,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(min_rows, max_bytes // (w.shape[0] * x.element_size()))
         ctx.chunked = len(x) > rows
         if not ctx.chunked:
-            logits = x @ low_w.t()
+            logits = linear(x, low_w, None)
             losses = cross_entropy_(logits, targets, ignore_index, factor)
             ctx.save_for_backward(logits, x, low_w, count)
             return losses.sum() / count
@@ -128,10 +128,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = []
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            logits = x[part] @ low_w.t()
+            logits = linear(x[part], low_w, None)
             losses.append(cross_entropy_(logits, targets[part], ignore_index, factor))
             if dx is not None:
-                dx[part] = matmul(logits, low_w, ctx.wide)
+                dx[part] = _dx(logits, low_w, ctx.wide)
             if dw is not None and dw.dtype == x.dtype:
                 dw.addmm_(logits.t(), x[part])
             elif dw is not None:
@@ -156,11 +156,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         else:
             dlogits, x, low_w = saved
             wide = torch.float32 if x_dtype == torch.float16 else w_dtype
-            dx = matmul(dlogits, low_w, ctx.wide) if needs_x else None
+            dx = _dx(dlogits, low_w, ctx.wide) if needs_x else None
             dw = matmul(dlogits.t(), x, wide) if needs_w else None
         dx = _rescaled(dx, scale, x_dtype) if needs_x else None
         dw = _rescaled(dw, scale, w_dtype) if needs_w else None
         return None, dx, dw, None, None, None
+
+
+def _dx(dlogits: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+    return dgrad(dlogits, w) if dtype == w.dtype else matmul(dlogits, w, dtype)
 
 
 def _rescaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

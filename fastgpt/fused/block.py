@@ -6,20 +6,19 @@
 A block takes and gives its residual stream as two terms, whose sum the next block's first norm
 forms in the pass that reads it anyway; the backward passes one gradient for both. What autograd
 would do op by op is written out, so that nothing is stored that the backward can have for less
-(gelu's output), copied (dq, dk, dv are one dqkv), or cast (a norm writes what the next matmul
-reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residual stream, norms and
-parameters in theirs. The norms' eps is written where it is used: torch.compile would take a global
-float for an input that may change.
+(gelu's output, except on a CPU), copied (dq, dk, dv are one dqkv), or cast (a norm writes what the
+next matmul reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residual
+stream, norms and parameters in theirs. The norms' eps is written where it is used: torch.compile
+would take a global float for an input that may change.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.fused.launchers import Launchers
-from fastgpt.implementations.aten import wgrad
+from fastgpt.implementations.aten import dgrad, linear, wgrad
 from fastgpt.kernels._autograd import differentiable_once
 
 
@@ -73,17 +72,18 @@ class _Block(torch.autograd.Function):
         else:
             delta = delta.reshape(-1, C)
             n1, s1, *stats1 = run.add_norm(delta, residual, w.ln_1, w.ln_1_bias, 1e-5, dtype)
-        qkv = F.linear(n1, low.qkv, low.qkv_bias).view(B, T, 3 * C)
+        qkv = linear(n1, low.qkv, low.qkv_bias).view(B, T, 3 * C)
         y, state = run.attention(qkv, settings.n_head, p)
-        a, mask1 = _dropout(F.linear(y.view(-1, C), low.attn_proj, low.attn_proj_bias), p)
+        a, mask1 = _dropout(linear(y.view(-1, C), low.attn_proj, low.attn_proj_bias), p)
         n2, s2, *stats2 = run.add_norm(a, s1, w.ln_2, w.ln_2_bias, 1e-5, dtype)
         h, g = run.linear_gelu(n2, low.fc, low.fc_bias, settings.tanh)
-        m, mask2 = _dropout(F.linear(g, low.mlp_proj, low.mlp_proj_bias), p)
+        m, mask2 = _dropout(linear(g, low.mlp_proj, low.mlp_proj_bias), p)
+        kept = g if run.keeps_gelu else None
 
         ctx.run, ctx.settings, ctx.has_delta = run, settings, delta is not None
         ctx.save_for_backward(
             *(w.ln_1, w.ln_2, low.qkv, low.attn_proj, low.fc, low.mlp_proj),
-            *(s1, n1, *stats1, qkv, y, mask1, s2, n2, *stats2, h, mask2, *state),
+            *(s1, n1, *stats1, qkv, y, mask1, s2, n2, *stats2, h, kept, mask2, *state),
         )
         return m.view(B, T, C), s2.view(B, T, C)
 
@@ -92,29 +92,31 @@ class _Block(torch.autograd.Function):
         differentiable_once()
         run, (n_head, tanh, p) = ctx.run, ctx.settings
         ln_1, ln_2, w_qkv, w_attn_proj, w_fc, w_mlp_proj, *saved = ctx.saved_tensors
-        s1, n1, mean1, rstd1, qkv, y, mask1, s2, n2, mean2, rstd2, h, mask2, *state = saved
+        s1, n1, mean1, rstd1, qkv, y, mask1, s2, n2, mean2, rstd2, h, kept, mask2, *state = saved
         needs = Weights(*ctx.needs_input_grad[5:])
         (B, T, C), dtype = dm.shape, n1.dtype
 
         dm = _dropout_backward(dm.reshape(-1, C), mask2, p)
-        dh, g, db_fc = run.gelu_dgrad(dm, w_mlp_proj, h, tanh, needs.fc_bias, needs.mlp_proj)
+        again = needs.mlp_proj and kept is None
+        dh, g, db_fc = run.gelu_dgrad(dm, w_mlp_proj, h, tanh, needs.fc_bias, again)
+        g = kept if kept is not None else g
         dw_mlp_proj = wgrad(dm, g, ln_1.dtype) if needs.mlp_proj else None
         db_mlp_proj = dm.sum(0) if needs.mlp_proj_bias else None
-        del h, g, dm
+        del h, g, kept, dm
         dw_fc = wgrad(dh, n2, ln_1.dtype) if needs.fc else None
         ds2, da, dln_2, dln_2_bias = run.norm_backward(
-            dh @ w_fc, ds2.reshape(-1, C), s2, ln_2, mean2, rstd2, needs.ln_2_bias, dtype
+            dgrad(dh, w_fc), ds2.reshape(-1, C), s2, ln_2, mean2, rstd2, needs.ln_2_bias, dtype
         )
         del dh
         da = _dropout_backward(da if len(da) else ds2, mask1, p)
         dw_attn_proj = wgrad(da, y.view(-1, C), ln_1.dtype) if needs.attn_proj else None
         db_attn_proj = da.sum(0) if needs.attn_proj_bias else None
-        dy = (da @ w_attn_proj).view(B, T, C)
+        dy = dgrad(da, w_attn_proj).view(B, T, C)
         dqkv = run.attention_backward(dy, qkv, y, state, n_head, p).view(-1, 3 * C)
         dw_qkv = wgrad(dqkv, n1, ln_1.dtype) if needs.qkv else None
         db_qkv = dqkv.sum(0) if needs.qkv_bias else None
         ds1, ddelta, dln_1, dln_1_bias = run.norm_backward(
-            dqkv @ w_qkv, ds2, s1, ln_1, mean1, rstd1, needs.ln_1_bias, dtype
+            dgrad(dqkv, w_qkv), ds2, s1, ln_1, mean1, rstd1, needs.ln_1_bias, dtype
         )
         ddelta = (ddelta if len(ddelta) else ds1).view(B, T, C) if ctx.has_delta else None
         return (

@@ -56,6 +56,7 @@ class Launchers(NamedTuple):
     cross_entropy_: InPlace
     # the loss of logits that are returned, inside torch.compile; elsewhere it is ops.cross_entropy
     cross_entropy: tuple[Loss, LossBackward] | None = None
+    keeps_gelu: bool = False  # its output too, where making it again costs more than memory does
 
 
 class PackedAttention(NamedTuple):
@@ -114,6 +115,7 @@ def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
         attention_backward=attention.packed_backward,
         add_rows_=on_aten.add_rows_,
         cross_entropy_=on_aten.cross_entropy_,
+        keeps_gelu=True,
     )
 
 

@@ -85,8 +85,10 @@ class FusedModel(NamedTuple):
         weights = block_weights(block, self.settings, self.weight.shape[1])
         if weights is None or not alike(self.weight, x, *weights):
             return None, block(_sum(delta, x))
+        low = self._low_matrices(weights)
+        if not backend.autocasts(x):
+            return block_unit.block(self.run, self.settings, delta, x, weights, low)
         with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
-            low = self._low_matrices(weights)
             return block_unit.block(self.run, self.settings, delta, x, weights, low)
 
     def _norm(self, ln_f: Any, delta: Tensor | None, x: Tensor) -> Tensor:
@@ -118,6 +120,8 @@ class FusedModel(NamedTuple):
 
     def _low_matrices(self, w: Weights) -> Weights:
         """The weights with those of matmuls, and their biases, as the matmuls read them."""
+        if self.dtype == w.qkv.dtype:
+            return w
         low = self._low
         return Weights(
             w.ln_1, w.ln_1_bias,

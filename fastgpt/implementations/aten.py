@@ -5,6 +5,7 @@ so that the units of the fused path do not know which of the two they call.
 """
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,46 @@ from fastgpt import reference
 from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
 
 aten = torch.ops.aten
+STRIP = 2**19  # elements of the logits that cross_entropy_ works on at once: 2 MB in fp32
 _FROM_ACCUMULATOR = "dtype" in aten.mm.overloads()  # mm(out_dtype=), of PyTorch 2.8
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_ON_AMD = _CPU_INFO.is_file() and "AuthenticAMD" in _CPU_INFO.read_text()
+_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ON_AMD else None
+
+# glibc returns freed memory to the system, and every step faults it in again, 2 us for 4 KB. When a
+# mapped block is freed it takes blocks of that size for common and keeps twice as much, up to here
+# (mallopt(3)); it need not be written to. A script's own settings of malloc stand.
+torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """x (M, K) @ w.T + b: w (N, K), b (N,) -> (M, N)."""
+    if _onednn_linear is not None and _onednn_wins(x, w):
+        return _onednn_linear(x, w, b, "none", [], "")
+    return F.linear(x, w, b)
+
+
+def dgrad(dy: Tensor, w: Tensor) -> Tensor:
+    """dy (M, N) @ w (N, K) -> (M, K)."""
+    if _onednn_linear is not None and _onednn_wins(dy, w):
+        return _onednn_linear(dy, w.t(), None, "none", [], "")
+    return dy @ w
+
+
+def _onednn_wins(x: Tensor, w: Tensor) -> bool:
+    """PyTorch multiplies fp32 matrices by MKL, which is made for another vendor's processors: on
+    an EPYC with AVX-512 oneDNN takes 7 to 12 % less time (bench/NOTES.md). Not so for dy.T @ x,
+    and not in 16 bits, where PyTorch calls oneDNN itself.
+    """
+    return (
+        x.dtype == w.dtype == torch.float32
+        and x.device.type == w.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._get_mkldnn_enabled()
+        and x.is_contiguous()
+        and w.is_contiguous()
+    )
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,14 +103,15 @@ def norm_backward(
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     """-> h = x @ w.T + b and gelu(h), both (M, N)."""
-    h = F.linear(x, w, b)
+    h = linear(x, w, b)
     return h, F.gelu(h, approximate="tanh" if tanh else "none")
 
 
 def gelu_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool):
     """dy (M, K), w (K, N) -> dh (M, N); gelu(h) and db (N,), each None unless asked for."""
     approximate = "tanh" if tanh else "none"
-    dh = aten.gelu_backward(dy @ w, h, approximate=approximate)
+    dh = dgrad(dy, w)
+    aten.gelu_backward.grad_input(dh, h, approximate=approximate, grad_input=dh)
     y = F.gelu(h, approximate=approximate) if with_output else None
     return dh, y, dh.sum(0) if with_bias else None
 
@@ -80,25 +121,26 @@ def cross_entropy_(
 ) -> Tensor:
     """logits (M, V) become factor * dlosses/dlogits, 0 in ignored rows -> losses (M,) fp32.
 
-    In strips of rows that stay in the cache. The loss is (max - picked) - log p(max), which is as
-    exact as logsumexp and needs no second pass.
+    In strips of rows that stay in the cache. The loss is (max - picked) - log max(p), which is as
+    exact as logsumexp and needs no second pass over the exponentials.
     """
-    losses = torch.empty(logits.shape[0], device=logits.device, dtype=torch.float32)
-    for start in range(0, logits.shape[0], 32):
-        strip, ids = logits[start : start + 32], targets[start : start + 32, None]
-        counted = ids != ignore_index
-        ids = ids.where(counted, 0)
+    counted = (targets != ignore_index)[:, None]
+    ids = targets[:, None].masked_fill(~counted, 0)
+    factors = counted.float() * factor  # not bool * factor, whose dtype is the default one
+    losses = torch.empty_like(factors)
+    rows = max(1, STRIP // logits.shape[1])
+    for start in range(0, logits.shape[0], rows):
+        part = slice(start, start + rows)
+        strip, ids_here = logits[part], ids[part]
         p = strip.float()
-        top, at = p.max(-1, keepdim=True)
-        picked = _picked(p, ids)
+        top, picked = p.amax(-1, keepdim=True), _picked(p, ids_here)
         torch.softmax(p, -1, out=p)
-        loss = top - picked - p.gather(1, at).log()
-        losses[start : start + 32] = loss.where(counted, 0).squeeze(1)
-        p.scatter_add_(1, ids, torch.full_like(picked, -1.0))
-        p *= counted.float() * factor  # not bool * factor, whose dtype is the default one
+        losses[part] = top - picked - p.amax(-1, keepdim=True).log()
+        p.scatter_add_(1, ids_here, torch.full_like(picked, -1.0))
+        p *= factors[part]
         if p is not strip:
             strip.copy_(p)
-    return losses
+    return losses.masked_fill_(~counted, 0.0).squeeze(1)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -136,7 +178,9 @@ def scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    if not logits.requires_grad or not torch.is_grad_enabled():
+    """In two passes of PyTorch's where a single strip holds the logits: fewer calls, as fast."""
+    small = logits.numel() <= STRIP
+    if small or not logits.requires_grad or not torch.is_grad_enabled():
         return reference.cross_entropy(logits, targets, ignore_index)
     return _CrossEntropy.apply(logits, targets, ignore_index)
 

@@ -10,8 +10,8 @@ from fastgpt.decoding import native
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.graphs import Graphs
 from fastgpt.decoding.parameters import in_dtype, parameters
-from tests.model import test_sampling
-from tests.model.test_sampling import BLOCK_SIZE, V, prompt
+from tests.decoding import test_sampling
+from tests.decoding.test_sampling import BLOCK_SIZE, V, prompt
 
 MODES = ["torch"]
 if native.unsupported((torch.empty(1),), 8) is None:
