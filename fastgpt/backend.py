@@ -211,6 +211,11 @@ def asked_for(op: str) -> str | None:
     return _overrides.get(op)
 
 
+def is_open(op: str) -> bool:
+    """Whether nobody asked for anything: mode "auto", and no implementation of `op`."""
+    return _mode == "auto" and op not in _overrides
+
+
 def kernels_possible(tensor: Tensor) -> bool:
     """Whether any op on such a tensor might run outside PyTorch: cheap; it may
     say yes where none does, never no where one does.

@@ -30,11 +30,17 @@ from fastgpt.fused.untouched import (
 )
 from fastgpt.linear_cross_entropy import logits_and_loss, mean_loss
 
+# tokens * C**2 from which the fused path is worth it inside torch.compile: nanoGPT's own batch.
+# Python launches our operators, and fewer tokens are done before it is. On an H200 with a slow host
+# 124M took 20 ms a step so at 4 x 1024 tokens, 12 left to inductor; at 16 x 1024 it is 1.07x.
+WORTH_OPERATORS = 12 * 1024 * 768**2
+
 
 def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     """The chain for a forward of `model`, a GPT, on idx (B, T); None where the modules are to run
     one by one: under backend "torch", where a kernel cannot run (under "triton" that raises), and
-    under torch.func. Inside torch.compile the table's entry is "compiled", and all of it is traced.
+    under torch.func. Inside torch.compile the table's entry is "compiled", and all of it is traced,
+    unless it is too little.
     """
     if torch.compiler.is_compiling() and _recomputes(model):
         return None  # up to PyTorch 2.11 it would keep what an autograd.Function saves
@@ -42,6 +48,8 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     if not idx.numel() or not calls_untouched():
         return None
     if weight is None or not plain(weight) or weight.dim() != 2 or weight.shape[1] % cfg.n_head:
+        return None
+    if torch.compiler.is_compiling() and _is_little(idx, weight.shape[1]):
         return None
     settings = Settings(cfg.n_head, cfg.gelu == "tanh", cfg.dropout if model.training else 0.0)
     facts = dict(n_head=cfg.n_head, dropout_p=settings.dropout_p)
@@ -51,6 +59,11 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     if chosen is reference:
         return None
     return FusedModel(model, chosen.launchers(qkv, **facts), settings, weight, dtype)
+
+
+def _is_little(idx: Tensor, C: int) -> bool:
+    on_gpu = idx.device.type == "cuda" and backend.is_open("compiled")
+    return on_gpu and idx.numel() * C**2 < WORTH_OPERATORS
 
 
 class FusedModel(NamedTuple):

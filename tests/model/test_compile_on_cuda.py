@@ -38,6 +38,7 @@ def test_one_graph_without_a_break():
     found = report("fake_cuda")
     before, after = found["patched"]
     assert "fastgpt.gelu_forward.default" in before and after == []
+    assert found["few"] == {"graphs": 1, "breaks": [], "ours": []}  # too little to do
     cases = found["traced"]
     assert len(cases) == 24
     assert {case: found for case, found in cases.items() if found["graphs"] != 1} == {}
