@@ -132,15 +132,15 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
     T, C3 = qkv.shape[1:]
     if torch.compiler.is_compiling() and T > 1:
         T = 1024  # the answer is the same for all of them, and a constant in the graph
-    would_run = _would_run(qkv.device, qkv.dtype, T, C3, n_head, dropout_p)
+    would_run = _would_run(qkv.device, qkv.dtype, T, C3, n_head, dropout_p > 0)
     return {held.backend.name: held for held in (cudnn, flash, efficient)}.get(would_run)
 
 
 @torch.compiler.assume_constant_result
 def _would_run(
-    device: torch.device, dtype: torch.dtype, T: int, C3: int, n_head: int, dropout_p: float
+    device: torch.device, dtype: torch.dtype, T: int, C3: int, n_head: int, dropout: bool
 ) -> str:
     """The name of an SDPBackend, for packed queries, keys and values with gradients."""
     qkv = torch.empty(1, T, C3, device=device, dtype=dtype, requires_grad=True)
     q, k, v = reference.split_heads(qkv, n_head)
-    return SDPBackend(torch._fused_sdp_choice(q, k, v, None, dropout_p, True)).name
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, None, 0.1 * dropout, True)).name

@@ -10,6 +10,7 @@ from fastgpt.decoding import native
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.graphs import Graphs
 from fastgpt.decoding.parameters import in_dtype, parameters
+from tests.close import DEVICE
 from tests.decoding import test_sampling
 from tests.decoding.test_sampling import BLOCK_SIZE, V, prompt
 
@@ -54,7 +55,7 @@ def test_cached_logits_are_those_of_whole_forwards(mode, rows, config):
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
 def test_of_the_kernels(gelu):
     """Few steps: the interpreter takes a second for each."""
-    model, text = tiny(n_layer=1, gelu=gelu), prompt(2, 6)
+    model, text = tiny(n_layer=1, gelu=gelu).to(DEVICE), prompt(2, 6).to(DEVICE)
     starts = [0, 2]
     with use_backend("triton"):
         logits = sampling.NextLogits(model, starts, 6)

@@ -157,7 +157,8 @@ def test_only_the_asked_gradients():
         for i in range(5):
             one = [t.clone().requires_grad_(i == j) for j, t in enumerate(args)]
             ops.mlp(*one).sum().backward()
-            assert torch.equal(one[i].grad, full[i].grad)
+            # compiled, a kernel that writes less may round otherwise
+            torch.testing.assert_close(one[i].grad, full[i].grad, rtol=1e-5, atol=1e-5)
             assert all(t.grad is None for j, t in enumerate(one) if j != i)
 
 

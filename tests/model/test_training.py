@@ -71,7 +71,7 @@ PRECISIONS = [
 def matmul_precision(request):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)
-    yield
+    yield request.param
     torch.set_float32_matmul_precision(before)
 
 
@@ -81,7 +81,8 @@ def test_loss_curve(dtype, matmul_precision):
     exact = curve("torch", tiny().double())
     eager, ours = (curve(backend, tiny(), dtype) for backend in ("torch", "triton"))
     allowed = EPS_BUDGET[dtype] * torch.finfo(dtype).eps * exact.max()
-    allowed += 2 * (eager - exact).abs().max()
+    # twice is for rounding; in TF32 two backends of SDPA differ by more than one from itself
+    allowed += (3 if matmul_precision == "high" else 2) * (eager - exact).abs().max()
     error = (ours - exact).abs().max()
     assert error <= allowed < 0.1 * (exact[0] - exact[-1]), f"{error:.2e} > {allowed:.2e}"
 
