@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastgpt import reference
 from fastgpt.implementations.interception import interception, sdpa_is_restricted
 from fastgpt.kernels import _tuned
+from fastgpt.kernels._autograd import constant_in_a_graph
 
 MODES = ("auto", "triton", "torch")
 
@@ -180,7 +181,7 @@ def load_for_start() -> None:
         load_all()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def load_all() -> None:
     """Import every implementation now: torch.compile cannot trace an import by name."""
     for path in {path for op in OPS.values() for path in op.implementations.values()}:
@@ -278,7 +279,7 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
     return choice, source
 
 
-@torch.compiler.assume_constant_result  # it can trace no reading of a file
+@constant_in_a_graph  # it can trace no reading of a file
 def _measured_on(device: torch.device, op: str) -> tuple[str, str] | None:
     return measured(op, torch.cuda.get_device_properties(device).name)
 
@@ -319,7 +320,7 @@ def _tensor_problem(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # a warning would break the graph
+@constant_in_a_graph  # a warning would break the graph
 def _warn_once(op: str, reason: str) -> None:
     _, refused, problem = reason.partition("cannot run: ")
     if refused and problem not in _warned:  # once, whichever ops and implementations it stops

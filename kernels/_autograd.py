@@ -1,6 +1,15 @@
-"""What our autograd functions share, whether they run kernels or PyTorch's ops: needs no triton."""
+"""What our autograd functions and dispatch share, kernels or not: needs no triton."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+
+def constant_in_a_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which imports the whole compiler to set this mark."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 def differentiable_once() -> None:

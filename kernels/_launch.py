@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels._autograd import constant_in_a_graph
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton.jit too, once per process
 MIN_ARCH = 80
 DESCRIPTORS = hasattr(tl, "make_tensor_descriptor")  # Triton 3.4's way to TMA
@@ -108,7 +110,7 @@ def device_problem(t: Tensor) -> str | None:
     return _problem_of(t.device)
 
 
-@torch.compiler.assume_constant_result  # it launches a kernel, which would be put into the graph
+@constant_in_a_graph  # it launches a kernel, which would be put into the graph
 def _problem_of(device: torch.device) -> str | None:
     if device not in _device_problems:
         _device_problems[device] = _probe(device)
@@ -153,7 +155,7 @@ def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]
     return operator
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def introduce_to_inductor() -> None:
     """Make the operators known to torch.compile's inductor as what it would take them for itself.
 

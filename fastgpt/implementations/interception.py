@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from fastgpt.kernels._autograd import constant_in_a_graph
+
 _C = torch._C
 
 
@@ -61,7 +63,7 @@ def interception() -> str | None:
     return _transformation()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def _transformation() -> str | None:
     """Of a function as a whole: what torch.compile traces is in one from its start, or is not."""
     if _C._get_tracing_state() is not None:
@@ -73,7 +75,7 @@ def _transformation() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def sdpa_is_restricted() -> bool:
     """Whether sdpa_kernel, or a flag of torch.backends, leaves SDPA fewer backends than it has."""
     return not (

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import reference
+from fastgpt.kernels._autograd import constant_in_a_graph
 
 aten = torch.ops.aten
 State = tuple[Tensor | None, ...]  # what a backward needs besides its inputs: lse, RNG state
@@ -136,7 +137,7 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
     return {held.backend.name: held for held in (cudnn, flash, efficient)}.get(would_run)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def _would_run(
     device: torch.device, dtype: torch.dtype, T: int, C3: int, n_head: int, dropout: bool
 ) -> str:

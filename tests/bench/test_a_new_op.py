@@ -61,10 +61,10 @@ def test_info_lists_it(capsys):
 
 def test_tune_races_it(monkeypatch):
     sizes = tune.Sizes(16, 32, 16, 11, torch.float32)
-    kept = {op: backend.OPS[op] for op in ("halve", "block")}  # the block is raced in any case
+    kept = {op: backend.OPS[op] for op in ("halve", *tune.WHOLE)}
     monkeypatch.setattr(backend, "OPS", kept)
     rows = tune.implementations(torch.device(DEVICE), sizes, 0.1)
-    assert {row["op"] for row in rows} == {"halve", "block"}
+    assert {row["op"] for row in rows} == {"halve", *tune.WHOLE}
 
 
 def test_the_benchmarks_time_it():

@@ -39,7 +39,7 @@ def test_what_was_carried_is_what_stages_are_given(tmp_path, monkeypatch):
     one.forget()
 
 
-class Parsed(Exception):
+class Parsed(BaseException):  # which no command reports as its own
     """The arguments were understood."""
 
 

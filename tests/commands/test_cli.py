@@ -273,7 +273,9 @@ class TestSample:
         assert "temperature=-1" in refused(capsys, *out, "--temperature", "-1")
         assert "top_k=0" in refused(capsys, *out, "--top_k", "0")
         assert "top_p=2.0" in refused(capsys, *out, "--top-p", "2")
-        assert "max_new_tokens=-3" in refused(capsys, *out, "--max_new_tokens", "-3")
+        assert "--max-new-tokens/--max_new_tokens: -3" in refused(
+            capsys, *out, "--max_new_tokens", "-3"
+        )
         assert "--num-samples -1" in refused(capsys, *out, "--num_samples", "-1")
         assert "no_such_file" in refused(capsys, *out, "--start", "FILE:no_such_file")
         (tmp_path / "ckpt.pt").write_text("not a checkpoint")
