@@ -47,7 +47,7 @@ class Parsed(BaseException):  # which no command reports as its own
 @pytest.mark.parametrize("sizes", ["REAL", "TOY"])
 @pytest.mark.parametrize("stage", [stages.PREFLIGHT, *stages.STAGES], ids=lambda s: s.name)
 def test_every_stage_is_a_command_that_exists(stage, sizes, tmp_path, monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
+    parse = argparse.ArgumentParser.parse_known_args
 
     def parse_and_stop(self, *args, **more):
         parse(self, *args, **more)
@@ -56,7 +56,7 @@ def test_every_stage_is_a_command_that_exists(stage, sizes, tmp_path, monkeypatc
     values = getattr(stages, sizes)
     more = {"out": tmp_path / "a folder", "seconds": 60, "data": "data", "compile": "compile"}
     _, _, module, *words = stage.argv(values | more)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [module, *words])
     with pytest.raises(Parsed):
         runpy.run_module(module, run_name="__main__", alter_sys=True)

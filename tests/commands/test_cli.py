@@ -276,7 +276,7 @@ class TestSample:
         assert "--max-new-tokens/--max_new_tokens: -3" in refused(
             capsys, *out, "--max_new_tokens", "-3"
         )
-        assert "--num-samples -1" in refused(capsys, *out, "--num_samples", "-1")
+        assert "--num-samples/--num_samples: -1" in refused(capsys, *out, "--num_samples", "-1")
         assert "no_such_file" in refused(capsys, *out, "--start", "FILE:no_such_file")
         (tmp_path / "ckpt.pt").write_text("not a checkpoint")
         assert "is no checkpoint" in refused(capsys, "sample", "--out", tmp_path)
