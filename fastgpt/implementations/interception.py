@@ -56,10 +56,9 @@ def interception() -> str | None:
         mode = type(_C._get_function_stack_at(i))
         if mode is not DeviceContext:  # torch.set_default_device
             return f"{mode.__name__}, a TorchFunctionMode, is to see PyTorch's own ops"
+    # torch.compile stays away from under one
     if not torch.compiler.is_compiling() and _C._len_torch_dispatch_stack():
-        return (
-            "a TorchDispatchMode is to see PyTorch's own ops"  # which torch.compile stays away from
-        )
+        return "a TorchDispatchMode is to see PyTorch's own ops"
     return _transformation()
 
 
