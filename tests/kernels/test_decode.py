@@ -71,7 +71,16 @@ def test_linear(run, low, case, M, N, K):
 
 
 @pytest.mark.parametrize(
-    "B, H, S, D", [(1, 1, 1, 16), (2, 3, 70, 20), (3, 2, 200, 64), (1, 2, 300, 7)]
+    "B, H, S, D",
+    # a wide head is read in several blocks a chunk
+    [
+        (1, 1, 1, 16),
+        (2, 3, 70, 20),
+        (3, 2, 200, 64),
+        (1, 2, 300, 7),
+        (1, 1, 150, 128),
+        (2, 1, 90, 200),
+    ],
 )
 @pytest.mark.parametrize("filled", ["nothing", "some", "all"])
 def test_attention_and_its_projection(run, low, B, H, S, D, filled):
