@@ -29,7 +29,7 @@ PAIRS = {
     # what machines with GPUs come with
     "2.11": Pair("python3.12", ["torch==2.11.0", "triton==3.6.0", "numpy<2.4"]),
     "2.13": Pair("python3.12", ["torch==2.13.0", "triton==3.7.1"]),  # constraints.txt's
-    "newest": Pair("python3", ["torch"]),  # and the Triton that it asks for
+    "newest": Pair("python3.13", ["torch"]),  # and the Triton that it asks for
 }
 
 
