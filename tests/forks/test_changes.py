@@ -144,7 +144,10 @@ def outcome(library: Any, changes: tuple[Change, ...], probe: Any) -> list[Any] 
 
 @cache
 def on_nanogpt(names: tuple[str, ...], probe: Any) -> list[Any] | Exception:
-    return outcome(THEIRS, tuple(CHANGES[name] for name in names), probe)
+    theirs = outcome(THEIRS, tuple(CHANGES[name] for name in names), probe)
+    if isinstance(theirs, Exception):  # not kept with its frames: one may hold a hook on the process
+        theirs.__context__ = theirs.with_traceback(None).__cause__ = None
+    return theirs
 
 
 def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
