@@ -26,7 +26,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from fastgpt import use_backend  # noqa: E402
+from tests import interpreter  # noqa: E402
 
+interpreter.patch_once()
 torch.set_num_threads(1)  # the tensors are small: a second thread would cost more than it gives
 
 # The interpreter computes bf16 wrongly in every release so far (fastgpt refuses it): bf16 is for
