@@ -126,6 +126,7 @@ def kernel(out: Path) -> Facts:
     import torch
 
     from fastgpt import ops, reference, use_backend
+    from fastgpt.storage.printable import first_line
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     if where == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -135,8 +136,8 @@ def kernel(out: Path) -> Facts:
         with use_backend("triton"):
             ours = ops.layer_norm(x, w, None)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise Refused(f"our kernels do not launch: {type(error).__name__}: {first[:200]}") from None
+        why = f"{type(error).__name__}: {first_line(error):.200}"
+        raise Refused(f"fastgpt's kernels do not launch: {why}") from None
     gap = (ours - reference.layer_norm(x, w, None)).abs().max().item()
     if not gap < 1e-4:
         raise Refused(f"our LayerNorm is {gap:.2g} away from PyTorch's")

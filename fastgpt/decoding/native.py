@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgpt.decoding import eager
 from fastgpt.decoding.eager import Norm
+from fastgpt.devices import cpu_info
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
@@ -109,9 +110,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _cpu() -> str:
     """What -march=native looks at: a home folder may be on several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    if not (lines := cpu_info().splitlines()):
         return platform.processor()
     names = ("model name", "flags", "Features")
     return "".join(next((line for line in lines if line.startswith(name)), "") for name in names)

@@ -105,6 +105,7 @@ def _aten_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float
 def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
     attention = sdpa.choice(qkv, n_head, dropout_p)
     assert attention is not None  # as _aten_unsupported found
+    on_aten.keep_freed_memory()
     return Launchers(
         norm=on_aten.norm,
         add_norm=on_aten.add_norm,
