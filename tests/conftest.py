@@ -39,6 +39,15 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture
+def matmul_precision(request):
+    """Of float32: a test names it as a parameter of this fixture."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     """Every test starts from the same seed and backend."""
