@@ -25,13 +25,20 @@ if not _has_gpu():
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from fastgpt import use_backend  # noqa: E402
+from fastgpt import backend, use_backend  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are small: a second thread would cost more than it gives
 
 # The interpreter computes bf16 wrongly in every release so far (fastgpt refuses it): bf16 is for
 # GPUs.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items):
+    """An op that a test is marked with has to exist."""
+    marks = (mark for item in items for mark in item.iter_markers("ops"))
+    if unknown := {name for mark in marks for name in mark.args} - backend.OPS.keys():
+        raise pytest.UsageError(f"pytest.mark.ops: backend.OPS has no {', '.join(unknown)}")
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -21,29 +21,6 @@ Row = dict[str, Any]
 FAILED = ("failed", "crashed", "hung")
 LOG = "log.txt"
 
-# A part of a test's name -> the ops it is about; the longer part goes first.
-_OPS = {
-    "packed_causal_attention": ("packed_causal_attention",),
-    "causal_attention": ("causal_attention",),
-    "attention": ("causal_attention", "packed_causal_attention"),
-    "linear_cross_entropy": ("linear_cross_entropy",),
-    "cross_entropy": ("cross_entropy",),
-    "add_layer_norm": ("add_layer_norm",),
-    "layer_norm": ("layer_norm",),
-    "linear_gelu": ("linear_gelu",),
-    "gelu": ("linear_gelu",),
-    "mlp": ("mlp",),
-    "test_mlp.py": ("linear_gelu", "mlp"),
-    "adamw": ("adamw",),
-    "optim": ("adamw",),
-    "head_dims": ("causal_attention", "packed_causal_attention"),
-    "dropout_mask": ("causal_attention", "packed_causal_attention"),
-    "long_contexts": ("causal_attention",),
-    "time_strides": ("packed_causal_attention",),
-}
-_LAUNCHERS = {"fc + GELU": "linear_gelu", "proj dgrad + dGELU": "mlp", "fc weight gradient": "mlp",
-              "AdamW, clip and copy": "adamw"}  # fmt: skip
-
 
 def collect(out: Path) -> dict[str, Any]:
     """Everything in a stage's folder, small enough for the state."""
@@ -147,32 +124,28 @@ def _tests(out: Path) -> dict[str, Any]:
     return {"counts": counts, "bad": bad[:MAX_ROWS]} if last else {}
 
 
-def ops_of(test: str) -> tuple[str, ...]:
-    """The ops whose rows a failure of `test` puts in doubt; () for what is about whole models."""
-    file, _, name = test.lower().partition("::")
-    for text in (name, file):
-        if hits := [part for part in _OPS if part in text]:
-            return _OPS[max(hits, key=len)]
-    return ()
-
-
 def flags(state: store.State) -> dict[str, str]:
-    """op (or "model") -> a test of it that failed."""
-    found: dict[str, str] = {}
+    """op (or "model") -> a test of it that failed; which ops a test is of, tests.gpu writes."""
+    failed: dict[str, str] = {}
     for entry in state["stages"].values():
         tests = entry.get("results", {}).get("tests", {})
         for row in tests.get("bad", []):
-            for op in ops_of(row["test"]) or ("model",):
-                found.setdefault(op, row["test"])
-    return found
+            for op in str(row.get("ops") or "model").split():
+                failed.setdefault(op, row["test"])
+    return failed
+
+
+def is_fastgpts(row: Row) -> bool:
+    """Whether a row's variant runs fastgpt's code."""
+    return str(row.get("variant")).startswith(("fastgpt", "own", "cuBLAS and", "specialized"))
 
 
 def flagged(row: Row, doubts: dict[str, str]) -> str:
-    """Why the time of `row` is to be doubted, or "": only ours can be, and a model's by any op."""
-    variant = str(row.get("variant", ""))
-    if not doubts or not variant.startswith(("fastgpt", "own", "cuBLAS and", "specialized")):
+    """The failed test that puts the time of `row` in doubt, or "".
+
+    Only fastgpt's own rows are doubted: those of an op by its tests, those of a model by any.
+    """
+    if not doubts or not is_fastgpts(row):
         return ""
-    op = str(row.get("op", ""))
-    if not op:
-        return next(iter(doubts.values()))
-    return doubts.get(_LAUNCHERS.get(op, op), "")
+    op = row.get("part_of") or row.get("op")
+    return doubts.get(str(op), "") if op else next(iter(doubts.values()))

@@ -122,9 +122,9 @@ def _ops(rows: list[Row], doubts: dict[str, str]) -> str:
         groups.pop("both", None)
     said = []
     for what, of_one in groups.items():
-        theirs = [row for row in of_one if not _ours(row)]
+        theirs = [row for row in of_one if not results.is_fastgpts(row)]
         best = min(theirs, key=lambda row: row["microseconds"], default=None)
-        for row in [row for row in of_one if _ours(row)] or theirs[:1]:
+        for row in [row for row in of_one if results.is_fastgpts(row)] or theirs[:1]:
             flag = "!" if results.flagged(row, doubts) else ""
             name = "" if row.get("variant") == "fastgpt" else f"{row.get('variant')} "
             text = f"{flag}{what} {name}{row['microseconds']:.4g} us"
@@ -133,12 +133,8 @@ def _ops(rows: list[Row], doubts: dict[str, str]) -> str:
                 text += f" ({ratio:.2f}x {best.get('variant')})"
             said.append(text)
     said += [f"{row.get('variant')}: {str(row['problem'])[:40]}" for row in rows
-             if "problem" in row and _ours(row)]  # fmt: skip
+             if "problem" in row and results.is_fastgpts(row)]  # fmt: skip
     return ", ".join(said)
-
-
-def _ours(row: Row) -> bool:
-    return str(row.get("variant")).startswith(("fastgpt", "own", "cuBLAS and", "specialized"))
 
 
 def _detail(entry: dict[str, Any], doubts: dict[str, str]) -> list[str]:

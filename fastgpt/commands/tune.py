@@ -54,9 +54,8 @@ def main(args: argparse.Namespace) -> int:
     sizes = Sizes(args.tokens, args.n_embd, args.n_embd // args.n_head, args.vocab_size)
     path = _tuned.path(name)
     kept = _tuned.entry(name) if args.only else {}
-    searched = launch_search.search(
-        device, sizes, (1.0 if args.only else 0.7) * args.seconds, args.only
-    )
+    seconds = args.seconds if args.only else 0.7 * args.seconds
+    searched = launch_search.search(device, sizes, seconds, args.only)
     _write(path, joined(kept, choose([], searched)))
     races = [] if args.only else implementation_race.race(device, sizes, 0.3 * args.seconds)
     chosen = joined(kept, choose(races, searched))
