@@ -1,10 +1,10 @@
-"""What a stage has written, whether it ended or was stopped: read as if anything could be in it.
+"""Reads what a stage has written. It may have been stopped at any point, so nothing is trusted.
 
 records    {out}/**/*.json that are records of bench (record.py)
 rows       lines of its output that are JSON objects
 tests      {out}/outcomes-*.jsonl of tests.gpu: how each test ended
 tuned      the file of `fastgpt tune`
-last       what it printed last, for the table and for people
+last       the last lines that it printed
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 from bench.gpu import store
 
 MAX_ROWS, MAX_RECORDS, MAX_LINE = 400, 8, 4000  # of one stage; characters of one row
-MAX_BYTES = 2**26  # of a file that is read
+MAX_BYTES = 2**26  # read of one file
 Row = dict[str, Any]
 FAILED = ("failed", "crashed", "hung")
 LOG = "log.txt"
@@ -43,8 +43,8 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What two tries have found: the second's, and what it had not come to (or whose files were
-    left on another machine)."""
+    """The results of two tries: the second's, and of the first what the second has not measured, or
+    what lies on another machine."""
     files = {record["file"] for record in found.get("records", [])}
     old = [record for record in before.get("records", []) if record["file"] not in files]
     both = {**before, **found}
@@ -56,7 +56,7 @@ def wrote_something(found: dict[str, Any]) -> bool:
 
 
 def printable(text: str) -> str:
-    """What a terminal shows as it is."""
+    """`text` with a question mark for each character that a terminal may not show."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -70,7 +70,7 @@ def _text(path: Path) -> str:
 
 def _parsed(text: str) -> Any:
     def number(digits: str) -> int | float:
-        return int(digits) if len(digits) < 16 else float(digits)  # of which all can be shown
+        return int(digits) if len(digits) < 16 else float(digits)  # long ints cannot be printed
 
     try:
         return json.loads(text, parse_int=number)
@@ -84,13 +84,13 @@ def _rows(lines: list[str]) -> list[Row]:
 
 
 def _newest(rows: list[Row]) -> list[Row]:
-    """A second try says the same once more: of rows about the same, the last."""
+    """The last row of each check, op, direction and variant: a second try prints them again."""
     names = ("check", "op", "direction", "variant")
     return list({str([row.get(name) for name in names]): row for row in rows}.values())
 
 
 def _records(out: Path) -> Iterator[dict[str, Any]]:
-    """Without their samples, which stay in the tar."""
+    """A stage's records without their samples, which stay in the tar."""
     for path in sorted(out.glob("**/*.json")):
         found = _parsed(_text(path))
         if not (isinstance(found, dict) and isinstance(found.get("rows"), list)):
@@ -102,7 +102,7 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def _short(row: Row) -> Row:
-    """Without samples and long texts."""
+    """A row without its samples, and with long texts cut."""
     plain = {name: value for name, value in row.items() if not isinstance(value, list | dict)}
     if isinstance(ms := row.get("ms"), dict):
         plain["ms"] = {"median": ms.get("median")}
@@ -110,7 +110,7 @@ def _short(row: Row) -> Row:
 
 
 def _tests(out: Path) -> dict[str, Any]:
-    """How many ended how, and the bad ones: a test's last word counts."""
+    """How many tests ended in which way, and those that failed: a test's last line counts."""
     last: dict[str, Row] = {}
     for path in sorted(out.glob("outcomes-*.jsonl")):
         for row in _rows(_text(path).splitlines()):
@@ -125,7 +125,7 @@ def _tests(out: Path) -> dict[str, Any]:
 
 
 def flags(state: store.State) -> dict[str, str]:
-    """op (or "model") -> a test of it that failed; which ops a test is of, tests.gpu writes."""
+    """op, or "model" -> a failed test of it. tests.gpu writes the ops that a test is marked for."""
     failed: dict[str, str] = {}
     for entry in state["stages"].values():
         tests = entry.get("results", {}).get("tests", {})
