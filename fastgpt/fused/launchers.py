@@ -1,8 +1,8 @@
-"""What the fused units are made of: our kernels around cuBLAS on CUDA, PyTorch's ops on a CPU.
+"""The functions that the fused units call: kernels around cuBLAS on CUDA, PyTorch's ops on a CPU.
 
 A launcher is a function on tensors without autograd; the units (block.py, embedding.py,
 linear_cross_entropy.py) own the backward. Both sets take the same arguments and give the same
-results, so that a unit does not know which of the two it calls.
+results, so that a unit does not know which set it calls.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from fastgpt.implementations import sdpa
 from fastgpt.implementations.sdpa import State
 from fastgpt.linear_cross_entropy import InPlace, Loss, LossBackward
 
-# M rows, N or C columns, K the reduction; what is None or (0,) was not asked for.
+# M rows, N or C columns, K the reduction. A result that was not asked for is None or (0,).
 # x, w, b, eps, dtype -> y in dtype; mean, rstd
 Norm = Callable[[Tensor, Tensor, Tensor | None, float, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 # delta, residual, w, b, eps, dtype -> y in dtype; s = residual + delta; mean, rstd
@@ -56,7 +56,7 @@ class Launchers(NamedTuple):
     cross_entropy_: InPlace
     # the loss of logits that are returned, inside torch.compile; elsewhere it is ops.cross_entropy
     cross_entropy: tuple[Loss, LossBackward] | None = None
-    keeps_gelu: bool = False  # its output too, where making it again costs more than memory does
+    keeps_gelu: bool = False  # for the backward, where computing it again would cost more
 
 
 class PackedAttention(NamedTuple):
@@ -65,27 +65,28 @@ class PackedAttention(NamedTuple):
 
 
 class BlockImplementation(NamedTuple):
-    """As backend.OPS names them for "block" and "compiled".
+    """An implementation of "block" or "compiled" in backend.OPS.
 
-    For qkv (B, T, 3C) in the matmuls' dtype, n_head and dropout_p.
+    Both functions are asked about qkv (B, T, 3C) in the matmuls' dtype, n_head and dropout_p.
     """
 
     unsupported: Callable[[tuple[Tensor, ...], int, float], str | None]
-    launchers: Callable[[Tensor, int, float], Launchers]  # where nothing is unsupported
+    launchers: Callable[[Tensor, int, float], Launchers]  # only if `unsupported` gave no reason
 
 
-# The ops inside a block, and the implementations that a fused one can be made of.
+# The ops inside a block -> the implementations that a fused block can use.
 FUSABLE: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("triton",),
     "mlp": ("triton", "cublas"),
     "packed_causal_attention": ("triton", "torch", "cudnn", "flash"),
 }
-STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")  # a fused GPT, besides
+# ops that a fused GPT replaces besides
+STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")
 
 
 def _asked_otherwise() -> str | None:
-    """A block is chosen as a whole: that PyTorch is faster at one part alone does not refuse it,
-    that use_backend names what it cannot be made of does.
+    """Why use_backend rules out a fused block, or None: it names an implementation that a fused
+    block cannot use. That PyTorch is faster at one part alone is no reason.
     """
     for op, names in FUSABLE.items():
         if (asked := backend.asked_for(op)) is not None and asked not in names:
@@ -152,7 +153,7 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
 
 
 def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
-    """The same, as torch.compile keeps it: each kernel an operator, between GEMMs that it sees."""
+    """The same for torch.compile: kernels as operators in its graph, GEMMs as PyTorch's own."""
     from fastgpt.kernels import _launch, cross_entropy, embedding, gemm_gelu, layer_norm, mlp
 
     _launch.introduce_to_inductor()
@@ -176,8 +177,8 @@ _ATTENTION = "packed_causal_attention"
 
 
 def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[PackedAttention | None, str]:
-    """Forward and backward of the attention that dispatch chooses, where they can be had; and what
-    it chose, with the reason.
+    """The attention that dispatch chooses, or None if its backward cannot be called alone; and its
+    name with the reason for the choice.
     """
     head_dim = qkv.shape[-1] // 3 // n_head
     name, reason = backend.explain(_ATTENTION, (qkv,), dict(head_dim=head_dim, dropout_p=dropout_p))

@@ -1,7 +1,7 @@
-"""The kernels' launchers in PyTorch's own ops: the fused path on a CPU.
+"""The launchers of the fused path in PyTorch's own ops, for CPUs.
 
-Functions on tensors without autograd, with the arguments and results of the launchers of kernels/,
-so that the units of the fused path do not know which of the two they call.
+Functions on tensors without autograd, with the arguments and results of the launchers in kernels/.
+The fused units (fused/launchers.py) call either.
 """
 
 import functools
@@ -76,10 +76,10 @@ def _onednn_takes(x: Tensor, w: Tensor) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a (M, K) @ b (K, N) in `dtype`, from the accumulator if it can."""
+    """a (M, K) @ b (K, N) in `dtype`; where PyTorch can, written from the fp32 accumulator."""
     if _FROM_ACCUMULATOR and a.device.type == "cuda" and dtype != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
-    if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may not fit into fp16
+    if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may overflow fp16
         with torch.autocast(a.device.type, enabled=False):
             return a.float() @ b.float()
     return (a @ b).to(dtype)
@@ -197,7 +197,7 @@ def scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    """In two passes of PyTorch's where a single strip holds the logits: fewer calls, as fast."""
+    """PyTorch's own two passes if the logits fit in one strip: as fast, in fewer calls."""
     small = logits.numel() <= STRIP
     if small or not logits.requires_grad or not torch.is_grad_enabled():
         return reference.cross_entropy(logits, targets, ignore_index)
@@ -213,10 +213,10 @@ def _picked(p: Tensor, ids: Tensor) -> Tensor:
 
 
 def unsupported(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why these functions would be no faster on such tensors, or None."""
+    """Why these functions are not for such tensors, or None."""
     return "this implementation is for CPUs" if tensors[0].is_cuda else None
 
 
 def add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """table[ids[i]] += rows[i], one after the other: the same bits each time on a CPU."""
+    """table[ids[i]] += rows[i] in the order of i: on a CPU the same bits each time."""
     table.index_add_(0, ids, rows.to(table.dtype))

@@ -4,8 +4,7 @@ A step is nanoGPT's under autocast. The optimizer is PyTorch's fused AdamW, on e
 the copies and the one pass of optim.py are for whole tensors.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
 from fastgpt.optim import CLIP_EPS, MOMENTS
-from fastgpt.train_step import Batch, SkippedSteps
+from fastgpt.train_step import Batch, Forward, SkippedSteps
 from fastgpt.training.world import World
 
 
@@ -39,7 +38,7 @@ class ShardedStep:
         self.model, self.dtype, self.max_norm = model, dtype, max_norm
         self.device = model.lm_head.weight.device
         _shard(model, self.device.type, world.size)
-        self.forward: Callable[..., Any] = torch.compile(model) if compile else model
+        self.forward: Forward = torch.compile(model) if compile else model
         how = (weight_decay, lr, betas, self.device.type)
         self.optimizer = model.configure_optimizers(*how)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
