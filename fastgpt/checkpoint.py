@@ -219,7 +219,7 @@ def save_checkpoint(saved: Mapping[str, Any], path: Path) -> None:
 
 
 def _as_nanogpt_reads_it(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Its GPTConfig takes no other fields than its own: ours go into a place of their own."""
+    """nanoGPT's GPTConfig takes its own fields only; fastgpt's are stored apart from them."""
     args = saved.get("model_args", {})
     others = {name: value for name, value in args.items() if name not in NANOGPT_FIELDS}
     if not others:

@@ -82,7 +82,7 @@ def _driver() -> str:
 
 
 def c_compiler() -> str:
-    """What Triton builds its launchers with: without it no kernel of ours can start."""
+    """The compiler that Triton builds its launchers with: without one no kernel can start."""
     asked_for = os.environ.get("CC")
     names = [asked_for] if asked_for else ["gcc", "clang", "cc"]
     path = next(filter(None, map(shutil.which, names)), None)

@@ -105,7 +105,7 @@ def _aten_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float
 
 def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
     attention = sdpa.choice(qkv, n_head, dropout_p)
-    assert attention is not None  # as _aten_unsupported found
+    assert attention is not None  # _aten_unsupported has checked it
     on_aten.keep_freed_memory()
     return Launchers(
         norm=on_aten.norm,
@@ -138,7 +138,7 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
 
     own = backend.explain("mlp", (qkv,), {}).implementation == "triton"
     attention, _ = _attention(qkv, n_head, dropout_p)
-    assert attention is not None  # as _kernels_unsupported found
+    assert attention is not None  # _kernels_unsupported has checked it
     return Launchers(
         norm=layer_norm.forward,
         add_norm=layer_norm.add_forward,
