@@ -29,7 +29,7 @@ from bench.harness.training_variant import describe
 from bench.peers import models
 from bench.peers.training import Run, matmul_dtype, set_precision
 from bench.reports import terminal
-from fastgpt import GPTConfig, devices, use_backend, weights
+from fastgpt import GPTConfig, devices, use_backend
 
 # How far below the best a greedy token's logit may lie, in standard deviations of all logits.
 # A lost context costs about 4, bf16's rounding 0.03 at 124M.
@@ -202,9 +202,9 @@ def bytes_per_token(config: GPTConfig, settings: Settings) -> int:
     """Read for one new token: the weights, without the embeddings that are only looked up, and the
     keys and values at the middle of the run."""
     C, L = config.n_embd, config.n_layer
-    read = weights.count_parameters(L, C, config.vocab_size, block_size=0)
+    weights = L * 12 * C * C + config.vocab_size * C + (2 * L + 1) * C
     context = settings.prompt + settings.new_tokens // 2
-    return (read + 2 * L * C * context) * matmul_dtype(settings.dtype).itemsize
+    return (weights + 2 * L * C * context) * matmul_dtype(settings.dtype).itemsize
 
 
 def _row(decoder: Decoder, eager: Decoder, floor: float) -> Row:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastgpt.decoding import eager
 from fastgpt.decoding.eager import Norm
-from fastgpt.devices import cpu_info
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
@@ -110,7 +109,9 @@ def _compile(compiler: str, path: Path) -> None:
 
 def _cpu() -> str:
     """What -march=native looks at: a home folder may be on several machines."""
-    if not (lines := cpu_info().splitlines()):
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
         return platform.processor()
     names = ("model name", "flags", "Features")
     return "".join(next((line for line in lines if line.startswith(name)), "") for name in names)

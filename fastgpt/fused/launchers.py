@@ -1,4 +1,4 @@
-"""The functions that the fused units call: kernels around cuBLAS on CUDA, PyTorch's ops on a CPU.
+"""What the fused units are made of: our kernels around cuBLAS on CUDA, PyTorch's ops on a CPU.
 
 A launcher is a function on tensors without autograd; the units (block.py, embedding.py,
 linear_cross_entropy.py) own the backward. Both sets take the same arguments and give the same
@@ -56,7 +56,7 @@ class Launchers(NamedTuple):
     cross_entropy_: InPlace
     # the loss of logits that are returned, inside torch.compile; elsewhere it is ops.cross_entropy
     cross_entropy: tuple[Loss, LossBackward] | None = None
-    keeps_gelu: bool = False  # for the backward, where computing it again would cost more
+    keeps_gelu: bool = False  # its output too, where making it again costs more than memory does
 
 
 class PackedAttention(NamedTuple):
@@ -104,9 +104,9 @@ def _aten_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float
 
 
 def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
+    on_aten.keep_freed_memory()
     attention = sdpa.choice(qkv, n_head, dropout_p)
     assert attention is not None  # _aten_unsupported has checked it
-    on_aten.keep_freed_memory()
     return Launchers(
         norm=on_aten.norm,
         add_norm=on_aten.add_norm,

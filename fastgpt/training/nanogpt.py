@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# nanoGPT's name -> fastgpt's, where the value is the same
+# nanoGPT's name -> ours, where the value is the same
 SAME = {
     "out_dir": "out",
     "eval_interval": "eval_every",
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def translated(name: str, value: Any) -> dict[str, Any]:
-    """A setting under nanoGPT's name -> settings under fastgpt's; any other name stays."""
+    """A setting by nanoGPT's name as settings by ours; any other name stays."""
     if name in SAME:
         return {SAME[name]: value}
     if name == "dataset":

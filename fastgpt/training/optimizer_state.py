@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.optim import MOMENTS
+from fastgpt.training.sharded import MOMENTS
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], stepped: bool) -> None:
