@@ -1,8 +1,8 @@
 """What a kernel file needs around its kernels: where they run, how they start, how torch sees them.
 
-Every kernel is started by `launch`, on its tensors' device, not the current one. Inside `record`
-nothing is started, and launches are collected: so `fastgpt inspect` compiles exactly the kernels
-that the launchers launch, ahead of time and without a GPU.
+`launch` is the one place a kernel starts. It runs on its tensors' device, not the current one; and
+inside `record` it starts nothing, but notes what would have been launched, which is how `fastgpt
+inspect` compiles exactly the kernels that the launchers launch, ahead of time and without a GPU.
 """
 
 import os

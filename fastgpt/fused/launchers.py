@@ -106,7 +106,7 @@ def _aten_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float
 def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
     on_aten.keep_freed_memory()
     attention = sdpa.choice(qkv, n_head, dropout_p)
-    assert attention is not None  # _aten_unsupported has checked it
+    assert attention is not None  # as _aten_unsupported found
     return Launchers(
         norm=on_aten.norm,
         add_norm=on_aten.add_norm,
