@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import optim, use_backend
-from fastgpt.commands.tune import distance
+from fastgpt.commands.launch_search import distance
 from fastgpt.implementations import aten
 from fastgpt.timing import Variants, in_turns
 
@@ -37,17 +37,20 @@ def measure(
     device: torch.device, dtype: torch.dtype, M: int, C: int, n_params: int, seconds: float,
     ops: Sequence[str] = ALL,
 ) -> list[Row]:  # fmt: skip
-    """A row per variant, for M tokens of width C and an optimizer of n_params; seconds each."""
+    """A row per variant, for M tokens of width C and an optimizer of n_params; seconds each.
+
+    `part_of` in a row is the op of backend.OPS that the call is part of.
+    """
     makers = {
-        "fc": ("fc + GELU", functools.partial(_fc, device, dtype, M, C)),
-        "dgrad": ("proj dgrad + dGELU", functools.partial(_dgrad, device, dtype, M, C)),
-        "wgrad": ("fc weight gradient", functools.partial(_wgrad, device, dtype, M, C)),
-        "specialized": ("fc + GELU", functools.partial(_specialized, device, dtype, M, C)),
-        "adamw": ("AdamW, clip and copy", functools.partial(_adamw, device, dtype, C, n_params)),
+        "fc": ("fc + GELU", "linear_gelu", lambda: _fc(device, dtype, M, C)),
+        "dgrad": ("proj dgrad + dGELU", "mlp", lambda: _dgrad(device, dtype, M, C)),
+        "wgrad": ("fc weight gradient", "mlp", lambda: _wgrad(device, dtype, M, C)),
+        "specialized": ("fc + GELU", "linear_gelu", lambda: _specialized(device, dtype, M, C)),
+        "adamw": ("AdamW, clip and copy", "adamw", lambda: _adamw(device, dtype, C, n_params)),
     }
     rows = []
-    for name, variants in [makers[op] for op in ops]:
-        rows += _compare(name, variants(), device, seconds)
+    for name, part_of, variants in [makers[op] for op in ops]:
+        rows += [row | {"part_of": part_of} for row in _compare(name, variants(), device, seconds)]
     return rows
 
 

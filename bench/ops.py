@@ -35,7 +35,7 @@ OPS = [case.op for case in cases(torch.device("cpu"), torch.float32, 64, 64, 64)
 
 
 class Checked:
-    """The peers of a case, each of which gives its calls once what it computes was found right."""
+    """The peers of a case. Each gives its calls only after its result was checked."""
 
     def __init__(self, case: Case):
         torch.manual_seed(0)

@@ -132,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def checked(
     parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> tuple[argparse.Namespace, torch.device]:
-    """What argparse alone cannot see, found before anything runs."""
+    """Check, before anything runs, what argparse cannot."""
     args = parser.parse_args(argv)
     try:
         device = devices.pick_device(args.device)

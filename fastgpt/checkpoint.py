@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgpt import checks
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.storage import files, seal
+from fastgpt.storage.printable import first_line
 from fastgpt.weights import bare_name
 
 NANOGPT_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
@@ -80,8 +81,7 @@ def _loaded(file: BinaryIO, path: Path) -> Any:
             "loaded. Ask for a file of weights only"
         ) from None
     except Exception as error:  # what is malformed raises anything
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{path} is no checkpoint: {reason}") from None
+        raise ValueError(f"{path} is no checkpoint: {first_line(error)}") from None
 
 
 def _check_kinds(saved: Any) -> None:
@@ -219,7 +219,7 @@ def save_checkpoint(saved: Mapping[str, Any], path: Path) -> None:
 
 
 def _as_nanogpt_reads_it(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Its GPTConfig takes no other fields than its own: ours go into a place of their own."""
+    """nanoGPT's GPTConfig takes its own fields only; fastgpt's are stored apart from them."""
     args = saved.get("model_args", {})
     others = {name: value for name, value in args.items() if name not in NANOGPT_FIELDS}
     if not others:

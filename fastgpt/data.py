@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.storage import manifest, texts
+from fastgpt.storage.printable import first_line
 
 GPT2_TOKENS = 50257
 GPT2_VOCAB_SIZE = 50304  # the same, padded to a multiple of 64 for speed
@@ -60,9 +61,9 @@ class GPT2:
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever the network had to say
-            reason = (str(error).splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {first_line(error):.200}"
             raise OSError(
-                f"GPT-2's tokenizer could not be loaded ({type(error).__name__}: {reason:.200}); "
+                f"GPT-2's tokenizer could not be loaded ({reason}); "
                 "offline, set TIKTOKEN_CACHE_DIR to a folder that an earlier use online has filled"
             ) from None
 

@@ -1,6 +1,8 @@
 """The device and dtype to run on, and what a device can do."""
 
+import functools
 import re
+from pathlib import Path
 
 import torch
 
@@ -49,6 +51,13 @@ def peak_flops_of(device_name: str) -> float:
         return float("nan")
     matches = (peak for name, peak in _PEAKS if re.search(rf"\b{name}\b", device_name))
     return next(matches, float("nan"))
+
+
+@functools.cache
+def cpu_info() -> str:
+    """What Linux says of the processor; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from fastgpt import backend, devices, examples
+from fastgpt.devices import cpu_info
 from fastgpt.kernels import _tuned
-
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def backend_report() -> dict[str, backend.Choice]:
@@ -83,7 +82,7 @@ def _driver() -> str:
 
 
 def c_compiler() -> str:
-    """What Triton builds its launchers with: without it no kernel of ours can start."""
+    """The compiler that Triton builds its launchers with: without one no kernel can start."""
     asked_for = os.environ.get("CC")
     names = [asked_for] if asked_for else ["gcc", "clang", "cc"]
     path = next(filter(None, map(shutil.which, names)), None)
@@ -124,8 +123,7 @@ def _user() -> str:
 def _cpu() -> str:
     """Model, instruction set and threads: what two CPUs' times can be compared by."""
     model = platform.processor() or platform.machine()
-    if CPUINFO.exists():  # Linux
-        match = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE)
-        model = match[1].strip() if match else model
+    if match := re.search(r"^model name\s*: (.+)$", cpu_info(), re.MULTILINE):
+        model = match[1].strip()
     threads = torch.get_num_threads()
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"

@@ -68,8 +68,8 @@ def logits_and_loss(
 
 
 class _LogitsAndLoss(torch.autograd.Function):
-    """Where logits leave a graph of torch.compile, a gradient of theirs comes back in any case,
-    as a rule zeros: it is added in the pass that makes dlogits, which would be one more otherwise.
+    """Logits that leave a graph of torch.compile always get a gradient back, as a rule zeros. It is
+    added in the pass that computes dlogits, instead of in one more pass.
     """
 
     @staticmethod

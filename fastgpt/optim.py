@@ -18,7 +18,8 @@ from torch import Tensor
 from fastgpt import backend, reference
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALL_MOMENTS = (*MOMENTS, "max_exp_avg_sq")  # the last with amsgrad only
 
 
 class CheckedAdamW(torch.optim.AdamW):
@@ -72,17 +73,17 @@ class CheckedAdamW(torch.optim.AdamW):
                 if group["fused"] and not _dense(p):  # taken for one piece of memory
                     group["fused"] = None
                 self._check_state(position, p, state)
-                for moment in MOMENTS:
+                for moment in _ALL_MOMENTS:
                     if moment in state and not _alike(state[moment], p):
                         state[moment] = torch.empty_like(p).copy_(state[moment])
 
     def _check_state(self, position: str, p: Tensor, state: Mapping[str, Any]) -> None:
         if not state:
             return  # made at the first step
-        for key in ("step", *MOMENTS[:2]):
+        for key in ("step", *MOMENTS):
             if key not in state:
                 raise ValueError(f"the optimizer state of {self._name(position, p)} lacks {key!r}")
-        for moment in MOMENTS:
+        for moment in _ALL_MOMENTS:
             m = state.get(moment, p)
             if not isinstance(m, Tensor) or _kind(m) != _kind(p):
                 found = _described(m) if isinstance(m, Tensor) else type(m).__name__
@@ -265,7 +266,7 @@ class AdamW(CheckedAdamW):
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state |= {m: torch.zeros_like(p) for m in MOMENTS[:2]}
+                state |= {m: torch.zeros_like(p) for m in MOMENTS}
         moments = [(self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]) for p in params]
         copies = [self.copies.get(p) for p in params]
         rows: list[Any] = [

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
 from fastgpt.optim import AdamW
+from fastgpt.storage.printable import first_line
 
 Batch = tuple[Tensor, Tensor]  # idx and targets, (B, T) int64 on the model's device
 Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Any]]  # logits, loss
@@ -71,7 +72,7 @@ class TrainStep:
         self.optimizer = AdamW(plain.param_groups, lr, betas, max_norm, self.copies, names)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.graph = _Graph(self) if capture else None
-        self.skipped = _Skipped(max_skipped)
+        self.skipped = SkippedSteps(max_skipped)
 
     def __call__(self, batches: Sequence[Batch], seeds: Sequence[int] | None = None) -> Tensor:
         """The mean loss, () fp32, still on the device: reading it would wait for the step.
@@ -117,22 +118,21 @@ class TrainStep:
         return loss.detach()
 
 
-class _Skipped:
-    """Looks at the number of steps skipped in a row, some steps late on a GPU rather than waiting
-    for it.
-    """
+class SkippedSteps:
+    """Warns of steps skipped in a row; `most` of them end the training, unless it is 0."""
 
     WARN_AFTER = 20  # a loss scale of 65536 halves 16 times before it is 1
 
-    def __init__(self, most: int):
+    def __init__(self, most: int = 100):
         self.most, self.warned = most, False
         self.on_its_way: tuple[Tensor, torch.cuda.Event] | None = None
 
     def look(self, count: Tensor | None) -> None:
+        """Judge a count on the device: on a GPU some steps late, rather than wait for it."""
         if count is None:  # no step yet
             return
         if not count.is_cuda:
-            self._judge(int(count))
+            self.judge(int(count))
         elif self.on_its_way is None:
             event = torch.cuda.Event()
             with torch.cuda.device(count.device):
@@ -142,15 +142,15 @@ class _Skipped:
             self.on_its_way = here, event
         elif self.on_its_way[1].query():
             here, self.on_its_way = self.on_its_way[0], None
-            self._judge(int(here))
+            self.judge(int(here))
 
-    def _judge(self, count: int) -> None:
+    def judge(self, count: int) -> None:
         message = (
             f"{count} steps in a row were skipped, as their gradients are not finite. Look for "
             "what made them so: a learning rate too high, weights or data that are not finite"
         )
         if 0 < self.most <= count:
-            raise FloatingPointError(f"{message}. TrainStep's max_skipped={self.most} ends it here")
+            raise FloatingPointError(f"{message}. max_skipped={self.most} ends the training here")
         if count >= self.WARN_AFTER and not self.warned:
             warnings.warn(f"fastgpt: {message}", stacklevel=4)
         self.warned = count >= self.WARN_AFTER
@@ -203,12 +203,12 @@ class _Graph:
 
 def _explained(error: RuntimeError, x: Tensor) -> RuntimeError | None:
     """PyTorch's out-of-memory errors, with what would help; None for any other."""
-    first_line = (str(error).splitlines() or [""])[0]
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in first_line:
+    reason = first_line(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in reason:
         return None
     B, T = x.shape
     return RuntimeError(
         f"a batch of {B} sequences of {T} tokens does not fit in memory. Lower batch_size={B} (and "
         f"raise grad_accum by as much), lower block_size={T}, or set checkpoint_blocks=True. "
-        f"{first_line}"
+        f"{reason}"
     )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.storage.printable import first_line
+
 SIZES = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
@@ -124,7 +126,7 @@ def load_folder(folder: Path) -> Any:
                 str(folder), config=hf_config, output_loading_info=True, **how
             )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "weights_only" in reason:  # whose advice is to run what is in the file
             reason = "its weights are no tensors alone, and were not loaded"
         raise ValueError(f"{folder} holds no GPT-2 that can be loaded: {reason:.300}") from None
@@ -197,11 +199,17 @@ def sizes_of(hf: Any) -> dict[str, Any]:
     return dict(sizes, bias=True, dropout=hf.resid_pdrop, gelu=gelu)
 
 
+def count_parameters(n_layer: int, n_embd: int, vocab_size: int, block_size: int) -> int:
+    """Numbers in a GPT's weights, without biases; the head's are the token embedding's."""
+    matrices, norms = 12 * n_layer * n_embd, 2 * n_layer + 1
+    return (matrices + norms + vocab_size + block_size) * n_embd
+
+
 def _check_stored(hf: Any, folder: Path) -> None:
     """ValueError if the config asks for more weights than the files could hold, before any is made:
     at a byte each at the least.
     """
-    wanted = (12 * hf.n_layer * hf.n_embd + hf.vocab_size + hf.n_positions) * hf.n_embd
+    wanted = count_parameters(hf.n_layer, hf.n_embd, hf.vocab_size, hf.n_positions)
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
     stored = sum(path.stat().st_size for path in files)
     if wanted > stored:

@@ -1,4 +1,4 @@
-"""What our autograd functions and dispatch share, kernels or not: needs no triton."""
+"""What fastgpt's autograd functions and its dispatch share. Needs no triton."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 def constant_in_a_graph(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.assume_constant_result, which imports the whole compiler to set this mark."""
+    """torch.compiler.assume_constant_result without its import of the whole compiler."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
 
@@ -41,7 +41,7 @@ def _gradients_are_batched() -> bool:
 
 
 def graph_is_kept() -> bool:
-    """In a backward: whether another may follow on the same graph (retain_graph=True). If none can,
-    a saved tensor may be given away as a gradient.
+    """In a backward: whether the graph is kept for another one (retain_graph=True). If it is not, a
+    saved tensor may be returned as a gradient.
     """
     return torch._C._autograd._get_current_graph_task_keep_graph()

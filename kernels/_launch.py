@@ -45,7 +45,7 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
 
 @contextmanager
 def record(arch: int = 90, processors: int = 132) -> Iterator[list[Launch]]:
-    """Collect what would be launched on this architecture, starting nothing."""
+    """Collect the launches that would be made on this architecture, and start none."""
     global _recorded, _recorded_arch, _recorded_processors
     _recorded, _recorded_arch, _recorded_processors = [], arch, processors
     try:
@@ -55,17 +55,17 @@ def record(arch: int = 90, processors: int = 132) -> Iterator[list[Launch]]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Triton's own takes microseconds, on the host, in front of every launch."""
+    """a / b rounded up. Triton's own takes microseconds of the host before every launch."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The smallest that is at least n."""
+    """The smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def multiprocessors(t: Tensor) -> int:
-    """How many programs run at once, for grids that stride over their work."""
+    """Multiprocessors of t's GPU, for grids whose programs stride over their work."""
     if _recorded is not None:
         return _recorded_processors
     if not t.is_cuda:
@@ -74,8 +74,8 @@ def multiprocessors(t: Tensor) -> int:
 
 
 def has_tma(t: Tensor) -> bool:
-    """Whether kernels on `t` can describe tensors to the hardware, in this Triton on this GPU; the
-    interpreter plays it.
+    """Whether this Triton and t's GPU have TMA, which loads tiles by descriptors of tensors. The
+    interpreter imitates it.
     """
     if not DESCRIPTORS:
         return False
@@ -90,15 +90,13 @@ def dot_precision(t: Tensor) -> str:
         return "ieee"
     try:
         tf32 = torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # set through PyTorch 2.9's newer name, which forbids asking by the older
+    except RuntimeError:  # set by PyTorch 2.9's newer name: then the older cannot be read
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def device_problem(t: Tensor) -> str | None:
-    """Why kernels cannot run where `t` lives, or None. Launches a tiny kernel once per GPU to find
-    out.
-    """
+    """Why kernels cannot run on t's device, or None. Launches a tiny kernel once per GPU."""
     if t.device.type == "cpu":
         if not INTERPRETED:
             return "tensors are on cpu; use a CUDA GPU, or set TRITON_INTERPRET=1 before the start"
@@ -110,7 +108,7 @@ def device_problem(t: Tensor) -> str | None:
     return _problem_of(t.device)
 
 
-@constant_in_a_graph  # it launches a kernel, which would be put into the graph
+@constant_in_a_graph  # else the tiny kernel's launch would become part of the graph
 def _problem_of(device: torch.device) -> str | None:
     if device not in _device_problems:
         _device_problems[device] = _probe(device)
@@ -157,11 +155,10 @@ def register(schema: str, launcher: Callable[..., Any], fake: Callable[..., Any]
 
 @constant_in_a_graph
 def introduce_to_inductor() -> None:
-    """Make the operators known to torch.compile's inductor as what it would take them for itself.
+    """Register the operators with torch.compile's inductor as opaque calls, as it would do itself.
 
-    Up to PyTorch 2.11 it writes out an operator that it meets first with all that its arguments
-    were made of, and what they were made of: that doubles with every block, and behind twelve of
-    them takes hours.
+    Up to PyTorch 2.11, when inductor meets an unknown operator it prints the whole expression
+    behind its arguments. That doubles with every block: after twelve blocks it takes hours.
     """
     from torch._inductor import lowering
 

@@ -43,7 +43,7 @@ def _normal_in_16_bits(h, dtype: tl.constexpr):
         q = q * b - 0.6522948145866394
         q = q * b - 1.3479807376861572
         q = q * b + (8 - 1.000779151916504)
-        # exp2 flushes to 0 what is no normal number: Phi(-13), though gelu(-13) is one
+        # exp2 flushes subnormal results to 0: Phi(-13) is one, though gelu(-13) is not
         tail = tl.exp2(q) * 2.0**-8
     else:
         q = -2.7691498871718068e-06 * b + 0.00012621594942174852

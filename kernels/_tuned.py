@@ -1,8 +1,8 @@
-"""What was measured on a device goes before what the kernel files and backend.py guess.
+"""What was measured on a device: it replaces the defaults in the kernel files and in backend.py.
 
 A device's entry holds "implementations", op -> name, and "configs", kernel and shape -> launch
 configuration. SHIPPED, in tuned.json, comes from GPU sessions (`bench.gpu --install`); `fastgpt
-tune` writes a file for the user's own device, which all processes of a machine read alike.
+tune` writes a file for the user's own device, which every process of the machine reads.
 """
 
 import functools
@@ -31,7 +31,7 @@ def path(device_name: str) -> Path:
 
 @functools.cache
 def entry(device_name: str) -> dict[str, Any]:
-    """{} for a device that nobody has measured."""
+    """What was measured on the device; {} if nothing was."""
     file = path(device_name)
     try:
         return json.loads(file.read_text())
@@ -43,15 +43,16 @@ def entry(device_name: str) -> dict[str, Any]:
 
 
 def configured(t: Tensor, kernel: str, guess: Callable[..., Any], *shape: Any) -> Any:
-    """The launch configuration of `kernel` where `t` lives: measured, or guess(*shape). What was
-    measured of a kernel that has other settings by now is no more than a guess either.
+    """The launch configuration of `kernel` on t's device: the measured one, else guess(*shape).
+
+    A measured one is ignored if the kernel's settings have other names by now.
     """
     if _trial and (key := _key(kernel, shape)) in _trial:
         return _trial[key]
     return _chosen(_name(t.device) if t.is_cuda else None, kernel, guess, shape)
 
 
-@functools.cache  # asked in front of every launch
+@functools.cache  # called before every launch
 def _chosen(
     device_name: str | None, kernel: str, guess: Callable[..., Any], shape: tuple[Any, ...]
 ) -> Any:
@@ -68,13 +69,13 @@ def _key(kernel: str, shape: tuple[Any, ...]) -> str:
 
 
 def forget() -> None:
-    """Read the files again: one has been written."""
+    """Read the files again at the next launch, as one has been written."""
     entry.cache_clear()
     _chosen.cache_clear()
 
 
 def _settings(config: Any) -> list[set[str]]:
-    """The names in a configuration, or in each of the several that one key may stand for."""
+    """The names of a configuration's settings; of each, where a key stands for several."""
     return [set(one) for one in ([config] if isinstance(config, dict) else config)]
 
 
@@ -85,7 +86,7 @@ def _name(device: torch.device) -> str:
 
 @contextmanager
 def trying(key: str, config: Any) -> Iterator[None]:
-    """Launch with `config` wherever `key` is asked for: how a search measures candidates."""
+    """Launch the kernel of `key` with `config`, as a search does to measure a candidate."""
     _trial[key] = config
     try:
         yield

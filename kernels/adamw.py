@@ -4,11 +4,10 @@
     p = p * (1 - lr * decay) - lr / c1 * m / (sqrt(v / c2) + eps)   copy = p in the matmuls' dtype
 
 with c_i = 1 - beta_i^step. The operands are many tensors of many sizes, so their addresses come
-from a table, and a program takes CHUNK elements of one tensor, BLOCK at a time: without masks and
-128 bits a thread where all are within the tensors and these begin at multiples of 16 bytes, as
-nearly all do. `sum_of_squares` reads the gradients once for their norm; from it follow, on the
-device and without a wait of the host, the scale, and whether this step is taken at all: a scale of
-NaN leaves everything as it is.
+from a table. A program updates CHUNK elements of one tensor, BLOCK at a time: without masks and 128
+bits a thread if the block lies within the tensors and these begin at multiples of 16 bytes, as
+nearly all do. `sum_of_squares` reads the gradients once for their norm. From that the scale is
+computed on the device, so the host does not wait; a scale of NaN skips the step.
 """
 
 import torch
@@ -26,7 +25,7 @@ TILE = dict(CHUNK=CHUNK, BLOCK=1024, num_warps=8)
 def _pointers(address, at, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     first = address.to(tl.pointer_type(dtype))
     if ALIGNED:
-        first = tl.multiple_of(first, 16)  # of the address, before the cast, it would get lost
+        first = tl.multiple_of(first, 16)  # after the cast: Triton forgets it of an integer
     return first + at
 
 
@@ -125,7 +124,7 @@ def table(rows: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]]) -> l
 
 
 def sum_of_squares(table: Tensor, chunks: Tensor) -> Tensor:
-    """Of all gradients, () fp32. table (P, 6) int64, chunks (chunks, 2) int64."""
+    """The sum over all gradients, () fp32. table (P, 6) int64, chunks (chunks, 2) int64."""
     out = torch.empty(len(chunks), device=table.device, dtype=torch.float32)
     launch(_square_kernel, len(chunks), table, chunks, out, **TILE)
     return out.sum()

@@ -5,9 +5,9 @@
     dx   = (exp(x - top) / total - onehot(target)) * dloss / count,  and 0 in ignored rows
 
 Both passes read the logits once, in blocks of V, with the softmax in fp32: the forward keeps a
-running maximum and sum, which are all that the backward needs. They stay apart: in
-top + log(total) logits of 1e6 would round the sum's logarithm to 1/16. `cross_entropy_` is both
-passes at once, for logits that nobody reads afterwards: they become their own gradient, times a
+running maximum and sum, which are all that the backward needs. They are stored separately: in
+top + log(total), logits of 1e6 would round the logarithm to 1/16. `cross_entropy_` is both passes
+at once, for logits that nobody reads afterwards: it overwrites them with their gradient, times a
 factor. A target that is neither in [0, V) nor the ignored index is never used as an address; its
 row's loss is NaN, so that the mistake shows.
 """
@@ -244,7 +244,7 @@ def rescale_(t: Tensor, scale: Tensor) -> None:
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
-    """On a CPU looking is free. On CUDA it would wait for the device: a bad row's loss is NaN."""
+    """Check targets on a CPU. On CUDA that would wait for the device: a bad row's loss is NaN."""
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= V))
     if bad.any():
         raise IndexError(f"Target {targets[bad][0].item()} is out of bounds.")

@@ -1,10 +1,10 @@
-"""Rows of a gradient added to the rows of a table that their ids name: the backward of a lookup.
+"""The backward of a table lookup: adds each row of a gradient to the table's row of its id.
 
     table[ids[i]] += rows[i]        for i in 0..N-1, in that order
 
 A program owns all rows of one id: it starts where the sorted ids change, and adds the rows up in
-fp32, a block at a time, in their order. No atomics, so the sum has the same bits each time; only
-rows of the table that occur are read or written.
+fp32, a block at a time, in their order. There are no atomics, so the sum has the same bits each
+time. Only table rows whose ids occur are read or written.
 """
 
 import torch

@@ -3,9 +3,10 @@
     y  = gelu(h)
     dh = dy * gelu'(h)     db = sum over rows of dh
 
-Forward, a program owns 4096 elements. Backward, it owns a strip of rows of some columns: it reads
-dy and h and writes dh, its part of db and, for the MLP, gelu(h) again: the second GEMM's weight
-gradient needs it, so the forward need not store it. Where nobody asks for db, all is one long row.
+In the forward a program owns 4096 elements. In the backward it owns a strip of rows of some
+columns: it reads dy and h and writes dh, its part of db and, for the MLP, gelu(h), which the second
+GEMM's weight gradient needs and the forward does not store. Without db the tensor is taken as one
+row.
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastgpt.kernels._launch import cdiv, launch, multiprocessors, register
 from fastgpt.kernels._math import gelu, gelu_and_grad
 
-BLOCK = 4096  # elements of a program where rows do not matter, 32 a thread
+BLOCK = 4096  # elements of a program that ignores rows, 32 a thread
 
 
 @triton.jit

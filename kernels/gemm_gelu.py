@@ -1,9 +1,9 @@
-"""Linear + bias + GELU as one GEMM kernel: the epilogue never sees device memory in between.
+"""Linear + bias + GELU as one GEMM kernel: GELU reads the sum from registers, not from memory.
 
     h = x @ w.T + b        y = gelu(h)
 
-On GPUs with TMA gemm_tma.py has better kernels, also for the MLP's dgrad, for tensors that suit it.
-This one takes any strides and every GPU.
+gemm_tma.py has faster kernels, also for the MLP's dgrad, for GPUs with TMA and tensors that TMA can
+describe. This one takes any strides and runs on every GPU.
 
 Each program owns one (BLOCK_M, BLOCK_N) tile of the output and accumulates over K in fp32. h is
 rounded to its dtype before GELU reads it, so the backward (gelu.py) differentiates exactly what

@@ -1,16 +1,16 @@
-"""The MLP's two GEMMs that have GELU beside them, with it in the epilogue: for GPUs with TMA.
+"""The MLP's two GEMMs next to GELU, each with GELU in its epilogue, for GPUs with TMA.
 
     fc      h  = x @ w.T + b             y = gelu(h)
     dgrad   dh = (dy @ w) * gelu'(h)     y = gelu(h)     db = sum over rows of dh
 
-As many programs as the GPU has multiprocessors walk over the output's tiles, in one loop with that
-over K, so that the next tile's operands arrive during an epilogue. Tensors are read and
-written through descriptors: the hardware computes the addresses, reads 0 beyond the ends and stores
-nothing there. h and the product in dgrad are rounded to their dtype before anything else reads
-them, as if each op were a pass of its own.
+As many programs as the GPU has multiprocessors walk over the output's tiles. Tiles and K are one
+loop, so that the next tile's operands are loaded during an epilogue. Tensors are read and written
+through descriptors: the hardware computes the addresses, reads 0 beyond the ends and stores nothing
+there. h, and the product in dgrad, are rounded to their dtype before they are used further, as if
+each op were a separate pass.
 
-With SPECIALIZED some warps only load and the others only compute, which the compiler can do for fc
-in PARTS=1 and 4 warps. Otherwise PARTS=2 halves what the epilogue needs of registers.
+With SPECIALIZED some warps only load and the others only compute; the compiler can do that for fc
+with PARTS=1 and 4 warps. PARTS=2 halves the registers that the epilogue needs.
 """
 
 from typing import Any
@@ -28,8 +28,8 @@ from fastgpt.kernels.gelu import gelu_gradients
 
 @triton.jit
 def tile_at(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column of the index-th tile. Tiles in work at a time share rows of x and w in L2:
-    GROUP_M row blocks are walked per column block.
+    """Row and column of the index-th tile. GROUP_M row blocks are walked per column block, so that
+    tiles computed at the same time share rows of x and w in L2.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = index // (GROUP_M * tiles_n)
@@ -138,8 +138,8 @@ def _dgrad_config() -> dict[str, int]:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these matrices can be described to TMA, on a GPU that has it, and are of 16 bits:
-    others would fill shared memory with half a tile.
+    """Whether the GPU has TMA, these matrices can be described to it, and they are of 16 bits: of
+    wider ones half a tile would fill shared memory.
     """
     return has_tma(tensors[0]) and all(
         t.element_size() == 2
@@ -153,12 +153,12 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where a kernel writes its descriptors; the launch is queued before this can be reused."""
+    """Memory for a kernel's descriptors. It is reused only after the launch, on the same stream."""
     return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
 def _launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-    triton.set_allocator(_scratch)  # each time: it holds for a thread, and backward has its own
+    triton.set_allocator(_scratch)  # each time: it is set per thread, and backward runs in another
     launch(kernel, grid, *args, **options)
 
 

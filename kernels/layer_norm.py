@@ -5,8 +5,9 @@
     dw   = sum over rows of dy * xhat           db   = sum over rows of dy
 
 A program owns BLOCK_M whole rows. In the backward a fixed number of programs stride over the rows,
-so that dy and s are read once for ds, dw and db together, the next rows while these are worked on;
-a second kernel adds their dw and db in a fixed order, which keeps gradients bitwise reproducible.
+so that dy and s are read once for ds, dw and db together, and the next rows are loaded while these
+are computed. A second kernel adds up the programs' dw and db in a fixed order, which keeps
+gradients bitwise reproducible.
 """
 
 import torch
@@ -280,7 +281,7 @@ def unsupported(tensors: tuple[Tensor, ...], width: int) -> str | None:
 
 
 def _out_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """CUDA's autocast normalises in fp32; a CPU's leaves LayerNorm alone."""
+    """The dtype of y under autocast: fp32 on CUDA; on a CPU autocast does not change LayerNorm."""
     return torch.float32 if device.type == "cuda" and torch.is_autocast_enabled("cuda") else dtype
 
 

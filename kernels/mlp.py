@@ -1,12 +1,12 @@
-"""The MLP and its first half as ops: autograd around two GEMMs that have GELU beside them.
+"""The ops `mlp` and `linear_gelu`, its first half: autograd around the two GEMMs next to GELU.
 
     h  = x @ w1.T + b1             a   = gelu(h)        y   = a @ w2.T + b2
     dh = gelu'(h) * (dy @ w2)      dw2 = dy.T @ a       db2 = sum over rows of dy
     dx = dh @ w1                   dw1 = dh.T @ x       db1 = sum over rows of dh
 
-h is kept for the backward. a is not: the pass that makes dh computes it again from h. `cublas` has
-PyTorch's GEMMs, which add the bias in fp32 before they round h, and a pass of gelu.py after each;
-`own` has the GEMM kernels of gemm_gelu.py.
+h is kept for the backward; a is computed again from h by the pass that computes dh. `cublas` calls
+PyTorch's GEMMs, which add the bias in fp32 before they round h, and a pass of gelu.py after each.
+`own` calls the GEMM kernels of gemm_gelu.py.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ class _Mlp(torch.autograd.Function):
 
 
 class Gemms(NamedTuple):
-    """The two GEMMs, and the ops that are made of them."""
+    """Two GEMMs, and the ops built on them."""
 
     # x, w, b, tanh -> h, gelu(h)
     forward: Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]

@@ -25,7 +25,7 @@ if not _has_gpu():
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from fastgpt import use_backend  # noqa: E402
+from fastgpt import backend, use_backend  # noqa: E402
 from tests import interpreter  # noqa: E402
 
 interpreter.patch_once()
@@ -36,9 +36,25 @@ torch.set_num_threads(1)  # the tensors are small: a second thread would cost mo
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
 
+def pytest_collection_modifyitems(items):
+    """An op that a test is marked with has to exist."""
+    marks = (mark for item in items for mark in item.iter_markers("ops"))
+    if unknown := {name for mark in marks for name in mark.args} - backend.OPS.keys():
+        raise pytest.UsageError(f"pytest.mark.ops: backend.OPS has no {', '.join(unknown)}")
+
+
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def matmul_precision(request):
+    """Of float32: a test names it as a parameter of this fixture."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,38 @@ def test_an_import_of_fastgpt_brings_torch_and_nothing_else():
     assert {name.partition(".")[0] for name in new} <= allowed
 
 
+def test_an_import_computes_nothing_and_asks_the_machine_nothing():
+    """No op of PyTorch's, and no file but Python's: what a CPU needs waits for its first use."""
+    code = """
+import sys, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+seen = []
+
+class Ops(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        seen.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+def opened(event, details):
+    if event == "open" and str(details[0]).startswith("/proc"):
+        seen.append(details[0])
+
+sys.addaudithook(opened)
+with Ops():
+    import fastgpt
+    print(*seen, "at import")
+    model = fastgpt.GPT(fastgpt.GPTConfig(4, 5, n_layer=1, n_head=1, n_embd=4))
+    seen.clear()
+    idx = torch.zeros(1, 4, dtype=torch.int64)
+with fastgpt.use_backend("auto"):
+    model(idx, idx)
+print("/proc/cpuinfo" in seen)
+"""
+    imported, used = run_python(code).splitlines()[0::2]
+    assert imported == "at import"
+    assert used == str(sys.platform == "linux")
+
+
 def test_a_missing_triton_is_the_reason_that_is_given():
     code = """
 import torch, fastgpt

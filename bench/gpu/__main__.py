@@ -1,12 +1,13 @@
-"""Everything a GPU session is for, most valuable first, within a budget of seconds.
+"""All tests and measurements that need a GPU, most valuable first, within a budget of seconds.
 
-    python -m bench.gpu --budget 540 --out DIR        # again with the same DIR, it goes on
-    python -m bench.gpu --install DIR                 # records, tables and docs into this checkout
+    python -m bench.gpu --budget 540 --out DIR        # again with the same DIR: goes on
+    python -m bench.gpu --install DIR                 # puts DIR's results into this checkout
 
-A preflight, then stages (stages.py), each a process that is ended with all it started when its time
-is up. DIR gets four files: table.txt, one screen, also printed last; gpu.json, all that is known,
-from which the next call goes on; tuned.json; results.tar.gz with records, logs and profiles.
---rehearse runs toy sizes on a CPU, which proves the kit and measures nothing.
+First the preflight's checks, then the stages of stages.py. Each stage is a process; when its time
+is up, it is ended together with every process that it started. DIR gets four files: table.txt, one
+screen, which is also printed at the end; gpu.json, the state that the next call goes on from;
+tuned.json; results.tar.gz with records, logs and profiles. --rehearse runs toy sizes on a CPU: it
+tests these commands and measures nothing.
 """
 
 import argparse
@@ -24,11 +25,11 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--budget", type=float, default=540, help="seconds of this call (%(default)s)")
     add("--out", type=Path, default=Path("out/gpu"), help="folder of the four files (%(default)s)")
-    add("--only", nargs="+", metavar="STAGE", default=[], help="these, again where they have run")
-    add("--resume", type=Path, metavar="DIR", help="where the files of an earlier call lie, if DIR "
-        "of --out is empty; its gpu.json alone will do")  # fmt: skip
+    add("--only", nargs="+", metavar="STAGE", default=[], help="these alone, even if they have run")
+    add("--resume", type=Path, metavar="DIR", help="folder (or gpu.json) of an earlier call, used "
+        "where --out is empty")  # fmt: skip
     add("--rehearse", action="store_true", help="toy sizes on a CPU")
-    add("--install", type=Path, metavar="DIR", help="what calls have left in DIR")
+    add("--install", type=Path, metavar="DIR", help="install what calls wrote to DIR")
     args = parser.parse_args(argv)
     if args.install is not None:
         from bench.gpu import install  # needs torch

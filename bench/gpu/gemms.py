@@ -1,8 +1,8 @@
-"""TFLOP/s of cuBLAS on every GEMM of a training step: the ceiling of everything else.
+"""TFLOP/s of cuBLAS on every GEMM of a training step: what fastgpt's own GEMMs are held against.
 
     python -m bench.gpu.gemms --tokens 16384 --width 768 --vocabulary 50304
 
-Weight gradients are those of the fused path, from the accumulator into fp32. A line of JSON each.
+Weight gradients are written in fp32, as the fused path does. Prints a line of JSON per GEMM.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What stages are given: sizes, an environment, and what was carried here beside the checkout.
+"""What stages are given: sizes, an environment, and files brought along in .local/ of the checkout.
 
 .local/nanoGPT/model.py    (or $NANOGPT_DIR) the real nanoGPT
 .local/liger               wheels of Liger, or a folder that holds liger_kernel/
@@ -22,10 +22,10 @@ CARRIED = ROOT / ".local"
 class Given:
     def __init__(self, rehearsal: bool):
         self.rehearsal = rehearsal
-        self.site: Path | None = None  # where wheels are unpacked
+        self.site: Path | None = None  # folder of the unpacked wheels
 
     def carried(self) -> dict[str, str]:
-        """name -> folder, of what is here."""
+        """name -> folder, of the files in .local/ that exist."""
         found = {}
         nanogpt = Path(os.environ.get("NANOGPT_DIR") or CARRIED / "nanoGPT")
         if (nanogpt / "model.py").is_file():
@@ -37,7 +37,7 @@ class Given:
         return found
 
     def values(self) -> dict[str, Any]:
-        """For the braces of a stage's command."""
+        """The values for the words in braces of a stage's command."""
         carried = self.carried()
         rival = "nanogpt-compile" if "nanoGPT" in carried else "compile"
         return {**(TOY if self.rehearsal else REAL), **carried, "compile": rival}
@@ -47,7 +47,7 @@ class Given:
         if self.rehearsal:
             env |= {"TRITON_INTERPRET": "1", "FASTGPT_REHEARSAL": "1", "CUDA_VISIBLE_DEVICES": ""}
         carried = self.carried()
-        env.pop("NANOGPT_DIR", None)  # one that holds nothing would end a stage
+        env.pop("NANOGPT_DIR", None)  # a folder without nanoGPT would end a stage
         if "nanoGPT" in carried:
             env["NANOGPT_DIR"] = carried["nanoGPT"]
         if "liger" in carried:
@@ -56,7 +56,9 @@ class Given:
         return env
 
     def _unpacked(self, folder: Path) -> str:
-        """Wheels as a folder, for Triton reads the source of a kernel; else the folder itself."""
+        """The folder's wheels, unpacked, as Triton reads kernels' source files; without wheels, the
+        folder itself.
+        """
         wheels = sorted(folder.glob("*.whl"))
         if wheels and self.site is None:
             self.site = Path(tempfile.mkdtemp(prefix="fastgpt-site-"))

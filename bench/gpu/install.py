@@ -1,11 +1,11 @@
-"""`python -m bench.gpu --install DIR`: what GPU sessions left in DIR, put where it belongs.
+"""`python -m bench.gpu --install DIR`: installs the results of GPU sessions in this checkout.
 
-    records       into bench/results/<device>/, of several alike the one with most times
+    records       into bench/results/<device>/; of records with equal settings the fullest one
     tuned.json    as the device's entry of kernels/tuned.json, which dispatch and launches follow
     the docs      made anew from all records (bench.reports.document)
 
-All is read and checked first. What is wrong is refused by name, and then, or where a write fails,
-the tree stays as it was.
+Everything is checked before anything is written. If a file is wrong, it is named and nothing is
+installed; if a write fails, the files that were written are put back.
 """
 
 import json
@@ -27,7 +27,7 @@ Record = record.Record
 
 
 class Refused(ValueError):
-    """The file, what is wrong with it, and what to do."""
+    """The message names the file, what is wrong with it, and what to do."""
 
 
 def main(folder: Path, root: Path = ROOT) -> int:
@@ -66,7 +66,7 @@ def main(folder: Path, root: Path = ROOT) -> int:
 
 
 def _contents(folder: Path, root: Path) -> dict[Path, bytes]:
-    """path -> what is to be written there. ValueError if anything in the folder is not in order."""
+    """path -> the content to write there. ValueError if a file of the folder is wrong."""
     for name in (store.STATE, store.TAR):
         if not (folder / name).is_file():
             raise Refused(f"{folder / name} is missing: DIR is what --out of bench.gpu named")
@@ -80,11 +80,11 @@ def _contents(folder: Path, root: Path) -> dict[Path, bytes]:
     ]
     if not found:
         raise Refused(f"{folder / store.TAR} holds no record")
-    there = {name for name, _ in store.members(folder / store.TAR)}
+    packed = {name for name, _ in store.members(folder / store.TAR)}
     for name, entry in state["stages"].items():
         for one in entry.get("results", {}).get("records", []):
-            if f"{name}/{one['file']}" not in there:
-                print(f"{name}/{one['file']} is not in {store.TAR}: an earlier call's has it",
+            if f"{name}/{one['file']}" not in packed:
+                print(f"{name}/{one['file']} is not in {store.TAR}, but in that of an earlier call",
                       file=sys.stderr)  # fmt: skip
     doubts = results.flags(state)
     files = dict(_placed(best(merged(found)), doubts, root))
@@ -95,7 +95,7 @@ def _contents(folder: Path, root: Path) -> dict[Path, bytes]:
 
 
 def checked(content: bytes, name: str) -> Record:
-    """The record, if it is one of a GPU at a session's own sizes."""
+    """The record in `content`. Refused unless it was measured on a GPU, at a session's sizes."""
     try:
         found = json.loads(content)
     except ValueError as error:
@@ -131,7 +131,7 @@ def _positive(value: Any) -> bool:
 
 
 def merged(records: list[Record]) -> list[Record]:
-    """Each op was measured in a process of its own: one record of all, as bench.ops writes it."""
+    """The records, those of single ops put together in one, as bench.ops writes it."""
     rest: list[Record] = []
     together: dict[str, Record] = {}
     for found in sorted(records, key=lambda r: r["date"]):
@@ -150,7 +150,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def best(records: list[Record]) -> list[Record]:
-    """Of those alike the one with most times; the newest, where they have as many."""
+    """Of records with equal settings the one with most times, of several the newest."""
 
     def times(found: Record) -> tuple[int, str]:
         return sum("problem" not in row for row in found["rows"]), found["date"]
@@ -164,7 +164,7 @@ def best(records: list[Record]) -> list[Record]:
 def _placed(
     records: list[Record], doubts: dict[str, str], root: Path
 ) -> Iterator[tuple[Path, bytes]]:
-    """What is there already is not added again. Rows of an op that failed the GPU suite say so."""
+    """Paths and contents of new records; rows of an op that failed the GPU suite get a flag."""
     taken: set[Path] = set()
     for found in records:
         for row in found["rows"]:
@@ -173,7 +173,7 @@ def _placed(
                 row["flag"] = f"the GPU suite failed: {test}{also}"
         content = (json.dumps(found, indent=1) + "\n").encode()
         path = record.path_of(found, root / "bench/results")
-        while path in taken:  # of the same second
+        while path in taken:  # two records of one second
             path = path.with_stem(f"{path.stem}-too")
         taken.add(path)
         if content not in (other.read_bytes() for other in path.parent.glob("*.json")):
@@ -195,7 +195,7 @@ def _shipped(path: Path, device: str, root: Path) -> bytes:
         raise Refused(f"{path} is no entry of fastgpt tune: it needs {', '.join(kinds)}")
     for op, name in entry["implementations"].items():
         if op not in backend.OPS or name not in (*backend.OPS[op].implementations, "torch"):
-            raise Refused(f"{path} chooses {name!r} for {op!r}, which this checkout has not")
+            raise Refused(f"{path} chooses {name!r} for {op!r}, which this checkout does not know")
     for kernel, config in entry["configs"].items():
         tiles = config if isinstance(config, list) else [config]
         if not tiles or not all(isinstance(t, dict) and _integers(t) for t in tiles):

@@ -1,10 +1,10 @@
-"""Runs one command and leaves nothing of it behind: `run`, and the small process that does it.
+"""Runs one command and ends every process that it started: `run`, and the keeper that `run` starts.
 
-The process stands between the driver and the command. It reads what the command prints, watches
-the clock and the disk, and at the end ends everything that the command started, also what went
-into a session of its own: it is the subreaper of its descendants (prctl(2)), so that /proc shows
-all of them below it. If the driver dies, even by SIGKILL, the pipe between them closes, which ends
-the command too. Standard library only, and no import of this project: see `run`.
+The keeper is a small process between the caller and the command. It logs what the command prints,
+watches the clock and the disk, and finally ends all descendants, those in sessions of their own
+too: as their subreaper (prctl(2)) it sees them all below it in /proc. If the caller dies, even by
+SIGKILL, the pipe between the two closes, and the keeper ends the command. Standard library only,
+and no import of this project: it runs as a script (see `run`).
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PR_SET_CHILD_SUBREAPER = 36
-HEAD, TAIL = 4 * 2**20, 64 * 2**10  # bytes kept of what a command prints: its begin and its end
+HEAD, TAIL = 4 * 2**20, 64 * 2**10  # bytes of a command's output that are kept: first, last
 
 
 class Limits(NamedTuple):
     seconds: float
     grace: float = 5.0  # seconds between SIGTERM and SIGKILL
-    max_bytes: int = 4 * 2**30  # in the folders the command may write to
+    max_bytes: int = 4 * 2**30  # in the folders that the command may write to
     min_free: int = 2**28  # bytes that stay free on their disk
 
 
@@ -46,10 +46,10 @@ def run(
     cwd: Path,
     env: dict[str, str],
 ) -> Outcome:
-    """Run `command` under a keeper. KeyboardInterrupt (or any other exception) ends it as well."""
+    """Run `command` under a keeper. Any exception here, KeyboardInterrupt too, ends it as well."""
     spec = [command, str(log), [str(f) for f in folders], limits, str(cwd)]
     start = time.monotonic()
-    # -I: neither PYTHONPATH nor what lies in this folder may keep the keeper from starting
+    # -I: no module in PYTHONPATH or in this folder may shadow one that the keeper imports
     keeper = subprocess.Popen(
         [sys.executable, "-I", __file__, json.dumps(spec)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True,
@@ -70,7 +70,7 @@ def run(
 
 
 def _wait(keeper: subprocess.Popen, seconds: float) -> tuple[bytes, int]:
-    """What the keeper said. Its stdin stays open: that it closes is the sign to stop."""
+    """What the keeper printed. Its stdin stays open until then: closing it tells it to stop."""
     assert keeper.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(keeper.stdout, selectors.EVENT_READ)
@@ -95,7 +95,7 @@ def become_subreaper() -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Living processes below `pid`; none where there is no /proc."""
+    """Living processes below `pid`; none on systems without /proc."""
     children: dict[int, list[int]] = {}
     names = os.listdir("/proc") if os.path.isdir("/proc") else []
     for name in filter(str.isdigit, names):
@@ -113,7 +113,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def stop_descendants(pid: int, grace: float) -> list[int]:
-    """SIGTERM, then SIGKILL for all below `pid`; those that outlive ten seconds of that."""
+    """SIGTERM, then SIGKILL to all below `pid` -> those alive ten seconds after SIGKILL."""
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
         end, sent = time.monotonic() + seconds, set[int]()
         while living := descendants(pid):
@@ -139,7 +139,7 @@ def size_of(folder: Path) -> int:
 
 
 class _Log:
-    """The begin of what a command prints goes into the file as it comes, the end at the end."""
+    """Writes the first HEAD bytes of a command's output at once, the last TAIL bytes on `close`."""
 
     def __init__(self, path: Path):
         self.path, self.seen, self.tail = path, 0, b""
@@ -158,12 +158,12 @@ class _Log:
         self.file.close()
 
     def _write(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # a full disk: the command goes on, its words are lost
+        with contextlib.suppress(OSError):  # a full disk: the command goes on, this output is lost
             self.file.write(data)
 
 
 def keep(command: list[str], log: _Log, folders: list[Path], limits: Limits, cwd: str) -> Outcome:
-    """The keeper's whole work."""
+    """What the keeper does: start the command, watch it, end it with all its descendants."""
     start = time.monotonic()
     try:
         process = subprocess.Popen(
@@ -173,10 +173,10 @@ def keep(command: list[str], log: _Log, folders: list[Path], limits: Limits, cwd
     except OSError as error:
         log.add(f"{error}\n".encode())
         return Outcome("not started", error.errno or 1, 0.0, [])
-    with contextlib.suppress(OSError):  # out of memory, the system takes the stage, not the driver
+    with contextlib.suppress(OSError):  # when memory runs out, the system kills this first
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("500")
     how = _watch(process, log, folders, limits, start + limits.seconds)
-    # whoever interrupts the driver may not wait long before SIGKILL
+    # after an interruption of the caller a SIGKILL may follow soon
     left = _stop(process, log, min(limits.grace, 1.0) if how == "interrupted" else limits.grace)
     code = process.returncode if process.returncode is not None else 0
     if not how:
@@ -187,12 +187,12 @@ def keep(command: list[str], log: _Log, folders: list[Path], limits: Limits, cwd
 def _watch(
     process: subprocess.Popen, log: _Log, folders: list[Path], limits: Limits, end: float
 ) -> str:
-    """Until the command ends, "", or has to be stopped: why."""
+    """Wait for the command's end -> "", or the reason why it has to be stopped."""
     assert process.stdout is not None
     next_look = 0.0
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        selector.register(0, selectors.EVENT_READ)  # of the driver
+        selector.register(0, selectors.EVENT_READ)  # from the caller
         while process.poll() is None:
             for key, _ in selector.select(0.05):
                 data = os.read(key.fd, 2**20)
@@ -200,7 +200,7 @@ def _watch(
                     return "interrupted"
                 if key.fd != 0 and data:
                     log.add(data)
-                elif key.fd != 0:  # it closed its output, and runs on
+                elif key.fd != 0:  # it closed its output and runs on
                     selector.unregister(process.stdout)
             now = time.monotonic()
             if now > end:
@@ -221,10 +221,12 @@ def _too_full(folders: list[Path], limits: Limits) -> bool:
 
 
 def _stop(process: subprocess.Popen, log: _Log, grace: float) -> list[int]:
-    """Ends what still runs, and takes what was printed last. Who holds the pipe may outlive us."""
+    """End what still runs and log the last output, without waiting for the pipe's end: a process
+    that could not be ended may hold it open.
+    """
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
-    if process.poll() is None and not os.path.isdir("/proc"):  # all that can be done there
+    if process.poll() is None and not os.path.isdir("/proc"):  # descendants cannot be listed
         os.killpg(process.pid, signal.SIGKILL)
     left = stop_descendants(os.getpid(), grace)
     with contextlib.suppress(subprocess.TimeoutExpired):

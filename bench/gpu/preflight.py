@@ -1,10 +1,11 @@
-"""Would our kernels run here? Seconds to ask, before minutes are spent.
+"""Checks, in seconds, whether fastgpt's kernels would run here, before minutes are spent.
 
     python -m bench.gpu.preflight --out DIR
 
-A line of JSON per check, before which the check's name is printed: what hangs or faults is named.
-From the cheapest to what needs all the others: Triton builds its launchers with a C compiler and
-Python's headers, and without them every "fastgpt" row would time PyTorch. Exit 1: they would not.
+Prints a check's name, then its result as a line of JSON, so that a check that hangs or crashes is
+known. The cheapest come first; each needs those before it. Triton builds its launchers with a C
+compiler and Python's headers: without them every "fastgpt" row would time PyTorch. Exit code 1: a
+check failed.
 """
 
 import argparse
@@ -35,7 +36,7 @@ Facts = dict[str, Any]
 
 
 class Refused(Exception):
-    """Our kernels would not run; the message says why, and what to do."""
+    """fastgpt's kernels would not run; the message says why, and what to do."""
 
 
 def packages(out: Path) -> Facts:
@@ -63,7 +64,7 @@ def disk(out: Path) -> Facts:
 
 
 def compiler(out: Path) -> Facts:
-    """The one Triton would take, on what Triton compiles: an extension, loaded afterwards."""
+    """Build and load a Python extension with the C compiler that Triton would use."""
     named = os.environ.get("CC")
     cc = shlex.split(named) if named else [c for c in map(shutil.which, ("gcc", "clang")) if c][:1]
     if not cc:
@@ -115,17 +116,20 @@ def device(out: Path) -> Facts:
     found |= {"free_gib": free / GIB, "total_gib": total / GIB}
     found["capability"] = list(torch.cuda.get_device_capability())
     if free / GIB < MIN_MEMORY:
-        raise Refused(f"{free / GIB:.1f} GiB of GPU memory are free: somebody else uses this GPU")
+        raise Refused(f"{free / GIB:.1f} GiB of GPU memory are free: others use this GPU")
     if free < 0.9 * total:
-        found["warning"] = f"{free / GIB:.0f} of {total / GIB:.0f} GiB are free: not alone here"
+        found["warning"] = (
+            f"{free / GIB:.0f} of {total / GIB:.0f} GiB are free: others use this GPU"
+        )
     return found
 
 
 def kernel(out: Path) -> Facts:
-    """One of ours, compiled and launched, against PyTorch."""
+    """Compile and launch LayerNorm, and compare it with PyTorch's."""
     import torch
 
     from fastgpt import ops, reference, use_backend
+    from fastgpt.storage.printable import first_line
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     if where == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -135,11 +139,11 @@ def kernel(out: Path) -> Facts:
         with use_backend("triton"):
             ours = ops.layer_norm(x, w, None)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise Refused(f"our kernels do not launch: {type(error).__name__}: {first[:200]}") from None
+        why = f"{type(error).__name__}: {first_line(error):.200}"
+        raise Refused(f"fastgpt's kernels do not launch: {why}") from None
     gap = (ours - reference.layer_norm(x, w, None)).abs().max().item()
     if not gap < 1e-4:
-        raise Refused(f"our LayerNorm is {gap:.2g} away from PyTorch's")
+        raise Refused(f"fastgpt's LayerNorm is {gap:.2g} away from PyTorch's")
     return {"error": gap}
 
 
@@ -149,12 +153,12 @@ def backend(out: Path) -> Facts:
 
     report = backend_report()
     facts = {op: f"{choice.implementation}: {choice.reason}" for op, choice in report.items()}
-    # attention is PyTorch's where nobody measured, and any op where a measurement chose that
-    ours = [op for op, entry in table.OPS.items() if entry.unmeasured != "torch"]
-    theirs = [op for op in ours if report[op].implementation in ("torch", "none")]
-    theirs = [op for op in theirs if not report[op].reason.startswith("measured")]
-    if theirs and not rehearsing():
-        raise Refused(f"{theirs[0]} would run in PyTorch: {report[theirs[0]].reason}")
+    # PyTorch is expected for attention where nobody measured, and for what a measurement chose
+    expected = [op for op, entry in table.OPS.items() if entry.unmeasured != "torch"]
+    missing = [op for op in expected if report[op].implementation in ("torch", "none")]
+    missing = [op for op in missing if not report[op].reason.startswith("measured")]
+    if missing and not rehearsing():
+        raise Refused(f"{missing[0]} would run in PyTorch: {report[missing[0]].reason}")
     return facts
 
 

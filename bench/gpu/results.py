@@ -1,10 +1,10 @@
-"""What a stage has written, whether it ended or was stopped: read as if anything could be in it.
+"""Reads what a stage has written. It may have been stopped at any point, so nothing is trusted.
 
 records    {out}/**/*.json that are records of bench (record.py)
 rows       lines of its output that are JSON objects
 tests      {out}/outcomes-*.jsonl of tests.gpu: how each test ended
 tuned      the file of `fastgpt tune`
-last       what it printed last, for the table and for people
+last       the last lines that it printed
 """
 
 import json
@@ -16,33 +16,10 @@ from typing import Any
 from bench.gpu import store
 
 MAX_ROWS, MAX_RECORDS, MAX_LINE = 400, 8, 4000  # of one stage; characters of one row
-MAX_BYTES = 2**26  # of a file that is read
+MAX_BYTES = 2**26  # read of one file
 Row = dict[str, Any]
 FAILED = ("failed", "crashed", "hung")
 LOG = "log.txt"
-
-# A part of a test's name -> the ops it is about; the longer part goes first.
-_OPS = {
-    "packed_causal_attention": ("packed_causal_attention",),
-    "causal_attention": ("causal_attention",),
-    "attention": ("causal_attention", "packed_causal_attention"),
-    "linear_cross_entropy": ("linear_cross_entropy",),
-    "cross_entropy": ("cross_entropy",),
-    "add_layer_norm": ("add_layer_norm",),
-    "layer_norm": ("layer_norm",),
-    "linear_gelu": ("linear_gelu",),
-    "gelu": ("linear_gelu",),
-    "mlp": ("mlp",),
-    "test_mlp.py": ("linear_gelu", "mlp"),
-    "adamw": ("adamw",),
-    "optim": ("adamw",),
-    "head_dims": ("causal_attention", "packed_causal_attention"),
-    "dropout_mask": ("causal_attention", "packed_causal_attention"),
-    "long_contexts": ("causal_attention",),
-    "time_strides": ("packed_causal_attention",),
-}
-_LAUNCHERS = {"fc + GELU": "linear_gelu", "proj dgrad + dGELU": "mlp", "fc weight gradient": "mlp",
-              "AdamW, clip and copy": "adamw"}  # fmt: skip
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -66,8 +43,8 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What two tries have found: the second's, and what it had not come to (or whose files were
-    left on another machine)."""
+    """The results of two tries: the second's, and of the first what the second has not measured, or
+    what lies on another machine."""
     files = {record["file"] for record in found.get("records", [])}
     old = [record for record in before.get("records", []) if record["file"] not in files]
     both = {**before, **found}
@@ -79,7 +56,7 @@ def wrote_something(found: dict[str, Any]) -> bool:
 
 
 def printable(text: str) -> str:
-    """What a terminal shows as it is."""
+    """`text` with a question mark for each character that a terminal may not show."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -93,7 +70,7 @@ def _text(path: Path) -> str:
 
 def _parsed(text: str) -> Any:
     def number(digits: str) -> int | float:
-        return int(digits) if len(digits) < 16 else float(digits)  # of which all can be shown
+        return int(digits) if len(digits) < 16 else float(digits)  # long ints cannot be printed
 
     try:
         return json.loads(text, parse_int=number)
@@ -107,13 +84,13 @@ def _rows(lines: list[str]) -> list[Row]:
 
 
 def _newest(rows: list[Row]) -> list[Row]:
-    """A second try says the same once more: of rows about the same, the last."""
+    """The last row of each check, op, direction and variant: a second try prints them again."""
     names = ("check", "op", "direction", "variant")
     return list({str([row.get(name) for name in names]): row for row in rows}.values())
 
 
 def _records(out: Path) -> Iterator[dict[str, Any]]:
-    """Without their samples, which stay in the tar."""
+    """A stage's records without their samples, which stay in the tar."""
     for path in sorted(out.glob("**/*.json")):
         found = _parsed(_text(path))
         if not (isinstance(found, dict) and isinstance(found.get("rows"), list)):
@@ -125,7 +102,7 @@ def _records(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def _short(row: Row) -> Row:
-    """Without samples and long texts."""
+    """A row without its samples, and with long texts cut."""
     plain = {name: value for name, value in row.items() if not isinstance(value, list | dict)}
     if isinstance(ms := row.get("ms"), dict):
         plain["ms"] = {"median": ms.get("median")}
@@ -133,7 +110,7 @@ def _short(row: Row) -> Row:
 
 
 def _tests(out: Path) -> dict[str, Any]:
-    """How many ended how, and the bad ones: a test's last word counts."""
+    """How many tests ended in which way, and those that failed: a test's last line counts."""
     last: dict[str, Row] = {}
     for path in sorted(out.glob("outcomes-*.jsonl")):
         for row in _rows(_text(path).splitlines()):
@@ -147,32 +124,28 @@ def _tests(out: Path) -> dict[str, Any]:
     return {"counts": counts, "bad": bad[:MAX_ROWS]} if last else {}
 
 
-def ops_of(test: str) -> tuple[str, ...]:
-    """The ops whose rows a failure of `test` puts in doubt; () for what is about whole models."""
-    file, _, name = test.lower().partition("::")
-    for text in (name, file):
-        if hits := [part for part in _OPS if part in text]:
-            return _OPS[max(hits, key=len)]
-    return ()
-
-
 def flags(state: store.State) -> dict[str, str]:
-    """op (or "model") -> a test of it that failed."""
-    found: dict[str, str] = {}
+    """op, or "model" -> a failed test of it. tests.gpu writes the ops that a test is marked for."""
+    failed: dict[str, str] = {}
     for entry in state["stages"].values():
         tests = entry.get("results", {}).get("tests", {})
         for row in tests.get("bad", []):
-            for op in ops_of(row["test"]) or ("model",):
-                found.setdefault(op, row["test"])
-    return found
+            for op in str(row.get("ops") or "model").split():
+                failed.setdefault(op, row["test"])
+    return failed
+
+
+def is_fastgpts(row: Row) -> bool:
+    """Whether a row's variant runs fastgpt's code."""
+    return str(row.get("variant")).startswith(("fastgpt", "own", "cuBLAS and", "specialized"))
 
 
 def flagged(row: Row, doubts: dict[str, str]) -> str:
-    """Why the time of `row` is to be doubted, or "": only ours can be, and a model's by any op."""
-    variant = str(row.get("variant", ""))
-    if not doubts or not variant.startswith(("fastgpt", "own", "cuBLAS and", "specialized")):
+    """The failed test that puts the time of `row` in doubt, or "".
+
+    Only fastgpt's own rows are doubted: those of an op by its tests, those of a model by any.
+    """
+    if not doubts or not is_fastgpts(row):
         return ""
-    op = str(row.get("op", ""))
-    if not op:
-        return next(iter(doubts.values()))
-    return doubts.get(_LAUNCHERS.get(op, op), "")
+    op = row.get("part_of") or row.get("op")
+    return doubts.get(str(op), "") if op else next(iter(doubts.values()))

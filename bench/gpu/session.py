@@ -1,8 +1,8 @@
 """One call: preflight, then stage after stage until the budget is spent; the next call goes on.
 
-Standard library only: whatever touches torch or a GPU is a process of its own under keeper.py, so
-that nothing a stage does can end this one. After every stage, and before the next, all that is
-known is on disk; a stage that was cut off counts with what it had written.
+Standard library only: what uses torch or a GPU runs in a process of its own under keeper.py, so
+that no stage can end this process. Before and after every stage the state is written to disk. Of a
+stage that was cut off, what it had written counts.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ SCRATCH = "scratch"  # beside the folders of the stages, and empty between them
 
 
 class Stopped(BaseException):
-    """A signal asked the driver to end."""
+    """A signal asked this process to end."""
 
 
 class Session:
@@ -45,12 +45,10 @@ class Session:
         self.unwritten = ""  # why a file could not be written
         self.given = Given(rehearsal)
 
-    # -- what is known
-
     def load(self, resume: Path | None) -> None:
-        """Go on from DIR, or from another folder (or gpu.json) that came from an earlier call.
+        """Go on from the state in --out, or in `resume`, the folder or gpu.json of another call.
 
-        ValueError where something there is not what a call leaves.
+        ValueError says which file is not of a call of bench.gpu.
         """
         source = self.out if (self.out / store.STATE).exists() or resume is None else resume
         path = source if source.is_file() else source / store.STATE
@@ -61,20 +59,20 @@ class Session:
                 raise ValueError(f"{path} is {kind}, this call is not: give another --out")
             self.state = state
         self.work = store.work_folder(self.state)
-        shutil.rmtree(self.work / SCRATCH, ignore_errors=True)  # of a driver that was killed
+        shutil.rmtree(self.work / SCRATCH, ignore_errors=True)  # left by a call that was killed
         if (tar := path.with_name(store.TAR)).exists() and self.state["calls"]:
             store.unpack(tar, self.work)
         self.state["work"] = str(self.work)
         for name, entry in self.state["stages"].items():
             if entry.get("ended") == RUNNING:
-                self._finish(name, entry, "cut off: the driver was killed")
+                self._finish(name, entry, "cut off: the call was killed")
 
     def save(self) -> None:
-        """All four files. A full disk loses what is large, never what is known."""
+        """Write all four files. On a full disk large files are deleted, never the state."""
         self.unwritten = ""
         while True:
             try:
-                # the small ones first: they must not wait for the tar
+                # the small files first: packing the tar takes longest
                 store.write(self.out / store.STATE, store.dumps(self.state))
                 store.write(self.out / store.TABLE, (self.table() + "\n").encode())
                 if tuned := self._tuned():
@@ -105,14 +103,12 @@ class Session:
     def table(self) -> str:
         return table.table(self.state, self.stages, self.left_out)
 
-    # -- what to do
-
     def left(self) -> float:
-        """Seconds for stages; a little is kept back for packing."""
+        """Seconds left for stages, without those kept for packing."""
         return self.budget - min(10.0, 0.05 * self.budget) - (time.monotonic() - self.start)
 
     def left_out(self, stage: Stage) -> str:
-        """Why a stage has nothing to run here, or ""."""
+        """Why a stage cannot run on this machine, or ""."""
         if stage.gpu and self.state["rehearsal"]:
             return "needs a GPU"
         if stage.needs and stage.needs not in self.given.carried():
@@ -120,24 +116,24 @@ class Session:
         return ""
 
     def next(self) -> Stage | None:
-        """The first that was never tried and fits; after all of those, what failed once."""
-        there = [stage for stage in self.stages if not self.left_out(stage)]
+        """The first stage never tried that fits into the time left; then those that failed once."""
+        possible = [stage for stage in self.stages if not self.left_out(stage)]
         entries = self.state["stages"]
-        untried = [stage for stage in there if stage.name not in entries]
+        untried = [stage for stage in possible if stage.name not in entries]
         if any(not stage.last for stage in untried):
             untried = [stage for stage in untried if not stage.last]
         again = [
-            stage for stage in there if stage.name in entries
+            stage for stage in possible if stage.name in entries
             and not entries[stage.name].get("done") and entries[stage.name]["tries"] < MAX_TRIES
         ]  # fmt: skip
         fits = (stage for stage in untried or again if stage.least <= self.left())
         return next(fits, None)
 
     def call(self, only: list[Stage]) -> int:
-        """The exit code. What ends it early is in the state's last call."""
-        found = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "budget": self.budget}
-        self.state["calls"].append({**found, "ended": RUNNING})
-        this = self.state["calls"][-1]
+        """Run the stages -> exit code. The state's last call says what ended it early."""
+        this: dict[str, Any] = {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "budget": self.budget}
+        this["ended"] = RUNNING
+        self.state["calls"].append(this)
         try:
             with _signals():
                 this["ended"] = self._stages(only)
@@ -167,8 +163,8 @@ class Session:
         return DONE
 
     def _preflight(self, more: str = "") -> str:
-        """Why our kernels would not run, or "". One that is too late has perhaps read a cold disk:
-        once more, from memory."""
+        """Why fastgpt's kernels would not run here, or "". One that ran out of time may have waited
+        for a cold disk: it is tried once more."""
         stage = Stage("preflight", f"{self.preflight.command} {more}", self.preflight.seconds, 0)
         for _ in range(2):
             shutil.rmtree(stage.out(self.work), ignore_errors=True)
@@ -186,7 +182,7 @@ class Session:
         return why
 
     def run(self, stage: Stage) -> bool:
-        """Whether it ended by itself, so that the device can be trusted."""
+        """Run a stage -> whether it ended by itself; if not, the device may be unusable."""
         entries = self.state["stages"]
         before = entries.get(stage.name, {"tries": 0})
         entry = entries[stage.name] = {
@@ -214,7 +210,7 @@ class Session:
         return outcome.how == "exited" and not outcome.left
 
     def _finish(self, name: str, entry: dict[str, Any], ended: str) -> None:
-        """Into its entry with what it has written, however it ended."""
+        """Record how a stage ended, with the results that it had written by then."""
         folder = self.work / name
         notes = store.tidy(folder) if folder.is_dir() else []
         found = results.collect(folder)
@@ -246,7 +242,7 @@ class Session:
 
 
 def _words(outcome: keeper.Outcome) -> str:
-    """How a stage ended, for people."""
+    """How a stage ended, as the table says it."""
     text = {
         "exited": f"exit {outcome.code}",
         "signal": f"killed by {_signal(outcome.code)}",
@@ -271,7 +267,7 @@ def _signal(number: int) -> str:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """The first signal raises Stopped; the next ones must not disturb the tidying up."""
+    """The first signal raises Stopped; later ones are ignored while files are written."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def stop(number: int, frame: object) -> None:
@@ -283,7 +279,7 @@ def _signals() -> Iterator[None]:
     try:
         yield
     except Stopped:
-        raise  # and stay deaf
+        raise  # signals stay ignored
     else:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -292,7 +288,7 @@ def _signals() -> Iterator[None]:
 def run(
     session: Session, only: list[Stage], resume: Path | None, say: Callable[[str], object]
 ) -> int:
-    """Load, call; ValueError (and OSError) of what was given goes to `say`."""
+    """Load the state and run the stages -> exit code. `say` gets the message of a bad argument."""
     try:
         session.out.mkdir(parents=True, exist_ok=True)
         session.load(resume)

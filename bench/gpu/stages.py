@@ -1,9 +1,10 @@
-"""What a GPU session runs, as a table: most valuable first, our own never-run kernels last.
+"""What a GPU session runs, as a table: most valuable first, kernels that may hang last.
 
-A stage is one command, `python -m` and its words. Those in braces come from REAL or TOY; {out} is
-the stage's folder, {seconds} most of the time it is given, {data} a folder of tokens, {compile} the
-compiled rival: nanoGPT where a checkout was carried. A command need not know of this kit: what
-counts is records in {out} and lines of JSON on stdout (results.py), however it ended.
+A stage is a command, `python -m` and its arguments. Words in braces come from REAL or TOY; {out} is
+the stage's folder, {seconds} most of the time it may take, {data} a folder of tokens, {compile} the
+compiled model to compare with: nanoGPT where a checkout was brought along. The commands know
+nothing of this package: their results are records in {out} and lines of JSON on stdout, which
+results.py reads.
 """
 
 import dataclasses
@@ -17,14 +18,14 @@ class Stage:
     name: str
     command: str
     seconds: float  # at most
-    least: float  # with less it is not started, and waits for the next call
-    last: bool = False  # never before a stage of the table is untried that isn't
-    needs: str = ""  # a value: without it the stage is left out
-    gpu: bool = False  # nothing to rehearse on a CPU
-    fine: tuple[int, ...] = (0,)  # exit codes of a stage that has done its work
+    least: float  # with less time left it waits for the next call
+    last: bool = False  # only after every stage without this flag has been tried
+    needs: str = ""  # a name of Given.carried: without it the stage is left out
+    gpu: bool = False  # left out of a rehearsal on a CPU
+    fine: tuple[int, ...] = (0,)  # exit codes that mean it has done its work
 
     def argv(self, values: dict[str, object]) -> list[str]:
-        """Split before the values come in: a folder's name may hold spaces."""
+        """The command's words, split before values are put in: a folder's name may hold spaces."""
         words = [word.format(**values) for word in shlex.split(self.command)]
         return [sys.executable, "-m", *words]
 
@@ -48,7 +49,7 @@ B4 = f"{TRAIN} --batch-size {{small}} --rounds {{rounds}} --steps {{steps}} --va
 OWN = "fastgpt-step-graph fastgpt fastgpt-step fastgpt-nologits"
 # the record is written after every variant: what is cut off comes last
 COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt fastgpt-compile fastgpt-compile-ops"
-MORE = "nanogpt fastgpt-nologits liger-fused"  # so that one record shows all there is
+MORE = "nanogpt fastgpt-nologits liger-fused"  # so that one record has every variant
 PROFILE = "bench.profiler --out {out} --size {size} --batch-size {large} --variant"
 OPS = (
     "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
@@ -63,7 +64,7 @@ def _op(name: str, *, last: bool = False) -> Stage:
 
 
 def _peers(name: str, op: str, own: str) -> Stage:
-    """An op without our kernel that has never met a GPU."""
+    """An op's peers alone, without `own`, the kernel of fastgpt's that may hang."""
     return Stage(f"peers-{name}", f"{OPS} {op} --without '{own}'", seconds=75, least=25)
 
 
@@ -85,7 +86,7 @@ STAGES = (
     Stage("adamw", f"{BESIDE} adamw", 40, 15),
     Stage("curves", "bench.curves --data {data} --size {size} --batch-size {large} --block-size {T}"
           " --steps 1000 --out {out}/records", 300, 150, needs="data"),
-    # what has never met a GPU, and may hang or fault
+    # kernels that may hang or fault
     Stage("own-gemm", f"{BESIDE} wgrad fc dgrad", 45, 20, last=True),
     Stage("suite-races", f"{SUITE} races", 60, 20, last=True, gpu=True, fine=(0, 1)),
     Stage("specialized", f"{BESIDE} specialized", 45, 20, last=True, gpu=True),
@@ -96,8 +97,8 @@ STAGES = (
 
 
 def named(names: list[str], stages: tuple[Stage, ...] = STAGES) -> list[Stage]:
-    """ValueError names the stages there are."""
+    """The stages of these names; ValueError lists the known ones."""
     known = {stage.name: stage for stage in stages}
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ValueError(f"no stage {', '.join(unknown)}; use some of {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names)]

@@ -1,8 +1,8 @@
-"""What a session leaves in its folder, whole at every moment: a state, a table, tuned.json, a tar.
+"""The four files of a session's folder: a state, a table, tuned.json, a tar.
 
-Every file is written beside its place and renamed into it, so that a SIGKILL leaves the old one.
-The stages' own files lie in a work folder of the system's temporary directory, and in
-results.tar.gz from one call to the next, perhaps on another machine.
+Each is written under another name and then renamed, so that a SIGKILL leaves the old file whole.
+The stages write into a work folder in the system's temporary directory. Between two calls, which
+may be on different machines, results.tar.gz holds that folder's files.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-KIT = 2  # the layout of the state
+KIT = 2  # version of the state's layout
 STATE, TABLE, TUNED, TAR = "gpu.json", "table.txt", "tuned.json", "results.tar.gz"
-LIMIT = 15 * 2**20  # bytes of one file: 16 MiB come back from some machines
-TOO_LARGE = 2**29  # bytes of a file that is not worth compressing
-MAX_UNPACKED = 2 * 2**30  # of a tar that is read again
+LIMIT = 15 * 2**20  # bytes of the tar: some machines send back files up to 16 MiB
+TOO_LARGE = 2**29  # bytes of a file that is deleted rather than compressed
+MAX_UNPACKED = 2 * 2**30  # bytes; a tar that unpacks to more is refused
 State = dict[str, Any]
 
 
 def write(path: Path, content: bytes) -> None:
-    """All of it or none. OSError where the disk is full; what was there stays."""
+    """Replace the file as a whole. OSError where the disk is full: the old file stays."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("wb") as file:
@@ -47,7 +47,7 @@ def new(rehearsal: bool) -> State:
 
 
 def read(path: Path) -> State:
-    """ValueError says what is wrong with it."""
+    """The state in a file; ValueError says what is wrong with it."""
     try:
         state = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -70,7 +70,7 @@ def dumps(state: State) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
+    """`value` with NaN and infinity, which JSON has not, as text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -81,7 +81,7 @@ def _finite(value: Any) -> Any:
 
 
 def work_folder(state: State) -> Path:
-    """That of an earlier call if it is on this machine still, else a new one."""
+    """The earlier call's folder if it is still on this machine, else a new one."""
     before = Path(str(state.get("work")))
     ours = before.name.startswith("fastgpt-gpu-") and before.is_dir()
     if ours and os.access(before, os.W_OK):
@@ -95,7 +95,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def tidy(folder: Path) -> list[str]:
-    """Compress what is large, delete what is larger still; what was done with which file."""
+    """Compress files above 1 MiB, delete those above TOO_LARGE -> a line for each deleted one."""
     said = []
     for path in _files(folder):
         size = path.lstat().st_size
@@ -111,9 +111,9 @@ def tidy(folder: Path) -> list[str]:
 
 
 def pack(work: Path, path: Path, limit: int = LIMIT) -> list[str]:
-    """Write a tar of `work` that is within `limit`; the names of what was deleted for that.
+    """Write a tar of `work` of at most `limit` bytes -> the names of files deleted to get there.
 
-    The largest profiles go first, then other large files, records last.
+    The largest profiles are deleted first, then other large files, records last.
     """
     files = _files(work)
 
@@ -142,7 +142,7 @@ def _tar(work: Path, files: list[Path]) -> bytes:
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The files in a tar. ValueError where it is none, or reaches outside its folder."""
+    """(name, content) of each file. ValueError if it is no tar.gz or a name leaves its folder."""
     total = 0
     try:
         with tarfile.open(path, "r:gz") as tar:
@@ -158,7 +158,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def unpack(path: Path, work: Path) -> None:
-    """What is in `work` already is newer, and stays."""
+    """Unpack the tar without overwriting files in `work`, which are newer."""
     for name, content in members(path):
         target = work / name
         if not target.exists():

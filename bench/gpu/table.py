@@ -1,7 +1,8 @@
-"""The table of one screen: LINES lines of COLUMNS columns, whatever the stages have written.
+"""The session's results on one screen: LINES lines of COLUMNS columns.
 
-A line per stage: how it ended, and what it found where that fits. Training has a line per variant.
-`!` before a variant: the GPU suite failed on its op (or on any, for a model), so doubt its time.
+A line per stage: how it ended, and its result where that fits in a line; training has a line per
+variant. `!` before a variant: a test of its op failed in the GPU suite (of a model: any test), so
+its time is in doubt.
 """
 
 import math
@@ -22,7 +23,7 @@ def table(state: State, stages: tuple[Stage, ...], left_out: Callable[[Stage], s
     doubts = results.flags(state)
     device = _checks(state).get("device", {}).get("device")
     lines = _heading(state)
-    below: list[tuple[str, bool]] = []  # a line, and whether it is a detail
+    below: list[tuple[str, bool]] = []  # a line; whether it may be left out
     for stage in stages:
         entry = state["stages"].get(stage.name)
         if entry is None:
@@ -30,10 +31,10 @@ def table(state: State, stages: tuple[Stage, ...], left_out: Callable[[Stage], s
             below.append((f"{stage.name:27}{f'left out: {why}' if why else 'not run yet'}", False))
             continue
         line = _stage(stage.name, entry, doubts)
-        if (there := entry.get("device")) != device:
-            line = f"{line[:60]} (on {there})"
+        if (other := entry.get("device")) != device:
+            line = f"{line[:60]} (on {other})"
         below += [(line, False), *((row, True) for row in _detail(entry, doubts))]
-    if (too_many := len(lines) + len(below) - LINES) > 0:  # a stage's own line stays
+    if (too_many := len(lines) + len(below) - LINES) > 0:  # never a stage's own line
         details = [i for i, (_, is_detail) in enumerate(below) if is_detail][-too_many - 1 :]
         below = [line for i, line in enumerate(below) if i not in details]
         below.append((f"{len(details)} more lines: see gpu.json", False))
@@ -81,7 +82,7 @@ def _stage(name: str, entry: dict[str, Any], doubts: dict[str, str]) -> str:
 
 
 def _summary(found: dict[str, Any], doubts: dict[str, str]) -> str:
-    """What a stage found, on its own line."""
+    """A stage's result in a few words."""
     if "tests" in found:
         return ", ".join(f"{n} {how}" for how, n in found["tests"]["counts"].items())
     if "tuned" in found:
@@ -103,7 +104,7 @@ def _summary(found: dict[str, Any], doubts: dict[str, str]) -> str:
 
 
 def _best(records: list[Row]) -> Row:
-    """That with most times, the newest of several: a second try may have come less far."""
+    """The record with most times, of several the newest: a second try may have measured less."""
 
     def key(record: Row) -> tuple[int, str]:
         return sum("problem" not in row for row in record["rows"]), str(record.get("date"))
@@ -112,19 +113,19 @@ def _best(records: list[Row]) -> Row:
 
 
 def _ops(rows: list[Row], doubts: dict[str, str]) -> str:
-    """Per op and direction: ours, and how many times as long the best other takes."""
+    """Per op and direction: fastgpt's time, and how many times as long the best other one takes."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if isinstance(row.get("microseconds"), int | float) and row["microseconds"] > 0:
             what = str(row.get("direction", row.get("op")))
             groups.setdefault(_SHORT.get(what, what), []).append(row)
-    if "fwd" in groups:  # of which both is the sum
+    if "fwd" in groups:  # then "both" is their sum
         groups.pop("both", None)
     said = []
     for what, of_one in groups.items():
-        theirs = [row for row in of_one if not _ours(row)]
+        theirs = [row for row in of_one if not results.is_fastgpts(row)]
         best = min(theirs, key=lambda row: row["microseconds"], default=None)
-        for row in [row for row in of_one if _ours(row)] or theirs[:1]:
+        for row in [row for row in of_one if results.is_fastgpts(row)] or theirs[:1]:
             flag = "!" if results.flagged(row, doubts) else ""
             name = "" if row.get("variant") == "fastgpt" else f"{row.get('variant')} "
             text = f"{flag}{what} {name}{row['microseconds']:.4g} us"
@@ -133,16 +134,12 @@ def _ops(rows: list[Row], doubts: dict[str, str]) -> str:
                 text += f" ({ratio:.2f}x {best.get('variant')})"
             said.append(text)
     said += [f"{row.get('variant')}: {str(row['problem'])[:40]}" for row in rows
-             if "problem" in row and _ours(row)]  # fmt: skip
+             if "problem" in row and results.is_fastgpts(row)]  # fmt: skip
     return ", ".join(said)
 
 
-def _ours(row: Row) -> bool:
-    return str(row.get("variant")).startswith(("fastgpt", "own", "cuBLAS and", "specialized"))
-
-
 def _detail(entry: dict[str, Any], doubts: dict[str, str]) -> list[str]:
-    """The lines below a stage's own: variants of training and of curves, tests that failed."""
+    """The lines below a stage's own: failed tests, and the variants of training and of curves."""
     found = entry.get("results", {})
     bad = found.get("tests", {}).get("bad", [])
     lines = [f"  {row.get('outcome')}: {row['test']} (seed {row.get('seed')}) {row.get('why', '')}"

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 
 from bench.peers.training import matmul_dtype
-from fastgpt import GPTConfig
+from fastgpt import GPTConfig, weights
 
 MEMINFO = Path("/proc/meminfo")
 
 
 def parameters(config: GPTConfig) -> int:
-    C, L = config.n_embd, config.n_layer
-    return L * 12 * C * C + (config.vocab_size + config.block_size) * C + (2 * L + 1) * C
+    return weights.count_parameters(
+        config.n_layer, config.n_embd, config.vocab_size, config.block_size
+    )
 
 
 def held_bytes(config: GPTConfig) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from bench.harness.ceilings import copy_ceiling, matmul_ceiling
 from bench.peers.models import SIZES
+from fastgpt import weights
 
 
 class Ceilings(NamedTuple):
@@ -68,8 +69,7 @@ class Shape(NamedTuple):
     itemsize: int = 2  # bytes of an activation
 
     def parameters(self) -> int:
-        L, C = self.n_layer, self.n_embd
-        return L * 12 * C * C + self.vocab_size * C + self.T * C + (2 * L + 1) * C
+        return weights.count_parameters(self.n_layer, self.n_embd, self.vocab_size, self.T)
 
 
 def shape_of(size: str, B: int, T: int, dtype: str) -> Shape:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bench.peers import models
 from fastgpt import GPTConfig, devices, use_backend
-from fastgpt.train_step import TrainStep
+from fastgpt.train_step import Forward, TrainStep
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 LEARNING_RATE, WEIGHT_DECAY, BETAS, CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0  # nanoGPT's
@@ -89,7 +89,7 @@ def _step(
     scaler = torch.amp.GradScaler(
         run.device.type, init_scale=1024.0, enabled=run.dtype == "float16"
     )
-    forward: Callable[..., Any] = torch.compile(model) if compiled else model
+    forward: Forward = torch.compile(model) if compiled else model
     autocast = run.autocast()  # not `run` itself: it holds another copy of the weights
 
     def step(idx: Tensor, targets: Tensor) -> Tensor:

@@ -17,17 +17,11 @@ import torch
 from bench.prediction import ir
 from bench.prediction.ir import Ir
 from bench.prediction.kernel import TRITON, Kernel
-from fastgpt.commands import inspect
+from fastgpt.commands import inspect, sass
 from fastgpt.commands.inspect import Specimen
+from fastgpt.commands.sass import Instruction
 
 DEFAULT_WARPS = 4  # Triton's
-
-
-class Instruction(NamedTuple):
-    address: int
-    conditional: bool
-    name: str
-    rest: str
 
 
 class Code(NamedTuple):
@@ -70,9 +64,9 @@ def counted(
         elements=elements,
         instructions=grid * warps * sum(times for _, times in way),
         grid=grid, warps=warps, registers=code.registers,
-        spills=sum(i.name.startswith(("LDL", "STL")) for i in code.instructions),
+        spills=sass.spills(code.instructions),
         shared_bytes=code.shared_bytes,
-        load_bits=_usual_width(way, _LOADS), store_bits=_usual_width(way, _STORES),
+        load_bits=_usual_width(way, sass.LOADS), store_bits=_usual_width(way, sass.STORES),
         waits=_waits(code, turns), again=again,
     )  # fmt: skip
 
@@ -93,21 +87,10 @@ def code_of(specimen: Specimen) -> Code:
 
 
 def read(ttir: str, cubin: bytes, shared_bytes: int) -> Code:
-    registers, sass = inspect.machine_code(cubin)
+    registers, instructions = sass.machine_code(cubin)
     # small ones are added to much else than counters
     steps = {int(n) for n in re.findall(r"scf\.for .* step %c(\d+)_i", ttir) if int(n) >= 16}
-    return Code(ir.read(ttir), instructions(sass), frozenset(steps), registers, shared_bytes)
-
-
-def instructions(sass: str) -> tuple[Instruction, ...]:
-    return tuple(
-        Instruction(int(address, 16), bool(predicate), name, rest)
-        for address, predicate, name, rest in _LINE.findall(sass)
-        if name != "NOP"
-    )
-
-
-_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)\s*([^;]*);", re.M)
+    return Code(ir.read(ttir), instructions, frozenset(steps), registers, shared_bytes)
 
 
 Way = list[tuple[Instruction, float]]  # what is executed, and how often
@@ -115,7 +98,7 @@ Way = list[tuple[Instruction, float]]  # what is executed, and how often
 
 def _way(code: Code, turns: list[float], warps: int) -> Way:
     """Of one warp."""
-    found, loops = code.instructions, _loops(code.instructions)
+    found, loops = code.instructions, sass.loops(code.instructions)
     alike = len(loops) == len(turns)  # else the assembler has split or dissolved some
     times = [1.0] * len(found)
     for number, (first, last) in enumerate(loops):
@@ -130,14 +113,14 @@ def _way(code: Code, turns: list[float], warps: int) -> Way:
 
 def _heaviest(found: tuple[Instruction, ...], times: list[float]) -> list[int]:
     """The way that moves most bytes, and of such ways the shortest."""
-    places = {instruction.address: i for i, instruction in enumerate(found)}
+    places = sass.places(found)
     end = len(found)
     best = [(0.0, 0.0)] * (end + 1)  # from here to the end: bytes, less instructions
     following = [end] * end
     for i in reversed(range(end)):
         following[i] = max(_next(found, i, places), key=lambda n: best[n], default=end)
         moved, issued = best[following[i]]
-        best[i] = (moved + times[i] * _width(found[i].name), issued - times[i])
+        best[i] = (moved + times[i] * sass.width(found[i].name), issued - times[i])
     way, i = [], 0
     while i < end:
         way.append(i)
@@ -147,50 +130,21 @@ def _heaviest(found: tuple[Instruction, ...], times: list[float]) -> list[int]:
 
 def _next(found: tuple[Instruction, ...], i: int, places: dict[int, int]) -> list[int]:
     """Where it goes on after the i-th, forwards: nowhere from the end."""
-    _, conditional, name, rest = found[i]
-    kind = name.split(".")[0]
-    target = _target(rest, places) if kind == "BRA" else None
+    kind, conditional = found[i].name.split(".")[0], found[i].conditional
+    target = sass.target(found[i], places)
     forward = [target] if target is not None and target > i else []
     endless = target is not None and not forward  # a loop that something else leaves
     return forward + [i + 1] * (conditional or endless or kind not in ("BRA", "EXIT"))
 
 
-def _loops(found: tuple[Instruction, ...]) -> list[tuple[int, int]]:
-    """(first, last) instruction of each, without the trap behind the end, which jumps to itself."""
-    places = {instruction.address: i for i, instruction in enumerate(found)}
-    spans: dict[int, int] = {}
-    for i, instruction in enumerate(found):
-        target = _target(instruction.rest, places) if instruction.name.startswith("BRA") else None
-        if target is not None and target < i:
-            spans[target] = max(i, spans.get(target, 0))
-    return sorted(spans.items())
-
-
-def _target(rest: str, places: dict[int, int]) -> int | None:
-    address = re.search(r"0x([0-9a-f]+)", rest)
-    return places.get(int(address[1], 16)) if address else None
-
-
 def _unrolled(body: list[Instruction], of_trip: int, warps: int, steps: frozenset[int]) -> int:
     """Trips in one turn of a loop: by the bytes that both move, or by how far the counter goes."""
     if of_trip:
-        moved = 32 * warps * sum(_width(i.name) for i in body) / 8
+        moved = 32 * warps * sum(sass.width(i.name) for i in body) / 8
         return max(1, round(moved / of_trip))
     added = re.compile(r"(U?R\d+),.*\b\1\b.*, 0x([0-9a-f]+)\b")
     found = [int(m[2], 16) for i in body if "ADD" in i.name and (m := added.match(i.rest))]
     return min((n // step for n in found for step in steps if n and n % step == 0), default=1)
-
-
-_LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
-_WIDTHS = ("8", "16", "64", "128")
-
-
-def _width(name: str) -> int:
-    """Bits that each thread moves to or from memory; 0 of other instructions."""
-    kind, *rest = name.split(".")
-    if kind not in _LOADS + _STORES:
-        return 0
-    return next((int(bits) for part in rest if (bits := part.lstrip("US")) in _WIDTHS), 32)
 
 
 def _usual_width(way: Way, kinds: tuple[str, ...]) -> int:
@@ -198,5 +152,5 @@ def _usual_width(way: Way, kinds: tuple[str, ...]) -> int:
     moved: Counter[int] = Counter()
     for instruction, times in way:
         if instruction.name.split(".")[0] in kinds:
-            moved[_width(instruction.name)] += round(times * _width(instruction.name))
+            moved[sass.width(instruction.name)] += round(times * sass.width(instruction.name))
     return moved.most_common(1)[0][0] if moved else 0

@@ -88,14 +88,15 @@ def mutant_errors(name: str) -> dict[str, float]:
 
 # %% [5] The machine code, from a process whose triton compiles.
 SASS = """
-import json, re
+import json
 from collections import Counter
-from fastgpt.commands.inspect import compiled_kernel, machine_code, specimens
+from fastgpt.commands.inspect import compiled_kernel, specimens
+from fastgpt.commands.sass import machine_code
 (found,) = [s for s in specimens(90, ["bfloat16"])
             if s.kernel == "_gelu_kernel" and ("TANH", False) in s.constants]
-registers, sass = machine_code(compiled_kernel(found).asm["cubin"])
-words = re.findall(r"/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?U?P\\d+ )?([A-Z][A-Z0-9_.]*)", sass)
-print(json.dumps(dict(registers=registers, instructions=Counter(words).most_common())))
+registers, code = machine_code(compiled_kernel(found).asm["cubin"])
+names = Counter(instruction.name for instruction in code)
+print(json.dumps(dict(registers=registers, instructions=names.most_common())))
 """
 
 

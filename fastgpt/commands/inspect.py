@@ -14,17 +14,16 @@ import json
 import os
 import re
 import subprocess
-import tempfile
 import textwrap
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fastgpt.commands.narrow_offsets import narrow_offsets
+from fastgpt.commands.sass import machine_code, spills, tools
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100")
 # float16 code differs from bfloat16's in instruction names only
@@ -196,15 +195,15 @@ def _type(arg: Any) -> str:
 def compile_specimen(specimen: Specimen) -> dict[str, Any]:
     """Compile to machine code and measure it: one row of the report."""
     compiled = compiled_kernel(specimen)
-    registers, sass = machine_code(compiled.asm["cubin"])
+    code = machine_code(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     core = next((name for name, text in _TENSOR_CORE.items() if re.search(text, ptx)), None)
     return {
         "kernel": specimen.name,
         "config": _config(specimen),
         "arch": f"sm_{specimen.arch}",
-        "registers": registers,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "registers": code.registers,
+        "spills": spills(code.instructions),
         "shared_bytes": compiled.metadata.shared,
         "tensor_core": core,
         "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
@@ -242,35 +241,11 @@ def _config(specimen: Specimen) -> dict[str, Any]:
     return {"dtypes": ",".join(dict.fromkeys(pointers)), **constants, **dict(specimen.options)}
 
 
-def machine_code(cubin: bytes) -> tuple[int, str]:
-    """Registers per thread, and the SASS, by the cuobjdump that comes with triton."""
-    tool = _tools() / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run(
-                [tool, what, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for what in ("-res-usage", "-sass")
-        )
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count: {usage[:200]!r}")
-    return int(registers[1]), sass
-
-
-def _tools() -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
 def compilable() -> list[str]:
     """What the assemblers that come with this Triton know: 3.2's end at sm_90."""
     helps = [
         subprocess.run([tool, "--help"], capture_output=True, text=True, check=True).stdout
-        for tool in _tools().glob("ptxas*")
+        for tool in tools().glob("ptxas*")
     ]
     return [f"sm_{arch}" for arch in SHARED_LIMITS if f"'sm_{arch}'" in "".join(helps)]
 

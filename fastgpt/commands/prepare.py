@@ -60,7 +60,7 @@ def prepare_documents(
     if processes is not None and not 0 < processes <= 1024:
         raise ValueError(f"--processes {processes} must be from 1 to 1024")
     if tokenizer == "gpt2":
-        GPT2().encode("")  # a missing tokenizer is found before anything else
+        GPT2().encode("")  # a missing tokenizer ends it before anything else
     with Lock(out, "preparing data there"):
         files.sweep(out)
         before = _before(out, force)

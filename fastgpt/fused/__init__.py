@@ -1,5 +1,6 @@
-"""The fused path of a GPT: model.py hands it a whole forward, where the model is as it was built.
+"""The fused path: model.py hands it a GPT's whole forward where the model is as it was built.
 
-untouched.py asks which modules are, launchers.py what the units are made of, whole.py runs them:
-embedding.py, block.py, and the head with its loss from ../linear_cross_entropy.py.
+untouched.py decides which modules are as they were built, launchers.py which functions the units
+call, and whole.py runs the units: embedding.py, block.py, and the head with its loss from
+../linear_cross_entropy.py.
 """

@@ -3,13 +3,13 @@
     s1 = residual + delta      n1 = norm(s1)      a = proj(attention(qkv(n1)))
     s2 = s1 + a                n2 = norm(s2)      m = proj(gelu(fc(n2)))         -> m, s2
 
-A block takes and gives its residual stream as two terms, whose sum the next block's first norm
-forms in the pass that reads it anyway; the backward passes one gradient for both. What autograd
-would do op by op is written out, so that nothing is stored that the backward can have for less
-(gelu's output, except on a CPU), copied (dq, dk, dv are one dqkv), or cast (a norm writes what the
-next matmul reads). Matmuls and the terms `delta`, `m` are in the compute dtype, the residual
-stream, norms and parameters in theirs. The norms' eps is written where it is used: torch.compile
-would take a global float for an input that may change.
+A block takes and returns the residual stream as two terms. Their sum is formed by the next block's
+first norm, which reads both anyway; the backward passes one gradient for both. The backward is
+written by hand instead of op by op in autograd: it computes gelu's output again rather than store
+it (except on a CPU), writes dq, dk and dv as one dqkv without a copy, and needs no casts, as a norm
+writes the dtype that the next matmul reads. Matmuls and the terms `delta`, `m` are in the compute
+dtype; the residual stream, norms and parameters keep their own. The norms' eps is a literal, as
+torch.compile would treat a global float as an input that may change.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def block(
 ) -> tuple[Tensor, Tensor]:
     """delta (B, T, C) or None, residual (B, T, C) -> m, s2, both (B, T, C).
 
-    `low` are the weights in the compute dtype, as the matmuls read them; gradients go to `weights`.
+    `low` are the weights in the compute dtype, which the matmuls read; gradients go to `weights`.
     """
     return _Block.apply(run, settings, low, delta, residual, *weights)
 

@@ -2,10 +2,10 @@
 
     x = wte[idx] + wpe[:T]      dwte[idx] += dx      dwpe[:T] = sum over B of dx
 
-wte and the head's w are one parameter. Its gradient through the head is dense, through the
-embedding N rows: `embed` hands the head an alias of the weight, so that the head's gradient comes
-back to `embed`, which adds its rows to it. A second dense gradient, and the sum of the two, never
-exist.
+wte and the head's weight are one parameter. Its gradient through the head is dense; through the
+embedding it is N rows. `embed` gives the head an alias of the weight, so that the head's gradient
+comes back to `embed`, which adds the N rows to it. So there is no second dense gradient to allocate
+and add.
 """
 
 import torch
@@ -40,7 +40,7 @@ class _Embed(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             if dwte is None:  # the head took no part in the loss
                 dwte = dx.new_zeros(wte_shape)
-            # the head's matmul made this tensor for us alone: nobody else can reach the alias
+            # only this unit can reach the alias, so nobody else reads the head's gradient
             ctx.add_rows_(dwte, idx.flatten(), dx.reshape(-1, dx.shape[-1]))
         dwpe = dx.new_zeros(wpe_shape)
         dwpe[: idx.shape[1]] = dx.sum(0)

@@ -2,7 +2,7 @@
 
 A launcher is a function on tensors without autograd; the units (block.py, embedding.py,
 linear_cross_entropy.py) own the backward. Both sets take the same arguments and give the same
-results, so that a unit does not know which of the two it calls.
+results, so that a unit does not know which set it calls.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from fastgpt.implementations import sdpa
 from fastgpt.implementations.sdpa import State
 from fastgpt.linear_cross_entropy import InPlace, Loss, LossBackward
 
-# M rows, N or C columns, K the reduction; what is None or (0,) was not asked for.
+# M rows, N or C columns, K the reduction. A result that was not asked for is None or (0,).
 # x, w, b, eps, dtype -> y in dtype; mean, rstd
 Norm = Callable[[Tensor, Tensor, Tensor | None, float, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 # delta, residual, w, b, eps, dtype -> y in dtype; s = residual + delta; mean, rstd
@@ -65,27 +65,28 @@ class PackedAttention(NamedTuple):
 
 
 class BlockImplementation(NamedTuple):
-    """As backend.OPS names them for "block" and "compiled".
+    """An implementation of "block" or "compiled" in backend.OPS.
 
-    For qkv (B, T, 3C) in the matmuls' dtype, n_head and dropout_p.
+    Both functions are asked about qkv (B, T, 3C) in the matmuls' dtype, n_head and dropout_p.
     """
 
     unsupported: Callable[[tuple[Tensor, ...], int, float], str | None]
-    launchers: Callable[[Tensor, int, float], Launchers]  # where nothing is unsupported
+    launchers: Callable[[Tensor, int, float], Launchers]  # only if `unsupported` gave no reason
 
 
-# The ops inside a block, and the implementations that a fused one can be made of.
+# The ops inside a block -> the implementations that a fused block can use.
 FUSABLE: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("triton",),
     "mlp": ("triton", "cublas"),
     "packed_causal_attention": ("triton", "torch", "cudnn", "flash"),
 }
-STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")  # a fused GPT, besides
+# ops that a fused GPT replaces besides
+STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")
 
 
 def _asked_otherwise() -> str | None:
-    """A block is chosen as a whole: that PyTorch is faster at one part alone does not refuse it,
-    that use_backend names what it cannot be made of does.
+    """Why use_backend rules out a fused block, or None: it names an implementation that a fused
+    block cannot use. That PyTorch is faster at one part alone is no reason.
     """
     for op, names in FUSABLE.items():
         if (asked := backend.asked_for(op)) is not None and asked not in names:
@@ -103,6 +104,7 @@ def _aten_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float
 
 
 def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
+    on_aten.keep_freed_memory()
     attention = sdpa.choice(qkv, n_head, dropout_p)
     assert attention is not None  # as _aten_unsupported found
     return Launchers(
@@ -136,7 +138,7 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
 
     own = backend.explain("mlp", (qkv,), {}).implementation == "triton"
     attention, _ = _attention(qkv, n_head, dropout_p)
-    assert attention is not None  # as _kernels_unsupported found
+    assert attention is not None  # _kernels_unsupported has checked it
     return Launchers(
         norm=layer_norm.forward,
         add_norm=layer_norm.add_forward,
@@ -151,7 +153,7 @@ def _of_kernels(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
 
 
 def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
-    """The same, as torch.compile keeps it: each kernel an operator, between GEMMs that it sees."""
+    """The same for torch.compile: kernels as operators in its graph, GEMMs as PyTorch's own."""
     from fastgpt.kernels import _launch, cross_entropy, embedding, gemm_gelu, layer_norm, mlp
 
     _launch.introduce_to_inductor()
@@ -175,8 +177,8 @@ _ATTENTION = "packed_causal_attention"
 
 
 def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[PackedAttention | None, str]:
-    """Forward and backward of the attention that dispatch chooses, where they can be had; and what
-    it chose, with the reason.
+    """The attention that dispatch chooses, or None if its backward cannot be called alone; and its
+    name with the reason for the choice.
     """
     head_dim = qkv.shape[-1] // 3 // n_head
     name, reason = backend.explain(_ATTENTION, (qkv,), dict(head_dim=head_dim, dropout_p=dropout_p))

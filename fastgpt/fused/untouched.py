@@ -1,8 +1,8 @@
 """Whether a GPT is as it was built: then its weights may be read and its modules' forwards skipped.
 
-The one place that answers this, for training, TrainStep and sampling alike. A fork changes a module
+The only file that answers this, for training, TrainStep and sampling. A fork may change a module
 (its class, hooks, attributes, weights), a class, or PyTorch's functions (interception.py). All are
-looked at again in every forward: what was found in the last one may have changed since.
+checked again in every forward, because a script may change them between two forwards.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from torch.nn.modules import module as nn_module
 from fastgpt.fused.block import Settings, Weights
 from fastgpt.implementations.interception import from_pytorch, interception
 
-# What a call of a module goes through, and reading an attribute of it.
+# The methods behind a call of a module, and behind reading its attributes.
 _METHODS = ("forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
-# on all modules: not asked by _has_any_global_hook, which PyTorch 2.6 has not
+# of all modules; PyTorch 2.6 lacks _has_any_global_hook, which would answer for all four
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -35,7 +35,7 @@ def _remember(kind: type[nn.Module], methods: dict[str, Any]) -> None:
 
 
 def remember(*kinds: type[nn.Module]) -> None:
-    """For model.py, whose classes this file cannot import."""
+    """Called by model.py with its classes, which this file cannot import."""
     for kind in kinds:
         inherited = {name: from_pytorch(kind, name) for name in _METHODS}
         _remember(kind, inherited | {"forward": kind.forward})
@@ -47,18 +47,16 @@ for _kind in (nn.Linear, nn.GELU, nn.Dropout, nn.Embedding):
 
 
 def calls_untouched() -> bool:
-    """Whether calling a module of these classes is what it was at import, and no hook is on all
-    modules.
-    """
+    """Whether the classes' methods are those of import time, and no hook is set for all modules."""
     return all(getattr(kind, name) is method for kind, name, method in _ORIGINALS) and not any(
         getattr(nn_module, hooks) for hooks in _GLOBAL_HOOKS
     )
 
 
 def untouched(module: Any, kind: type[nn.Module] | str) -> bool:
-    """Whether calling `module` would do what class `kind` does on its weights, and nothing else:
-    not replaced, patched, hooked, compiled, parametrised or sharded. `calls_untouched` is the other
-    half, and does not depend on the module.
+    """Whether calling `module` does what class `kind` does and nothing else: it is not replaced,
+    patched, hooked, compiled, parametrised or sharded. `calls_untouched`, which does not depend on
+    the module, has to hold too.
     """
     kind = _KINDS[kind] if isinstance(kind, str) else kind
     return type(module) is kind and kind.forward is _FORWARDS[kind] and _own_call(module)
@@ -79,7 +77,7 @@ def _own_call(module: Any) -> bool:
 
 def _own_forward(module: Any) -> bool:
     if torch.compiler.is_compiling() and not callable(module.forward):
-        return False  # asked so that torch.compile looks it up again; it does not for an absence
+        return False  # read it, so that torch.compile guards it: it guards no absence
     return "forward" not in module.__dict__
 
 
@@ -98,8 +96,8 @@ def plain_matmul(module: Any) -> bool:
 
 
 def plain(t: Tensor) -> bool:
-    """Whether t is a tensor like any other: no subclass, not wrapped by torch.func, which
-    torch.compile cannot ask of a tensor (interception.py asks whether a transform runs).
+    """Whether t is no subclass of Tensor and not wrapped by torch.func. torch.compile cannot ask
+    the latter of a tensor; interception.py asks whether a transform runs.
     """
     if type(t) not in (Tensor, nn.Parameter):
         return False
@@ -116,8 +114,8 @@ def alike(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def embeddings_as_built(model: Any, like: Tensor, T: int) -> bool:
-    """Whether a GPT's embeddings are lookups of T positions in weights like `like`, the head's
-    weight, which is wte's too.
+    """Whether a GPT's embeddings are plain lookups: wte's weight is `like`, the head's, and wpe's
+    has the same width, dtype and device, and at least T rows.
     """
     wte, wpe, head = model.transformer.wte, model.transformer.wpe, model.lm_head
     if not (plain_lookup(wte) and plain_lookup(wpe) and plain_matmul(head)):
@@ -132,8 +130,8 @@ def embeddings_as_built(model: Any, like: Tensor, T: int) -> bool:
 
 
 def block_weights(block: Any, settings: Settings, C: int) -> Weights | None:
-    """The parameters of a Block of width C, or None where running it might do something else than
-    block.py does with them and `settings`.
+    """The parameters of a Block of width C; None if running the Block could give another result
+    than block.py does with them and `settings`.
     """
     if not block_as_built(block):
         return None
@@ -181,8 +179,8 @@ def _fit(weights: Weights, C: int) -> bool:
 
 
 def decodable(model: Any) -> bool:
-    """Whether a loop with a key-value cache may stand in for the forward of a GPT: every position
-    is computed from itself and attention alone, always the same way, and nobody looks on.
+    """Whether decoding with a key-value cache gives what a GPT's forward would: the model is as it
+    was built, without dropout, and no hook or patch has to see the modules' calls.
     """
     parts = model.transformer
     return (
@@ -199,7 +197,7 @@ def decodable(model: Any) -> bool:
 
 
 def _dropout_rates(parts: Any) -> Iterator[float]:
-    """Those in use."""
+    """The dropout rates in use."""
     for block in parts.h:
         yield block.attn.dropout if block.attn.training else 0.0
     for m in (parts.drop, *(d for b in parts.h for d in (b.attn.resid_dropout, b.mlp.dropout))):

@@ -2,9 +2,9 @@
 
     embed -> block -> ... -> block -> norm -> head and loss
 
-Each arrow is one unit that owns its forward and backward. Between blocks the residual stream is two
-terms, x + delta, which the next norm adds in the pass that reads them anyway. A module that was
-changed runs as it is, in its place in the chain.
+Each name is a unit with its own forward and backward. Between blocks the residual stream is two
+terms, x and delta, which the next norm adds as it reads them. A module that somebody has changed is
+called as it is, in its place in the chain.
 """
 
 from typing import Any, NamedTuple
@@ -30,20 +30,21 @@ from fastgpt.fused.untouched import (
 )
 from fastgpt.linear_cross_entropy import logits_and_loss, mean_loss
 
-# tokens * C**2 from which the fused path is worth it inside torch.compile: nanoGPT's own batch.
-# Python launches our operators, and fewer tokens are done before it is. On an H200 with a slow host
-# 124M took 20 ms a step so at 4 x 1024 tokens, 12 left to inductor; at 16 x 1024 it is 1.07x.
+# tokens * C**2 from which the fused path pays inside torch.compile: nanoGPT's own batch. Python
+# launches fastgpt's operators, and with fewer tokens the GPU waits for it. On an H200 with a slow
+# host a step of 124M at 4 x 1024 tokens took 20 ms fused and 12 ms left to inductor; at 16 x 1024
+# the fused path is 1.07x as fast.
 WORTH_OPERATORS = 12 * 1024 * 768**2
 
 
 def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
-    """The chain for a forward of `model`, a GPT, on idx (B, T); None where the modules are to run
-    one by one: under backend "torch", where a kernel cannot run (under "triton" that raises), and
-    under torch.func. Inside torch.compile the table's entry is "compiled", and all of it is traced,
-    unless it is too little.
+    """The chain for a forward of `model`, a GPT, on idx (B, T); None if its modules have to run one
+    by one: under backend "torch", where a kernel cannot run (under "triton" that raises), under
+    torch.func, and inside torch.compile for small batches. Inside torch.compile the whole chain is
+    traced, made of what backend.OPS has for "compiled".
     """
     if torch.compiler.is_compiling() and _recomputes(model):
-        return None  # up to PyTorch 2.11 it would keep what an autograd.Function saves
+        return None  # up to PyTorch 2.11 checkpointing keeps what an autograd.Function saves
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
     if not idx.numel() or not calls_untouched():
         return None
@@ -70,7 +71,7 @@ class FusedModel(NamedTuple):
     model: Any  # a GPT
     run: Launchers
     settings: Settings
-    weight: Tensor  # the head's: what a unit takes is of its dtype, device and width
+    weight: Tensor  # the head's: a unit's tensors must have its dtype, device and width
     dtype: torch.dtype  # of the matmuls
 
     def __call__(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -87,14 +88,14 @@ class FusedModel(NamedTuple):
         return self._head(self._norm(parts.ln_f, delta, x), head_weight, targets)
 
     def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, C), and the alias of the tied weight that the head is to read (embedding.py)."""
+        """x (B, T, C), and the alias of the tied weight for the head (embedding.py), or None."""
         wte, wpe = self.model.transformer.wte, self.model.transformer.wpe
         if embeddings_as_built(self.model, self.weight, idx.shape[1]):
             return embedding.embed(self.run.add_rows_, idx, wte.weight, wpe.weight)
         return wte(idx) + wpe(torch.arange(idx.shape[1], device=idx.device)), None
 
     def _block(self, block: Any, delta: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The residual stream x + delta through one block -> the same in two terms again."""
+        """One block on the residual stream x + delta -> its new delta and x."""
         weights = block_weights(block, self.settings, self.weight.shape[1])
         if weights is None or not alike(self.weight, x, *weights):
             return None, block(_sum(delta, x))
@@ -105,7 +106,7 @@ class FusedModel(NamedTuple):
             return block_unit.block(self.run, self.settings, delta, x, weights, low)
 
     def _norm(self, ln_f: Any, delta: Tensor | None, x: Tensor) -> Tensor:
-        """ln_f of the residual stream, in the matmuls' dtype where it is as built."""
+        """ln_f of the residual stream x + delta; in the matmuls' dtype if ln_f is as built."""
         if not (untouched(ln_f, "LayerNorm") and alike(self.weight, x, ln_f.weight, ln_f.bias)):
             return ln_f(_sum(delta, x))
         return block_unit.norm(self.run, delta, x, ln_f.weight, ln_f.bias, self.dtype)
@@ -132,7 +133,7 @@ class FusedModel(NamedTuple):
         return (logits if returned else None), loss
 
     def _low_matrices(self, w: Weights) -> Weights:
-        """The weights with those of matmuls, and their biases, as the matmuls read them."""
+        """The weights, with the matmuls' weights and biases in the matmuls' dtype."""
         if self.dtype == w.qkv.dtype:
             return w
         low = self._low
@@ -146,7 +147,7 @@ class FusedModel(NamedTuple):
         )  # fmt: skip
 
     def _low(self, p: Tensor) -> Tensor:
-        """A parameter in the matmuls' dtype, without autograd: TrainStep's copy, or a cast."""
+        """A parameter in the matmuls' dtype, outside autograd: TrainStep's copy, or a cast."""
         copies = self.model.matmul_copies
         return copies[p] if p in copies else p.detach().to(self.dtype)
 

@@ -1,52 +1,70 @@
-"""The kernels' launchers in PyTorch's own ops: the fused path on a CPU.
+"""The launchers of the fused path in PyTorch's own ops, for CPUs.
 
-Functions on tensors without autograd, with the arguments and results of the launchers of kernels/,
-so that the units of the fused path do not know which of the two they call.
+Functions on tensors without autograd, with the arguments and results of the launchers in kernels/.
+The fused units (fused/launchers.py) call either.
 """
 
+import functools
 import math
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import reference
-from fastgpt.kernels._autograd import differentiable_once, graph_is_kept
+from fastgpt.devices import cpu_info
+from fastgpt.kernels._autograd import constant_in_a_graph, differentiable_once, graph_is_kept
 
 aten = torch.ops.aten
 STRIP = 2**19  # elements of the logits that cross_entropy_ works on at once: 2 MB in fp32
 _FROM_ACCUMULATOR = "dtype" in aten.mm.overloads()  # mm(out_dtype=), of PyTorch 2.8
 
-_CPU_INFO = Path("/proc/cpuinfo")
-_ON_AMD = _CPU_INFO.is_file() and "AuthenticAMD" in _CPU_INFO.read_text()
-_onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if _ON_AMD else None
+_keeps_freed_memory = False
 
-# glibc returns freed memory to the system, and every step faults it in again, 2 us for 4 KB. When a
-# mapped block is freed it takes blocks of that size for common and keeps twice as much, up to here
-# (mallopt(3)); it need not be written to. A script's own settings of malloc stand.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+@constant_in_a_graph
+def keep_freed_memory() -> None:
+    """Make glibc keep the memory that a step frees for the next one, once a process.
+
+    By default it returns freed blocks to the system, and every step faults them in again, 2 us for
+    4 KB. When a mapped block is freed, glibc takes blocks of that size for common and keeps twice
+    as much, up to this size (mallopt(3)). It is not written to, and a script's own settings of
+    malloc stand.
+    """
+    global _keeps_freed_memory
+    if not _keeps_freed_memory:
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)
+        _keeps_freed_memory = True
+
+
+@functools.cache
+def _onednn_linear() -> Any:
+    """oneDNN's x @ w.T + b, on the processors where it is faster than MKL's; None on others.
+
+    MKL, which PyTorch multiplies fp32 matrices by, is made for another vendor's processors: on an
+    EPYC with AVX-512 oneDNN takes 7 to 12 % less time (bench/NOTES.md). Not so for dy.T @ x.
+    """
+    on_amd = "AuthenticAMD" in cpu_info()
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if on_amd else None
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x (M, K) @ w.T + b: w (N, K), b (N,) -> (M, N)."""
-    if _onednn_linear is not None and _onednn_wins(x, w):
-        return _onednn_linear(x, w, b, "none", [], "")
+    if _onednn_takes(x, w) and (onednn_linear := _onednn_linear()):
+        return onednn_linear(x, w, b, "none", [], "")
     return F.linear(x, w, b)
 
 
 def dgrad(dy: Tensor, w: Tensor) -> Tensor:
     """dy (M, N) @ w (N, K) -> (M, K)."""
-    if _onednn_linear is not None and _onednn_wins(dy, w):
-        return _onednn_linear(dy, w.t(), None, "none", [], "")
+    if _onednn_takes(dy, w) and (onednn_linear := _onednn_linear()):
+        return onednn_linear(dy, w.t(), None, "none", [], "")
     return dy @ w
 
 
-def _onednn_wins(x: Tensor, w: Tensor) -> bool:
-    """PyTorch multiplies fp32 matrices by MKL, which is made for another vendor's processors: on
-    an EPYC with AVX-512 oneDNN takes 7 to 12 % less time (bench/NOTES.md). Not so for dy.T @ x,
-    and not in 16 bits, where PyTorch calls oneDNN itself.
-    """
+def _onednn_takes(x: Tensor, w: Tensor) -> bool:
+    """Whether these are fp32 on a CPU: in 16 bits PyTorch calls oneDNN itself."""
     return (
         x.dtype == w.dtype == torch.float32
         and x.device.type == w.device.type == "cpu"
@@ -58,10 +76,10 @@ def _onednn_wins(x: Tensor, w: Tensor) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a (M, K) @ b (K, N) in `dtype`, from the accumulator if it can."""
+    """a (M, K) @ b (K, N) in `dtype`; where PyTorch can, written from the fp32 accumulator."""
     if _FROM_ACCUMULATOR and a.device.type == "cuda" and dtype != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
-    if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may not fit into fp16
+    if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may overflow fp16
         with torch.autocast(a.device.type, enabled=False):
             return a.float() @ b.float()
     return (a @ b).to(dtype)
@@ -124,6 +142,7 @@ def cross_entropy_(
     In strips of rows that stay in the cache. The loss is (max - picked) - log max(p), which is as
     exact as logsumexp and needs no second pass over the exponentials.
     """
+    keep_freed_memory()
     counted = (targets != ignore_index)[:, None]
     ids = targets[:, None].masked_fill(~counted, 0)
     factors = counted.float() * factor  # not bool * factor, whose dtype is the default one
@@ -178,7 +197,7 @@ def scaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    """In two passes of PyTorch's where a single strip holds the logits: fewer calls, as fast."""
+    """PyTorch's own two passes if the logits fit in one strip: as fast, in fewer calls."""
     small = logits.numel() <= STRIP
     if small or not logits.requires_grad or not torch.is_grad_enabled():
         return reference.cross_entropy(logits, targets, ignore_index)
@@ -194,10 +213,10 @@ def _picked(p: Tensor, ids: Tensor) -> Tensor:
 
 
 def unsupported(tensors: tuple[Tensor, ...]) -> str | None:
-    """Why these functions would be no faster on such tensors, or None."""
+    """Why these functions are not for such tensors, or None."""
     return "this implementation is for CPUs" if tensors[0].is_cuda else None
 
 
 def add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """table[ids[i]] += rows[i], one after the other: the same bits each time on a CPU."""
+    """table[ids[i]] += rows[i] in the order of i: on a CPU the same bits each time."""
     table.index_add_(0, ids, rows.to(table.dtype))

@@ -1,7 +1,7 @@
 """Causal attention by the flash-attn package, where it is installed and asked for.
 
-It reads (B, T, H, D) and takes fp16 and bf16 on CUDA only. Dropout draws its own mask: not SDPA's,
-not ours.
+It reads (B, T, H, D) and takes fp16 and bf16 on CUDA only. Its dropout mask is neither SDPA's nor
+that of fastgpt's kernels.
 """
 
 import torch

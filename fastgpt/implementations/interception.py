@@ -1,7 +1,8 @@
-"""Whether something stands between a call of PyTorch's functions and what they do.
+"""Whether a script has replaced PyTorch's functions, or watches or transforms calls of them.
 
-A script may assign `F.gelu`, enter a TorchFunctionMode, trace, or transform. PyTorch's functions,
-called one by one as nanoGPT calls them, feel it; a kernel that does the work of several would not.
+It may assign `F.gelu`, enter a TorchFunctionMode, trace, or apply torch.func. That works on
+PyTorch's functions, called one by one as nanoGPT calls them, and not on a kernel that does the work
+of several of them. So PyTorch's functions have to run then.
 """
 
 import os
@@ -19,8 +20,8 @@ _C = torch._C
 
 
 def from_pytorch(owner: Any, name: str) -> Any:
-    """The function called `name` where PyTorch defines it, else an object that is equal to nothing:
-    so that what was assigned before fastgpt was imported is found too.
+    """owner.name if it is PyTorch's own, else an object that equals nothing: then a comparison also
+    detects what was assigned before fastgpt was imported.
     """
     function = getattr(owner, name)
     own_names = (name, "_wrapped_call_impl")  # the other is nn.Module.__call__
@@ -46,8 +47,9 @@ _ORIGINALS = tuple(
 
 
 def interception() -> str | None:
-    """What stands there, or None. torch.compile traces the questions about what a script assigns
-    and enters, so that it asks them again in every call.
+    """What a script has replaced or entered, as a reason why PyTorch's own ops must run; or None.
+
+    torch.compile traces these comparisons, and so makes them again in every call.
     """
     for owner, name, original in _ORIGINALS:
         if getattr(owner, name) is not original:
@@ -56,7 +58,7 @@ def interception() -> str | None:
         mode = type(_C._get_function_stack_at(i))
         if mode is not DeviceContext:  # torch.set_default_device
             return f"{mode.__name__}, a TorchFunctionMode, is to see PyTorch's own ops"
-    # torch.compile stays away from under one
+    # under a dispatch mode torch.compile does not compile
     if not torch.compiler.is_compiling() and _C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is to see PyTorch's own ops"
     return _transformation()
@@ -64,7 +66,9 @@ def interception() -> str | None:
 
 @constant_in_a_graph
 def _transformation() -> str | None:
-    """Of a function as a whole: what torch.compile traces is in one from its start, or is not."""
+    """The tracing or transform that runs, or None. A function that torch.compile traces is inside
+    one as a whole or not at all, so the answer is a constant.
+    """
     if _C._get_tracing_state() is not None:
         return "torch.jit.trace records PyTorch's own ops"
     if _C._functorch.peek_interpreter_stack() is not None:
@@ -76,7 +80,7 @@ def _transformation() -> str | None:
 
 @constant_in_a_graph
 def sdpa_is_restricted() -> bool:
-    """Whether sdpa_kernel, or a flag of torch.backends, leaves SDPA fewer backends than it has."""
+    """Whether sdpa_kernel or a flag of torch.backends has turned off one of SDPA's backends."""
     return not (
         _C._get_flash_sdp_enabled()
         and _C._get_math_sdp_enabled()

@@ -1,8 +1,8 @@
 """Causal attention by PyTorch's SDPA, held to one of its own backends.
 
-Left to itself SDPA picks one ("torch"). These are for a device where a measurement says which wins,
-and for the fused path (fused/block.py), which calls a backend's forward and backward itself: it
-reads q, k and v by strides from one (B, T, 3C) tensor, with nothing of autograd in between.
+By default SDPA picks one itself ("torch"). The objects here are for devices where a measurement
+says which is fastest, and for the fused path (fused/block.py), which calls a backend's forward and
+backward without autograd and passes q, k and v as strided views of one (B, T, 3C) tensor.
 """
 
 import torch
@@ -13,11 +13,11 @@ from fastgpt import reference
 from fastgpt.kernels._autograd import constant_in_a_graph
 
 aten = torch.ops.aten
-State = tuple[Tensor | None, ...]  # what a backward needs besides its inputs: lse, RNG state
+State = tuple[Tensor | None, ...]  # for the backward: log-sum-exp, RNG state
 
 
 class _Sdpa:
-    """reference.py's attention with the choice of backend taken away from PyTorch."""
+    """reference.py's attention, with SDPA's backend chosen here instead of by PyTorch."""
 
     def __init__(self, backend: SDPBackend):
         self.backend = backend
@@ -57,11 +57,11 @@ class _Sdpa:
     def packed_backward(
         self, dy: Tensor, qkv: Tensor, y: Tensor, state: State, n_head: int, dropout_p: float
     ) -> Tensor:
-        """-> dqkv (B, T, 3C). SDPA allocates dq, dk and dv itself: one pass puts them together."""
+        """-> dqkv (B, T, 3C). SDPA allocates dq, dk and dv itself; one pass copies them into it."""
         q, k, v = reference.split_heads(qkv, n_head)
         do, o = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (dy, y))
         grads = self._backward(do, q, k, v, o, state, dropout_p)
-        # in memory they are (B, T, H, D), as q, k and v are in qkv: no copy before that pass
+        # SDPA lays them out in memory as (B, T, H, D), like q, k and v: so this is one copy
         return torch.cat([grad.transpose(1, 2).flatten(2) for grad in grads], -1)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> tuple[Tensor, State]:
@@ -90,7 +90,7 @@ class _Sdpa:
 
 
 class _Efficient(_Sdpa):
-    """What SDPA has for float32, TF32 too."""
+    """SDPA's backend for float32, with or without TF32."""
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, p: float) -> tuple[Tensor, State]:
         o, *state = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, p, True)
@@ -132,7 +132,7 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
         return None
     T, C3 = qkv.shape[1:]
     if torch.compiler.is_compiling() and T > 1:
-        T = 1024  # the answer is the same for all of them, and a constant in the graph
+        T = 1024  # the same answer for every T, as a constant in the graph
     would_run = _would_run(qkv.device, qkv.dtype, T, C3, n_head, dropout_p > 0)
     return {held.backend.name: held for held in (cudnn, flash, efficient)}.get(would_run)
 

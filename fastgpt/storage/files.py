@@ -152,7 +152,7 @@ def sync_tree(folder: Path) -> None:
 
 def explained(error: OSError, path: Path, needed: int = 0) -> OSError:
     """The error with the file's name and, if room was lacking, how much is needed."""
-    if error.errno is None:  # one of ours already
+    if error.errno is None:  # `explained` already
         return error
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -28,7 +28,7 @@ class RunFolder:
                     f"{found} is there already; --resume goes on with that run, --force writes "
                     "over it, or use another --out"
                 )
-            for name in (LATEST, BEST, NAME):  # found when it is saved, it would cost the work
+            for name in (LATEST, BEST, NAME):  # found at a save, it would cost the run
                 if (path / name).is_dir():
                     raise IsADirectoryError(f"{path / name} is a folder, in the way of a file")
             files.sweep(path)

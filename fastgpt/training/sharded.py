@@ -4,18 +4,16 @@ A step is nanoGPT's under autocast. The optimizer is PyTorch's fused AdamW, on e
 the copies and the one pass of optim.py are for whole tensors.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
-from fastgpt.train_step import Batch
+from fastgpt.optim import CLIP_EPS, MOMENTS
+from fastgpt.train_step import Batch, Forward, SkippedSteps
 from fastgpt.training.world import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedStep:
@@ -40,11 +38,11 @@ class ShardedStep:
         self.model, self.dtype, self.max_norm = model, dtype, max_norm
         self.device = model.lm_head.weight.device
         _shard(model, self.device.type, world.size)
-        self.forward: Callable[..., Any] = torch.compile(model) if compile else model
+        self.forward: Forward = torch.compile(model) if compile else model
         how = (weight_decay, lr, betas, self.device.type)
         self.optimizer = model.configure_optimizers(*how)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        self.skipped = 0
+        self.skipped, self.skipped_steps = 0, SkippedSteps()
 
     def __call__(self, batches: Sequence[Batch], seeds: Sequence[int] | None = None) -> Tensor:
         losses = []
@@ -58,25 +56,17 @@ class ShardedStep:
             losses.append(loss.detach())
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).full_tensor()  # type: ignore[attr-defined]
-        if norm.isfinite():
-            self.skipped = 0
+        finite = bool(norm.isfinite())
+        self.skipped = 0 if finite else self.skipped + 1
+        self.skipped_steps.judge(self.skipped)
+        if finite:
             if self.max_norm > 0:
-                scale = (self.max_norm / (norm + 1e-6)).clamp(max=1)
+                scale = (self.max_norm / (norm + CLIP_EPS)).clamp(max=1)
                 for grad in grads:
                     grad.to_local().mul_(scale)  # type: ignore[attr-defined]
             self.optimizer.step()
-        else:
-            self._skip()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).sum()
-
-    def _skip(self) -> None:
-        self.skipped += 1
-        if self.skipped >= 100:
-            raise FloatingPointError(
-                f"{self.skipped} steps in a row were skipped, as their gradients are not finite; "
-                "try a lower --lr"
-            )
 
     def tensors(self) -> dict[str, Tensor]:
         """This process's parts of everything that training changes."""

@@ -97,8 +97,8 @@ def check_vocabulary(
 def check_fits(config: GPTConfig, settings: TrainConfig, device: torch.device) -> None:
     """ValueError for a model or a batch that no memory of this machine holds."""
     C, L, V, T = config.n_embd, config.n_layer, config.vocab_size, config.block_size
-    count = 12 * L * C * C + (V + T) * C
-    state = 16 * count + 100_000 * L  # weights, gradients and moments; and Python's modules
+    # weights, gradients and moments; and Python's modules
+    state = 16 * weights.count_parameters(L, C, V, T) + 100_000 * L
     streams = 4 * settings.batch_size * T * C * L  # what the blocks hand on, at the least
     batches = 8 * settings.batch_size * (T + 1) * settings.grad_accum
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

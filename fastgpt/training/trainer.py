@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgpt import checkpoint, data
 from fastgpt.devices import autocast, pick_device, pick_dtype
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.storage.printable import first_line
 from fastgpt.train_step import TrainStep
 from fastgpt.training import optimizer_state, start
 from fastgpt.training.batches import Batches, moved, seed_of, windows
@@ -262,7 +263,7 @@ class Trainer:
                 self.step.scaler.load_state_dict(ours["scaler"])
         except Exception as error:  # whatever a malformed one leads to
             name = Path(self.config.out) / "ckpt.pt"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             if isinstance(error, KeyError):
                 reason = f"it lacks {reason}"
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastgpt
 from bench.harness import op_cases
 from fastgpt import backend, cli, examples, ops, reference, use_backend
-from fastgpt.commands import tune
+from fastgpt.commands import implementation_race, launch_search
 from tests.close import DEVICE, assert_as_accurate, randn
 from tests.gpu.cases import SMALL, cases
 
@@ -60,11 +60,11 @@ def test_info_lists_it(capsys):
 
 
 def test_tune_races_it(monkeypatch):
-    sizes = tune.Sizes(16, 32, 16, 11, torch.float32)
-    kept = {op: backend.OPS[op] for op in ("halve", *tune.WHOLE)}
+    sizes = launch_search.Sizes(16, 32, 16, 11, torch.float32)
+    kept = {op: backend.OPS[op] for op in ("halve", *implementation_race.WHOLE)}
     monkeypatch.setattr(backend, "OPS", kept)
-    rows = tune.implementations(torch.device(DEVICE), sizes, 0.1)
-    assert {row["op"] for row in rows} == {"halve", *tune.WHOLE}
+    rows = implementation_race.race(torch.device(DEVICE), sizes, 0.1)
+    assert {row["op"] for row in rows} == {"halve", *implementation_race.WHOLE}
 
 
 def test_the_benchmarks_time_it():

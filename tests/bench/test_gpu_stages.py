@@ -1,6 +1,7 @@
 """The stages of bench.gpu themselves: commands that exist, what they are given, toy sizes."""
 
 import argparse
+import importlib
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ import pytest
 
 from bench.gpu import given, session, stages, store
 from fastgpt import backend
+from tests.gpu.__main__ import KERNELS
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +71,15 @@ def test_our_own_comes_last_and_each_op_is_alone():
     assert last == sorted(last) and {"own-gemm", "tune"} <= set(names[last.index(True) :])
     ops = {stage.name[3:] for stage in stages.STAGES if stage.name.startswith("op-")}
     assert ops <= set(backend.OPS) and len(ops) >= 8
+
+
+def test_a_failed_test_of_any_kernel_puts_an_op_in_doubt():
+    """Else its times would stand in the table without a mark."""
+    files = [importlib.import_module(f"tests.{name.replace('/', '.')}") for name in KERNELS]
+    marks = [file.pytestmark for file in files if file.__name__.startswith("tests.kernels.")]
+    marked = {op for mark in marks for op in mark.args}
+    wholes = {"block", "compiled"}  # their tests are of models
+    assert marked == backend.OPS.keys() - wholes
 
 
 @pytest.mark.skipif(os.environ.get("FASTGPT_DEEP") != "1", reason="minutes; make test-deep")

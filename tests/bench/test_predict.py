@@ -17,6 +17,7 @@ from bench.prediction import inductor, ir, machine_code, model, step
 from bench.prediction.kernel import ATTENTION, GEMM, TRITON, Kernel
 from bench.prediction.model import GPUS
 from fastgpt import GPTConfig, use_backend
+from fastgpt.commands import sass
 from fastgpt.fused.launchers import kernels as chosen
 
 triton = pytest.importorskip("triton", reason="what is predicted are its kernels")
@@ -232,7 +233,7 @@ SASS = """
 
 
 def test_instructions_are_those_on_the_way_that_moves_most():
-    code = machine_code.Code(ir.read(TTIR), machine_code.instructions(SASS), frozenset(), 8, 0)
+    code = machine_code.Code(ir.read(TTIR), sass.instructions(SASS), frozenset(), 8, 0)
     once = [times for _, times in machine_code._way(code, [5.0], warps=1)]
     assert once == [1, 1, 5, 5, 5, 5, 1]
     # two warps move the 512 bytes of two trips in a turn
@@ -241,7 +242,7 @@ def test_instructions_are_those_on_the_way_that_moves_most():
 
 
 def test_a_loop_without_bytes_is_unrolled_as_far_as_its_counter_goes():
-    body = list(machine_code.instructions(SASS)[2:6])
+    body = list(sass.instructions(SASS)[2:6])
     assert machine_code._unrolled(body, 0, 1, frozenset({1024})) == 2
     assert machine_code._unrolled(body, 0, 1, frozenset({999})) == 1
 

@@ -19,15 +19,6 @@ ROOT = Path(fastgpt.__file__).resolve().parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 40
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Ops this small only lose time to a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with a text, its data/ and an out/ with the checkpoint of a short training."""

@@ -19,15 +19,6 @@ from fastgpt.training.trainer import Trainer
 NANOGPT_FIELDS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Ops this small only lose time to a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def config(tmp_path) -> TrainConfig:
     prepare("".join(chr(97 + i * i % 23) for i in range(2000)), tmp_path / "data")

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from fastgpt import backend, ops, use_backend
-from fastgpt.commands import tune
+from fastgpt.commands import implementation_race, launch_search, tune
 from fastgpt.kernels import _launch, _tuned, layer_norm
 from tests.close import DEVICE
 
-SMALL = tune.Sizes(M=32, C=32, D=16, V=40, dtype=torch.float32)
+SMALL = launch_search.Sizes(M=32, C=32, D=16, V=40, dtype=torch.float32)
 
 
 def test_every_search_finds_its_kernels_configuration():
     """A key nobody asks for would be a search without an effect."""
-    for one in tune.searches(torch.device(DEVICE), SMALL):
+    for one in launch_search.searches(torch.device(DEVICE), SMALL):
         with _launch.record() as before:
             one.call()
         changed = False
@@ -34,9 +34,9 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
     call = functools.partial(layer_norm.forward, x, w, None, 1e-5, torch.float32)
     good = dict(BLOCK_M=2, BLOCK_N=32, num_warps=4)
     candidates = [good, good | dict(BLOCK_N=16), dict(BLOCK_N=32)]
-    one = tune.Search("layer_norm_forward 32", call, candidates)
-    monkeypatch.setattr(tune, "searches", lambda *_: [one])
-    found = tune.search(torch.device(DEVICE), SMALL, 3.0)
+    one = launch_search.Search("layer_norm_forward 32", call, candidates)
+    monkeypatch.setattr(launch_search, "searches", lambda *_: [one])
+    found = launch_search.search(torch.device(DEVICE), SMALL, 3.0)
     rows = {row["variant"]: row for row in found}
     assert rows[str(good)]["over_default"] > 0
     assert "away from" in rows[str(candidates[1])]["problem"]  # half a row is another norm
@@ -45,15 +45,19 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
 
 def test_a_search_in_place_is_held_against_fresh_results(monkeypatch):
     """The kernel overwrites its logits: a second call on them gives other losses."""
-    (one,) = (s for s in tune.searches(torch.device(DEVICE), SMALL) if s.key == "cross_entropy_ 40")
+    (one,) = (
+        s
+        for s in launch_search.searches(torch.device(DEVICE), SMALL)
+        if s.key == "cross_entropy_ 40"
+    )
     good = dict(BLOCK=64, num_warps=2)
     part = one._replace(candidates=[good, good | dict(BLOCK=32)])
-    monkeypatch.setattr(tune, "searches", lambda *_: [part])
-    assert not [r for r in tune.search(torch.device(DEVICE), SMALL, 3.0) if "problem" in r]
+    monkeypatch.setattr(launch_search, "searches", lambda *_: [part])
+    assert not [r for r in launch_search.search(torch.device(DEVICE), SMALL, 3.0) if "problem" in r]
 
 
 def test_every_op_is_raced_and_the_block_as_a_whole():
-    rows = tune.implementations(torch.device(DEVICE), SMALL, 0.1)
+    rows = implementation_race.race(torch.device(DEVICE), SMALL, 0.1)
     assert {row["op"] for row in rows} == set(backend.OPS) - {"adamw", "decode"}
     timed = {(row["op"], row["variant"]) for row in rows if "microseconds" in row}
     assert {("block", "torch"), ("block", "triton" if DEVICE == "cuda" else "aten")} <= timed
@@ -71,10 +75,10 @@ def race(monkeypatch, **times: dict[str, float]) -> dict[str, str]:
         return original(op, lambda name: expected, lambda name: None, expected, device, seconds)
 
     raced = []
-    original = tune._race
-    monkeypatch.setattr(tune, "_race", race_of)
-    monkeypatch.setattr(tune, "in_turns", in_turns)
-    rows = tune.implementations(torch.device(DEVICE), SMALL, 0.1)
+    original = implementation_race._race
+    monkeypatch.setattr(implementation_race, "_race", race_of)
+    monkeypatch.setattr(implementation_race, "in_turns", in_turns)
+    rows = implementation_race.race(torch.device(DEVICE), SMALL, 0.1)
     return tune.choose(rows, [])["implementations"]
 
 
@@ -179,10 +183,10 @@ def test_a_configuration_under_trial_is_launched():
 
 def test_only_some_kernels_leave_what_is_known_of_the_others():
     device = torch.device(DEVICE)
-    rows = tune.search(device, SMALL, 0.0, ["layer_norm_forward"])
+    rows = launch_search.search(device, SMALL, 0.0, ["layer_norm_forward"])
     assert rows == []  # no time for a candidate
-    with pytest.raises(ValueError, match=r"--only layer_norn: there is .*layer_norm_forward"):
-        tune.search(device, SMALL, 1.0, ["layer_norn"])
+    with pytest.raises(ValueError, match=r"layer_norn: unknown kernel; .*layer_norm_forward"):
+        launch_search.search(device, SMALL, 1.0, ["layer_norn"])
     kept = {"date": "then", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1, "b 1": 1}}
     new = {"date": "now", "implementations": {}, "configs": {"b 1": 2}}
     assert tune.joined(kept, new) == {

@@ -145,7 +145,7 @@ def outcome(library: Any, changes: tuple[Change, ...], probe: Any) -> list[Any] 
 @cache
 def on_nanogpt(names: tuple[str, ...], probe: Any) -> list[Any] | Exception:
     theirs = outcome(THEIRS, tuple(CHANGES[name] for name in names), probe)
-    if isinstance(theirs, Exception):  # not kept with its frames: one may hold a hook on the process
+    if isinstance(theirs, Exception):  # kept without frames: one may hold a hook on all
         theirs.__context__ = theirs.with_traceback(None).__cause__ = None
     return theirs
 

@@ -89,7 +89,8 @@ class Shard:
             self.process.wait()
 
     def _blame(self, started: dict, outcome: str, why: str) -> None:
-        write(self.outcomes, started["test"], outcome, seed=started.get("seed"), why=why)
+        more = {name: started.get(name) for name in ("seed", "ops")}
+        write(self.outcomes, started["test"], outcome, why=why, **more)
 
     def _lines(self) -> list[dict]:
         return read(self.outcomes) if self.outcomes.exists() else []

@@ -30,8 +30,10 @@ class Case(NamedTuple):
         return [t.detach() for t in outputs] + gradients
 
 
-def cases() -> dict[str, Callable[[Sizes, torch.dtype], Case]]:
-    """A case per op and kernel; and one with dropout, for PyTorch draws another mask."""
+def cases() -> dict[str, functools.partial[Case]]:
+    """A function of sizes and dtype per op and kernel, whose first argument, the op, is bound; and
+    one with dropout, for PyTorch draws another mask.
+    """
     kernels = {
         f"{op}, {name}": functools.partial(_case, op, name)
         for op, entry in backend.OPS.items()

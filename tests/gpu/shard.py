@@ -1,8 +1,9 @@
 """pytest -p tests.gpu.shard --shard I/N --outcomes FILE: every N-th of the collected tests.
 
 FILE gets a line of JSON when a test waits, starts and ends, so that a process that dies tells which
-test it died in; tests that ended according to a file in FILE's folder are not run again. After a
-failure that leaves the device unusable the process ends, and tests.gpu starts it anew for the rest.
+test it died in. It names the ops that the test is marked with (pytest.mark.ops). Tests that ended
+according to a file in FILE's folder are not run again. After a failure that leaves the device
+unusable the process ends, and tests.gpu starts it anew for the rest.
 
 Imports nothing of torch or triton: conftest.py must be the first to.
 """
@@ -65,14 +66,23 @@ def pytest_collection_modifyitems(config, items):
 class Outcomes:
     def __init__(self, path: Path):
         self.path, self.seed = path, None
+        self.ops: dict[str, str] = {}  # test -> the ops that it is of
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            mark = item.get_closest_marker("ops")  # a test's own, else its file's
+            self.ops[item.nodeid] = " ".join(mark.args) if mark else ""
+
+    def write(self, test, outcome, **more):
+        write(self.path, test, outcome, ops=self.ops.get(test, ""), **more)
 
     def pytest_runtest_logstart(self, nodeid):
-        write(self.path, nodeid, "started")
+        self.write(nodeid, "started")
 
     def pytest_runtest_call(self, item):
         if torch := sys.modules.get("torch"):
             self.seed = torch.initial_seed()  # fixtures have set it
-        write(self.path, item.nodeid, "started", seed=self.seed)
+        self.write(item.nodeid, "started", seed=self.seed)
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
@@ -80,7 +90,7 @@ class Outcomes:
         lines = report.longreprtext.splitlines() if report.failed else []
         why = next((line[1:].strip() for line in lines if line.startswith("E ")), "")
         more = {"seed": self.seed, "seconds": round(report.duration, 2), "why": why[:300]}
-        write(self.path, report.nodeid, report.outcome, **more)
+        self.write(report.nodeid, report.outcome, **more)
         if report.failed:
             with (self.path.parent / FAILURES).open("a") as file:
                 file.write(f"{report.nodeid}\n{report.longreprtext[-MAX_TEXT:]}\n\n")

@@ -46,6 +46,7 @@ def in_the_last_rows(op: Callable, rows: int, count: int) -> Callable:
 
 
 class Huge(NamedTuple):
+    op: str
     ours: Callable
     ref: Callable
     inputs: Callable[[], list[Tensor]]
@@ -69,13 +70,13 @@ def gelu_cases(name: str, module) -> dict[str, Huge]:
     linear = module.linear_gelu, reference.linear_gelu
     return {
         f"linear_gelu to wide rows, {name} GEMM": Huge(
-            *linear, lambda: [rows_of(K), *layer(K, N, HALF)], 1, [(LAST, N)], N, 7
+            "linear_gelu", *linear, lambda: [rows_of(K), *layer(K, N, HALF)], 1, [(LAST, N)], N, 7
         ),
         f"linear_gelu of wide rows, {name} GEMM": Huge(
-            *linear, lambda: [rows_of(N), *layer(N, K, HALF)], 1, [(LAST, K)], N, 5
+            "linear_gelu", *linear, lambda: [rows_of(N), *layer(N, K, HALF)], 1, [(LAST, K)], N, 5
         ),
         f"mlp, {name} GEMM": Huge(
-            module.mlp, reference.mlp,
+            "mlp", module.mlp, reference.mlp,
             lambda: [rows_of(K), *layer(K, N, HALF), *layer(N, K, HALF)], 1, [(LAST, K)], N, 8,
         ),
     }  # fmt: skip
@@ -83,33 +84,35 @@ def gelu_cases(name: str, module) -> dict[str, Huge]:
 
 HUGE = {
     "layer_norm": Huge(
-        ops.layer_norm, reference.layer_norm,
+        "layer_norm", ops.layer_norm, reference.layer_norm,
         lambda: [rows_of(C), randn(C, dtype=HALF), randn(C, dtype=HALF)], 1, [(LAST, C)], C, 6,
     ),
     "add_layer_norm": Huge(
-        ops.add_layer_norm, reference.add_layer_norm,
+        "add_layer_norm", ops.add_layer_norm, reference.add_layer_norm,
         lambda: [rows_of(C), rows_of(C), randn(C, dtype=HALF), randn(C, dtype=HALF)],
         2, [(LAST, C), (LAST, C)], C, 10,
     ),
     **gelu_cases("cuBLAS", mlp.cublas),
     **gelu_cases("Triton", mlp.own),
     "causal_attention": Huge(
-        ops.causal_attention, reference.causal_attention,
+        "causal_attention", ops.causal_attention, reference.causal_attention,
         lambda: [rows_of(H, T, D) for _ in range(3)], 3, [(LAST, H, T, D)], H * T * D, 11,
     ),
     "packed_causal_attention": Huge(
-        functools.partial(ops.packed_causal_attention, n_head=H),
+        "packed_causal_attention", functools.partial(ops.packed_causal_attention, n_head=H),
         functools.partial(reference.packed_causal_attention, n_head=H),
         lambda: [rows_of(T, 3 * H * D)], 1, [(LAST, T, H * D)], 3 * H * T * D, 5,
     ),
     "cross_entropy": Huge(
-        ops.cross_entropy, reference.cross_entropy,
+        "cross_entropy", ops.cross_entropy, reference.cross_entropy,
         lambda: [rows_of(V), torch.randint(V, (LAST,), device=DEVICE)], 2, [], V, 5,
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.ops(HUGE[name].op)) for name in HUGE]
+)
 def test_the_last_rows_beyond_32_bits(name):
     case = HUGE[name]
     rows = LIMIT // case.width + 2 * LAST
@@ -120,6 +123,7 @@ def test_the_last_rows_beyond_32_bits(name):
     assert_as_accurate(ours, case.ref, *case.inputs(), grads=grads)
 
 
+@pytest.mark.ops("packed_causal_attention")
 def test_time_strides_beyond_32_bits():
     """One sequence whose tokens lie far apart: row * stride overflows within a head."""
     tokens = size(1025, 20)
@@ -141,6 +145,7 @@ def test_time_strides_beyond_32_bits():
     assert_as_accurate(ours, ref, qkv, grads=[grad])
 
 
+@pytest.mark.ops("causal_attention", "packed_causal_attention")
 def test_dropout_mask_beyond_32_bits():
     """The last head's mask is written, with its share of kept scores, and is no other head's."""
     length, p = size(1024, 128), 0.25
@@ -153,6 +158,7 @@ def test_dropout_mask_beyond_32_bits():
     assert not any(torch.equal(mask[-1], mask[i]) for i in (0, heads - 2))
 
 
+@pytest.mark.ops("causal_attention")
 @pytest.mark.parametrize("length", size((16383, 16384), (70,)))
 def test_long_contexts(length):
     """Every row, although float64 needs the (T, T) matrix for that."""

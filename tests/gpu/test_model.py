@@ -55,14 +55,6 @@ def assert_as_close(ours: dict, eager: dict, exact: dict, eps: float) -> None:
         assert mine <= allowed, f"{name}: error {mine:.2e} > {allowed:.2e}"
 
 
-@pytest.fixture
-def matmul_precision(request):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("mode", ["auto", "triton"])
 @pytest.mark.parametrize(
     "dtype, matmul_precision, scale", PRECISIONS, indirect=["matmul_precision"]

@@ -24,14 +24,17 @@ HEAD_DIMS = size((40, 64, 72, 80, 96, 100, 128, 160, 200, 256), (40,))
 LENGTHS = size((1023, 1024, 1025), (31, 33))
 RUNS = size(50, 2)
 CASES = cases()
+NAMES = [pytest.param(n, marks=pytest.mark.ops(case.args[0])) for n, case in CASES.items()]
+BOTH_ATTENTIONS = pytest.mark.ops("causal_attention", "packed_causal_attention")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != DROPOUT])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.values != (DROPOUT,)])
 def test_real_sizes(name):
     case = CASES[name](REAL, HALF)
     assert_as_accurate(case.ours, case.ref, *case.inputs, grads=case.grads)
 
 
+@BOTH_ATTENTIONS
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("D", HEAD_DIMS)
 def test_head_dims(D, T):
@@ -41,6 +44,7 @@ def test_head_dims(D, T):
     assert_as_accurate(ours, ref, qkv, grads=grads)
 
 
+@BOTH_ATTENTIONS
 @pytest.mark.parametrize("name", ["cudnn", "flash", "flash-attn"])
 def test_attention_of_others(name):
     """SDPA held to one backend and the flash-attn package: dispatch may choose them."""
@@ -66,7 +70,7 @@ def test_a_block_is_fused_in_every_dtype(dtype):
     assert choice.implementation == "triton", choice.reason
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_fifty_runs_give_the_same_bits(name):
     """A race, or a sum in the order of arrival, would show sooner or later."""
     case = CASES[name](REAL, HALF)
@@ -76,7 +80,7 @@ def test_fifty_runs_give_the_same_bits(name):
             assert all(torch.equal(a, b) for a, b in zip(case.run(), first, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_on_the_second_gpu_while_the_first_is_current(name):
     """That every launch enters its tensors' device is tested in test_backend.py."""
     if ON_GPU and torch.cuda.device_count() < 2:

@@ -7,19 +7,17 @@ loop, `all` those of the whole kernel, per element that a thread has in its bloc
 """
 
 import json
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fastgpt.commands.inspect import compiled_kernel, machine_code, specimen_of
+from fastgpt.commands import sass
+from fastgpt.commands.inspect import compiled_kernel, specimen_of
 from fastgpt.kernels import _launch, adamw, cross_entropy, gelu, layer_norm
 
 M, C, V, PARAMETERS = 16 * 1024, 768, 50304, 75
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)\s*([^;\n]*);")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -51,36 +49,31 @@ def calls() -> dict[str, Callable[[], Any]]:
 def record(launch: _launch.Launch, arch: int) -> dict[str, Any]:
     specimen = specimen_of(launch, arch)
     compiled = compiled_kernel(specimen)
-    registers, sass = machine_code(compiled.asm["cubin"])
-    found = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(sass)]
-    counts = Counter(name for _, name, _ in found if name != "NOP")
+    registers, code = sass.machine_code(compiled.asm["cubin"])
     sizes = {k: v for k, v in launch.options.items() if k in ("BLOCK", "BLOCK_M", "BLOCK_N")}
     elements = 1
     for size in sizes.values():
         elements *= size
     threads = 32 * launch.options.get("num_warps", 4)
     per_thread = elements / threads
-    loads = [name for name in counts if re.match(r"LDG(STS)?\b", name)]
+    loads = [i.name for i in code if i.name.split(".")[0] in sass.LOADS]
     return {
         "registers": registers,
         "blocks": 65536 // (-(-registers // 8) * 8 * threads),  # on a multiprocessor, by registers
-        "spills": sum(n for name, n in counts.items() if re.match(r"LDL|STL", name)),
-        "widest_load": max(int(m[1]) if (m := re.search(r"\.(64|128)\b", name)) else 32
-                           for name in loads),
-        "all": sum(counts.values()) / per_thread,
-        "loops": [n / per_thread for n in loops(found)],
-    }  # fmt: skip
+        "spills": sass.spills(code),
+        "widest_load": max(map(sass.width, loads)),
+        "all": len(code) / per_thread,
+        "loops": [n / per_thread for n in innermost(sass.loops(code))],
+    }
 
 
-def loops(found: list[tuple[int, str, str]]) -> list[int]:
-    """Instructions between a backward branch and its target, of loops without another inside."""
-    spans = []
-    for at, name, rest in found:
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if name.startswith("BRA") and target and int(target[1], 16) < at:
-            spans.append((int(target[1], 16), at))
-    inner = [(a, b) for a, b in spans if not any(a <= c and d < b for c, d in spans)]
-    return [sum(a <= at <= b and name != "NOP" for at, name, _ in found) for a, b in inner]
+def innermost(loops: list[tuple[int, int]]) -> list[int]:
+    """The number of instructions in each loop that has no other inside."""
+    return [
+        last - first + 1
+        for first, last in loops
+        if not any((first <= a and b < last) or (first < a and b <= last) for a, b in loops)
+    ]
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ import torch
 from fastgpt.kernels import adamw
 from tests.close import DEVICE, LAYOUTS, randn
 
+pytestmark = pytest.mark.ops("adamw")
+
 SIZES = [1, 1023, 1024, 8192, 8193, 20_000]
 LR, BETAS, EPS, SCALE = 1e-2, (0.9, 0.95), 1e-8, 0.3
 TENSORS = ("p", "m", "v", "copy", "grad")

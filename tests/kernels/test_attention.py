@@ -9,6 +9,8 @@ from fastgpt import ops, reference, use_backend
 from fastgpt.kernels import attention
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, compare, evaluate, randn
 
+pytestmark = pytest.mark.ops("causal_attention", "packed_causal_attention")
+
 # B, H, T, D: T on both sides of a block's edge, D that are no power of two
 SHAPES = [
     (2, 1, 37, 16),

@@ -11,6 +11,8 @@ from fastgpt.implementations import aten
 from fastgpt.kernels import cross_entropy
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, evaluate, randn
 
+pytestmark = pytest.mark.ops("cross_entropy", "linear_cross_entropy")
+
 ROWS_VOCAB = [(37, 65), (1, 1), (3, 2), (5, 97), (70, 100), (4, 1600), (2, 5000), (1, 50304)]
 
 

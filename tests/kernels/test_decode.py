@@ -11,6 +11,8 @@ from fastgpt.decoding import eager, native
 from fastgpt.kernels import decode
 from tests.close import DEVICE, EPS_BUDGET, randn
 
+pytestmark = pytest.mark.ops("decode")
+
 RUNS = {"triton": decode, "eager": eager}
 if DEVICE == "cpu" and native.unsupported((torch.empty(1),), 16) is None:
     RUNS["native"] = native

@@ -9,6 +9,8 @@ from fastgpt.kernels._math import gelu_and_grad
 from fastgpt.kernels.gelu import gelu_backward, gelu_forward
 from tests.close import DEVICE
 
+pytestmark = pytest.mark.ops("linear_gelu", "mlp")
+
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

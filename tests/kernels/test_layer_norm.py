@@ -7,6 +7,8 @@ from fastgpt import ops, reference, use_backend
 from fastgpt.kernels import layer_norm
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
+pytestmark = pytest.mark.ops("layer_norm", "add_layer_norm")
+
 ROWS_COLS = [(4, 17), (0, 16), (600, 40), (3, 97), (5, 100), (9, 768), (7, 1023), (2, 1600)]
 
 

@@ -11,6 +11,8 @@ from fastgpt.kernels import _launch, _tuned, gemm_gelu, gemm_tma, mlp
 from fastgpt.kernels.gelu import gelu_forward
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
+pytestmark = pytest.mark.ops("linear_gelu", "mlp")
+
 GEMMS = {"cublas": mlp.cublas, "triton": mlp.own}
 M_K_N = [
     (5, 17, 97),

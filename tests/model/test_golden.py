@@ -22,14 +22,6 @@ CASES = {case["name"]: case for case in GOLDEN["cases"]}
 SMALL = [name for name, case in CASES.items() if "forward" in case]  # GPT-2 itself: weights only
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sha256(t: torch.Tensor) -> str:
     return hashlib.sha256(t.detach().contiguous().numpy().tobytes()).hexdigest()
 

@@ -67,14 +67,6 @@ PRECISIONS = [
 ]
 
 
-@pytest.fixture
-def matmul_precision(request):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("dtype, matmul_precision", PRECISIONS, indirect=["matmul_precision"])
 def test_loss_curve(dtype, matmul_precision):
     """Off the float64 curve by no more than close.py allows an op."""
