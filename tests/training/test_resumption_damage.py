@@ -14,6 +14,7 @@ from fastgpt.storage import manifest
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.loop import train
 from fastgpt.training.progress import Progress
+from fastgpt.training.saved_run import saved_run
 from fastgpt.training.trainer import Trainer
 from tests.training.runs import SMALL, TEXT, losses, prepared
 
@@ -193,3 +194,48 @@ def test_steps_before_one_that_is_not_finite_are_logged():
     with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
         progress.show(0.1)
     assert [(line["step"], line["loss"]) for line in logged] == [(1, 3.0), (2, 2.0)]
+
+
+KINDS: dict[str, Any] = {
+    "nothing": None, "text": "x\x1b[31m", "empty": "", "list": [1], "nan": math.nan,
+    "inf": math.inf,
+    "-1": -1, "huge": 10**400, "part": 0.5, "bool": True, "tensor": torch.zeros(3), "dict": {1: 2},
+    "bytes": b"x\0",
+}  # fmt: skip
+FIELDS = {  # and the kinds that each may have
+    "iter_num": [],
+    "best_val_loss": ["inf", "-1", "part"],
+    "model_args": [],
+    "model_args n_layer": [],
+    "model_args vocab_size": [],
+    "model_args dropout": ["part"],
+    "model_args bias": [],  # of bool, but there are no biases in `model`
+    "model": [],
+    "config": ["dict"],
+    "fastgpt": ["dict"],
+    "fastgpt characters": ["nothing"],
+    "fastgpt seconds": ["part"],
+    "fastgpt data": ["nothing", "text", "empty"],
+    "fastgpt run": ["nothing", "text", "empty"],
+    "fastgpt losses": ["nothing"],
+    "fastgpt validated_at": ["-1"],
+    "fastgpt scaler": ["nothing"],
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_another_kind_is_refused(trained, field):
+    saved = checkpoint.load_checkpoint(trained / "out/ckpt.pt")
+    *inside, name = field.split()
+    for kind, value in KINDS.items():
+        changed = {**saved, "model_args": {**saved["model_args"]}}
+        if inside:
+            changed[inside[0]] = {**saved[inside[0]], name: value}
+        else:
+            changed[name] = value
+        try:
+            saved_run(checkpoint.checked(changed, Path("ckpt.pt")))
+            taken = True
+        except (ValueError, OverflowError) as error:
+            taken = not str(error)
+        assert taken == (kind in FIELDS[field]), kind
