@@ -21,6 +21,7 @@ from fastgpt.storage import files, seal
 from fastgpt.storage.printable import first_line
 from fastgpt.weights import bare_name
 
+LARGEST_COUNT = 2**53  # which a float still counts to
 NANOGPT_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 
 
@@ -29,7 +30,10 @@ def read(path: Path) -> Any:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint file; name the file in it")
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; `fastgpt train` writes one")
+        found = f"`fastgpt convert {path.parent} {path}` makes one of the sharded ones there"
+        there = any(path.parent.glob("sharded-*"))
+        remedy = found if there else "`fastgpt train` writes one"
+        raise FileNotFoundError(f"no checkpoint {path}; {remedy}")
     if not path.is_file():
         raise ValueError(f"{path} is no regular file, so no checkpoint; save it as one")
     try:
@@ -46,11 +50,19 @@ def read(path: Path) -> Any:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The dict in a ckpt.pt, nanoGPT's or fastgpt's, on the CPU. ValueError names what is wrong."""
-    saved = read(path)
+    return checked(read(path), path)
+
+
+def checked(saved: Any, path: Path, weights: bool = True) -> dict[str, Any]:
+    """`saved`, if it is a checkpoint, without `weights` of one all but its tensors. ValueError says
+    what is wrong.
+    """
     try:
-        _check_kinds(saved)
+        _check_kinds(saved, ("model", "model_args") if weights else ("model_args",))
         saved["model_args"] |= saved.get("fastgpt", {}).get("model_args", {})
-        check(saved)
+        config = _check_values(saved)
+        if weights:
+            check_weights(config, saved["model"])
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint of a GPT: {error}") from None
     return saved
@@ -84,13 +96,13 @@ def _loaded(file: BinaryIO, path: Path) -> Any:
         raise ValueError(f"{path} is no checkpoint: {first_line(error)}") from None
 
 
-def _check_kinds(saved: Any) -> None:
+def _check_kinds(saved: Any, needed: tuple[str, ...]) -> None:
     if not isinstance(saved, dict):
         raise ValueError(f"it holds a {type(saved).__name__}, not a dict")
     kinds = dict(model=dict, model_args=dict, optimizer=dict, config=dict, fastgpt=dict)
     for name, kind in kinds.items():
         if name not in saved:
-            if name in ("model", "model_args"):
+            if name in needed:
                 raise ValueError(f"it lacks `{name}`")
         elif not isinstance(saved[name], kind):
             found = type(saved[name]).__name__
@@ -99,23 +111,23 @@ def _check_kinds(saved: Any) -> None:
         raise ValueError("`model_args` of `fastgpt` is no dict")
 
 
-def check(saved: Mapping[str, Any]) -> None:
-    """ValueError unless this is a checkpoint of a GPT, of exactly the weights its sizes ask for."""
+def _check_values(saved: Mapping[str, Any]) -> GPTConfig:
+    """Of all but the tensors -> the model's sizes."""
     if "iter_num" in saved:
         _check_number("iter_num", saved["iter_num"], whole=True)
     if "best_val_loss" in saved:
         _check_number("best_val_loss", saved["best_val_loss"], whole=False)
     config = config_of(saved["model_args"])
-    check_weights(config, saved["model"])
     characters = saved.get("fastgpt", {}).get("characters")
     if characters is None:
-        return
+        return config
     if not isinstance(characters, list) or not all(isinstance(c, str) and c for c in characters):
         raise ValueError("`characters` is no list of characters")
     if not 0 < len(set(characters)) == len(characters) <= config.vocab_size:
         raise ValueError(
             f"it has {len(characters)} `characters`, and vocab_size={config.vocab_size}"
         )
+    return config
 
 
 def _check_number(name: str, value: Any, whole: bool) -> None:
@@ -123,7 +135,7 @@ def _check_number(name: str, value: Any, whole: bool) -> None:
         value = value.item()
     kinds = int if whole else (int, float)
     no_number = not isinstance(value, kinds) or isinstance(value, bool) or value != value
-    if no_number or (whole and value < 0):
+    if no_number or (whole and not 0 <= value <= LARGEST_COUNT):
         raise ValueError(f"`{name}` is {value!r:.40}, not a {'count' if whole else 'number'}")
 
 
@@ -136,8 +148,9 @@ def config_of(args: Mapping[str, Any]) -> GPTConfig:
         raise ValueError(f"`model_args` lacks {', '.join(missing)}")
     config = GPTConfig(**args)
     for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name}={getattr(config, name)} must be an integer")
+        value = getattr(config, name)
+        if isinstance(value, bool) or (isinstance(value, int) and value > LARGEST_COUNT):
+            raise ValueError(f"{name}={value!r:.40} must be an integer up to {LARGEST_COUNT}")
     for name in ("bias", "return_logits", "checkpoint_blocks"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r:.40} must be True or False")
@@ -163,6 +176,10 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Any]) -> None:
         if name not in stored:
             raise ValueError(f"`model` lacks {name}")
         _check_tensor(name, stored[name], shape)
+    if not torch.equal(stored["lm_head.weight"], stored["transformer.wte.weight"]):
+        raise ValueError(
+            "lm_head.weight differs from transformer.wte.weight, which a GPT makes one"
+        )
     if extra := sorted(set(stored) - set(expected)):
         raise ValueError(f"`model` has {extra[0]!r:.60}, which a GPT of its sizes does not have")
 

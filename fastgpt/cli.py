@@ -7,7 +7,6 @@ What a user can put right ends as `fastgpt: <message>` with exit code 2 and no t
 import argparse
 import importlib
 import io
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +15,7 @@ import fastgpt
 from fastgpt.commands import run
 from fastgpt.commands.options import Parser, normalised
 from fastgpt.storage.printable import printable
+from fastgpt.training.output import discard
 
 MODULES = {
     "prepare": ("fastgpt.commands.prepare", "turn a text into train.bin, val.bin and meta.pkl"),
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `fastgpt sample | head`; the exit must not flush into the pipe again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 1
     except _USER_ERRORS as error:
         if sys.flags.dev_mode:
@@ -101,7 +101,8 @@ def one_line(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"cannot open {error.filename}: {error.strerror}"
-    return printable(" ".join(text.split()) or type(error).__name__)
+    text = printable(" ".join(text.split()) or type(error).__name__)
+    return text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}"
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

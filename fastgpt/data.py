@@ -174,10 +174,12 @@ def open_data(folder: Path, verify: bool = True) -> tuple[Tokenizer, dict[str, S
     if found is not None:
         found.check(folder, verify)
     tokenizer = load_tokenizer(folder)
-    if found is not None and found.vocab_size != tokenizer.vocab_size:
+    kind = "gpt2" if isinstance(tokenizer, GPT2) else "char"
+    if found is not None and (found.tokenizer, found.vocab_size) != (kind, tokenizer.vocab_size):
         raise ValueError(
-            f"{folder / manifest.NAME} says a vocabulary of {found.vocab_size}, the folder has one "
-            f"of {tokenizer.vocab_size}; run `fastgpt prepare` again"
+            f"{folder / manifest.NAME} says {found.tokenizer} and a vocabulary of "
+            f"{found.vocab_size}, the folder has {kind} and {tokenizer.vocab_size}; run `fastgpt "
+            "prepare` again"
         )
     known = GPT2_TOKENS if isinstance(tokenizer, GPT2) else tokenizer.vocab_size
     splits = {name: Split(path, known) for name, path in paths.items()}

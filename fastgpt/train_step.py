@@ -78,7 +78,7 @@ class TrainStep:
         """The mean loss, () fp32, still on the device: reading it would wait for the step.
 
         `seeds`, one a batch, make dropout its own affair, whatever was drawn before.
-        RuntimeError names what to change if the batch does not fit in memory.
+        torch.OutOfMemoryError names what to change if the batch does not fit in memory.
         """
         if not batches:
             raise ValueError("no batches: a training step needs at least one (x, y)")
@@ -207,7 +207,7 @@ def _explained(error: RuntimeError, x: Tensor) -> RuntimeError | None:
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in reason:
         return None
     B, T = x.shape
-    return RuntimeError(
+    return torch.OutOfMemoryError(
         f"a batch of {B} sequences of {T} tokens does not fit in memory. Lower batch_size={B} (and "
         f"raise grad_accum by as much), lower block_size={T}, or set checkpoint_blocks=True. "
         f"{reason}"

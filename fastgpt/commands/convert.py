@@ -6,6 +6,7 @@ Converting keeps the logits; what Hugging Face has no place for, as optimizer st
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.storage import files, hf_tokenizer, shards
 from fastgpt.storage.printable import printable
 from fastgpt.training import sharded_folder
+from fastgpt.training.folder import sharded
 
 
 def to_hugging_face(source: Path, folder: Path) -> str:
@@ -89,14 +91,18 @@ def from_hugging_face(folder: Path, path: Path) -> str:
 
 def from_shards(folder: Path, path: Path) -> str:
     """Write the one ckpt.pt of a sharded checkpoint, optimizer included."""
-    save_checkpoint(sharded_folder.whole(folder), path)
-    return ""
+    saved = sharded_folder.whole(folder)
+    save_checkpoint(saved, path)
+    return f" of step {saved['iter_num']:,}, from {folder}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", type=Path, help="a checkpoint file, or a folder of either kind")
+    parser.add_argument(
+        "src", type=Path, help="a checkpoint file, a Hugging Face folder or a sharded run's --out"
+    )
     parser.add_argument("dst", type=Path, help="the folder, or the checkpoint file, to write")
     parser.add_argument("--force", action="store_true", help="write even if DST exists")
+    parser.add_argument("--best", action="store_true", help="of a sharded run, not its latest")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -104,25 +110,35 @@ def main(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"no checkpoint file or Hugging Face folder {args.src}")
     if (args.dst.exists() or args.dst.is_symlink()) and not args.force:
         raise FileExistsError(f"{args.dst} exists; --force writes over it")
-    if args.src.resolve() in args.dst.resolve().parents:
-        raise ValueError(f"{args.dst} is in {args.src}, which is converted; name another place")
-    if args.src.is_dir():
+    source = _chosen(args.src, args.best)
+    if source.resolve() in args.dst.resolve().parents:
+        raise ValueError(f"{args.dst} is in {source}, which is converted; name another place")
+    if source.is_dir():
         if args.dst.is_dir():
             raise IsADirectoryError(f"{args.dst} is a folder; name the file to write, as ckpt.pt")
         convert: Callable[[Path, Path], str] = from_shards
-        if not (args.src / shards.INFO).exists():
+        if not (source / shards.INFO).exists():
             convert = from_hugging_face
     else:
         _check_replaceable(args.dst)
         convert = to_hugging_face
-    more = convert(args.src, args.dst)
+    more = convert(source, args.dst)
     print(printable(f"wrote {args.dst}{more}"))
     return 0
+
+
+def _chosen(source: Path, best: bool) -> Path:
+    """The checkpoint that is meant: of a sharded run's folder one in it."""
+    if sharded(source):
+        return (sharded_folder.best if best else sharded_folder.latest)(source)
+    if best:
+        raise ValueError(f"{source} is no sharded run's folder, of which --best takes the best")
+    return source
 
 
 def _check_replaceable(folder: Path) -> None:
     """--force replaces a Hugging Face folder, not whatever somebody may have named."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise FileExistsError(f"{folder} holds no Hugging Face model that could be replaced")
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file; a Hugging Face model is a folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is in the way; a Hugging Face model is a folder")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgpt import data, environment, init
 from fastgpt.commands import init_audit
+from fastgpt.commands.options import count, number, seed
 from fastgpt.model import GPT, GPTConfig
 
 SCAN = GPTConfig(block_size=32, vocab_size=256, n_head=4, n_embd=128)
@@ -240,18 +241,20 @@ def _insert(text: str, path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    shape = GPTConfig()
+    shape, size = GPTConfig(), number(int, 1, 2**31)
     for field in _SHAPE:
         option, default = "--" + field.replace("_", "-"), getattr(shape, field)
-        parser.add_argument(option, type=int, default=default, help="of the model (%(default)s)")
+        parser.add_argument(option, type=size, default=default, help="of the model (%(default)s)")
     parser.add_argument("--no-bias", action="store_true", help="a model without biases")
     for field in ("residual_init", "linear_init"):
         option, default = "--" + field.replace("_", "-"), str(getattr(shape, field))
         parser.add_argument(option, default=default, help="scheme of the model (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1337, help="of all that is drawn (%(default)s)")
+    parser.add_argument(
+        "--seed", type=seed, default=1337, help="of all that is drawn (%(default)s)"
+    )
     depths = [2, 4, 8, 12, 24, 48]
-    parser.add_argument("--depths", type=int, nargs="+", default=depths, help="to scan (2 ... 48)")
-    parser.add_argument("--steps", type=int, default=240, help="of each short run (%(default)s)")
+    parser.add_argument("--depths", type=size, nargs="+", default=depths, help="to scan (2 ... 48)")
+    parser.add_argument("--steps", type=count, default=240, help="of each short run (%(default)s)")
     out = Path("out/init-report")
     parser.add_argument("--out", type=Path, default=out, help="of the pictures (%(default)s)")
     parser.add_argument("--no-plots", action="store_true", help="text only")

@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
+import math
 import re
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -30,10 +31,14 @@ class Parser(argparse.ArgumentParser):
 
 def normalised(argv: list[str]) -> list[str]:
     """Options with `-` for `_`, and a negative number joined to the option before it."""
+    if argv[-1:] == ["--"]:
+        raise ValueError("nothing follows --; leave it out")
     found: list[str] = []
     for word in argv:
+        name, equals, value = word.partition("=")
+        if not word or (equals and not value and word.startswith("--")):  # "" is also a folder: .
+            raise ValueError(f"{name or (found or ['an argument'])[-1]} has an empty value")
         if word.startswith("--"):
-            name, equals, value = word.partition("=")
             word = name.replace("_", "-") + equals + value
         elif _negative(word) and found and re.fullmatch(r"--[a-z0-9-]+", found[-1]):
             found[-1] += f"={word}"
@@ -59,25 +64,24 @@ def true_or_false(word: str) -> bool:
     return word.lower() in ("true", "1")
 
 
-def folder(word: str) -> Path:
-    if not word:  # which would be the current one
-        raise argparse.ArgumentTypeError("'' names no folder")
-    return Path(word)
+def number(
+    kind: type, least: float, most: float = math.inf, or_zero: bool = False
+) -> Callable[[str], Any]:
+    """A type for `add_argument`: int or float, from `least` to `most`."""
+    limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+
+    def parse(word: str) -> Any:
+        try:
+            value = kind(word)
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{word!r:.40} is no {what}") from None
+        if not (least <= value <= most or (or_zero and value == 0)):  # NaN is neither
+            raise argparse.ArgumentTypeError(f"{word:.40} must be {'0 or ' * or_zero}{limits}")
+        return value
+
+    return parse
 
 
-def seed(word: str) -> int:
-    value = count(word)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{value} must be below {2**63}")
-    return value
-
-
-def count(word: str) -> int:
-    """A number that may be 0 but not less."""
-    try:
-        value = int(word)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number") from None
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 0")
-    return value
+count = number(int, 0, 2**53)
+seed = number(int, 0, 2**63 - 1)

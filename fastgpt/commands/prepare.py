@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from fastgpt.commands.options import folder
+from fastgpt.commands import options
 from fastgpt.data import GPT2, GPT2_TOKENS, Characters, Tokenizer, python_documentation
 from fastgpt.storage import files, manifest, texts
 from fastgpt.storage.lock import Lock
@@ -50,22 +50,21 @@ def prepare_documents(
     val_fraction: float = 0.1,
     force: bool = False,
     processes: int | None = None,
+    named: str = "the text",
 ) -> Tokenizer:
     """The same for many. FileExistsError, unless `force`, if other data are there.
 
-    Documents are separated by end-of-text, for characters by a new line.
+    Documents are separated by end-of-text, for characters by a new line. `named` in errors.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val-fraction {val_fraction} must be above 0 and below 1")
-    if processes is not None and not 0 < processes <= 1024:
-        raise ValueError(f"--processes {processes} must be from 1 to 1024")
     if tokenizer == "gpt2":
         GPT2().encode("")  # a missing tokenizer ends it before anything else
     with Lock(out, "preparing data there"):
         files.sweep(out)
         before = _before(out, force)
         seen = _look_through(documents, f"{tokenizer} {val_fraction}", tokenizer == "char")
-        _check_length(seen, tokenizer, val_fraction)
+        _check_length(seen, tokenizer, val_fraction, named)
         if before is not None and before.whole and not force:
             if before.sources != seen.sources:
                 raise _other_data(out)
@@ -114,19 +113,20 @@ def _look_through(documents: texts.Documents, how: str, characters: bool) -> _Se
     return _Seen(length, sorted(found), digest.hexdigest())
 
 
-def _check_length(seen: _Seen, tokenizer: str, val_fraction: float) -> None:
+def _check_length(seen: _Seen, tokenizer: str, val_fraction: float, named: str) -> None:
     if tokenizer == "char" and len(seen.characters) > 2**16:
         raise ValueError(
-            f"the text has {len(seen.characters)} different characters, more than the {2**16} that "
+            f"{named} has {len(seen.characters)} different characters, more than the {2**16} that "
             "uint16 ids allow; use --tokenizer gpt2"
         )
     if seen.length < 20:
-        raise ValueError(f"a text of {seen.length} characters is too short; use one of 20 or more")
+        raise ValueError(f"{named} of {seen.length} characters is too short; use one of 20 or more")
     split = _split(seen.length, val_fraction)
     if not 0 < split < seen.length:
         part = "validate" if split else "train"
         raise ValueError(
-            f"--val-fraction {val_fraction} of {seen.length} characters leaves none to {part} on"
+            f"--val-fraction {val_fraction} of {named}'s {seen.length} characters leaves none to "
+            f"{part} on"
         )
 
 
@@ -318,20 +318,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="UTF-8 texts, folders of .txt (Python's documentation)",
     )
-    parser.add_argument("--out", type=folder, required=True, help="data folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="data folder to write")
     parser.add_argument("--tokenizer", choices=("char", "gpt2"), default="char")
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, help="of the text, its end (%(default)s)"
     )
-    parser.add_argument("--processes", type=int, help="that tokenize (as many as CPUs, at most 8)")
+    parser.add_argument(
+        "--processes",
+        type=options.number(int, 1, 1024),
+        help="that tokenize (as many as CPUs, at most 8)",
+    )
     parser.add_argument("--force", action="store_true", help="write over other data")
 
 
 def main(args: argparse.Namespace) -> int:
     documents = texts.of_files(args.file) if args.file else texts.of_string(python_documentation())
-    tokenizer = prepare_documents(
-        documents, args.out, args.tokenizer, args.val_fraction, args.force, args.processes
-    )
+    names = [*map(str, args.file)] or ["Python's documentation"]
+    named = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    how = (args.tokenizer, args.val_fraction, args.force, args.processes)
+    tokenizer = prepare_documents(documents, args.out, *how, named)
     found = manifest.load(args.out)
     assert found is not None
     print(printable(f"{args.out}: vocabulary of {tokenizer.vocab_size:,}"), end="")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import checkpoint, data
-from fastgpt.commands.options import count, seed
+from fastgpt.commands.options import count, number, seed
 from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
 from fastgpt.storage import hf_tokenizer
@@ -100,15 +100,12 @@ def tokenizer_of(saved: Mapping[str, Any], out: Path) -> data.Tokenizer:
     return data.GPT2()
 
 
-def check_fits(tokenizer: data.Tokenizer, model: GPT) -> None:
+def check_fits(tokenizer: data.Tokenizer, model: GPT, remedy: str) -> None:
     """ValueError for a vocabulary that is not the model's."""
     size, characters = model.config.vocab_size, tokenizer.characters
     known = data.GPT2_TOKENS if characters is None else len(characters)
     if size < known or (characters is not None and size != known):
-        raise ValueError(
-            f"the vocabulary has {known} tokens and the model {size}; --data names the folder that "
-            "the model was trained on"
-        )
+        raise ValueError(f"the vocabulary has {known} tokens and the model {size}; {remedy}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,12 +131,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", "--max_new_tokens", type=count, default=500, help="(%(default)s)"
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is argmax (%(default)s)")
     parser.add_argument(
-        "--top-k", "--top_k", type=int, default=200, help="likeliest tokens to keep (%(default)s)"
+        # less, and logits divided by it are no numbers
+        "--temperature", type=number(float, 1e-3, or_zero=True), default=0.8,
+        help="0 is argmax (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--top-k",
+        "--top_k",
+        type=number(int, 1),
+        default=200,
+        help="likeliest tokens to keep (%(default)s)",
     )
     parser.add_argument(
-        "--top-p", "--top_p", type=float, help="probability that the tokens kept add up to"
+        *("--top-p", "--top_p"),
+        type=number(float, 1e-6, 1),
+        help="probability that the tokens kept add up to",
     )
     parser.add_argument("--stop", help="text that ends a sample")
     parser.add_argument("--seed", type=seed, default=1337, help="(%(default)s)")
@@ -166,6 +173,7 @@ def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
         model = GPT.from_pretrained(args.pretrained, {} if folder.is_dir() else {"gelu": "tanh"})
         characters = hf_tokenizer.read_characters(folder, model.config.vocab_size)
         tokenizer = data.GPT2() if characters is None else data.Characters(characters)
+        remedy = f"{folder} lacks the tokenizer.json of its own"
     else:
         saved = checkpoint.load_checkpoint(args.out / "ckpt.pt")
         model = checkpoint.load_model(saved)
@@ -175,7 +183,8 @@ def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
             raise ValueError(
                 f"{args.data} has another vocabulary than {args.out / 'ckpt.pt'}; leave out --data"
             )
-    check_fits(tokenizer, model)
+        remedy = f"--data names the folder that {args.out} was trained on"
+    check_fits(tokenizer, model, remedy)
     return model, tokenizer
 
 
@@ -186,6 +195,8 @@ def main(args: argparse.Namespace) -> int:
     model.to(device).eval()
 
     prompt, timer = _prompt(args, tokenizer), Timer()
+    if not prompt:
+        raise ValueError(f"{args.prompt_file or args.prompt} is empty; name a text to go on from")
     torch.manual_seed(args.seed)
     for _ in range(args.num_samples):
         write_sample(

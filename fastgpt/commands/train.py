@@ -4,11 +4,12 @@ On several: `torchrun --nproc-per-node 8 -m fastgpt train ...` (docs/scaling.md)
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from fastgpt.commands.options import true_or_false
 from fastgpt.storage.printable import printable
 from fastgpt.training import nanogpt, sharded_folder, world
 from fastgpt.training.config import TrainConfig, changes, check_each, kept, option
-from fastgpt.training.folder import LATEST
+from fastgpt.training.folder import LATEST, sharded
 from fastgpt.training.log import NAME, read
 from fastgpt.training.loop import train
+from fastgpt.training.output import Output
 from fastgpt.training.watch import LostProcess
-
-_TEXT_OPTIONS = {"dataset", "init_from", "out_dir", "wandb_run_name", "backend"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,28 +55,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _kind_of(name: str, hints: Mapping[str, Any]) -> Any:
     """Of a value by nanoGPT's name."""
-    hint = hints.get(nanogpt.SAME.get(name, ""))
+    hint = hints[nanogpt.SAME[name]] if name in nanogpt.SAME else nanogpt.OTHER[name]
     kind = next(iter(typing.get_args(hint)), hint)
-    if kind in (int, float):
-        return kind
-    return str if name in _TEXT_OPTIONS else true_or_false
+    return true_or_false if kind is bool else kind
 
 
 def main(args: argparse.Namespace) -> int:
     process = world.rank()
     if process:  # the first prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    output = Output(sys.stdout, _told_of_lost_output)
     try:
-        return _main(args)
+        with contextlib.redirect_stdout(output):
+            return _main(args)
     except Exception as error:
         if process and not sys.flags.dev_mode:
-            # the first is likely to say the same, and to end all by that
-            time.sleep(2)
+            # the first is likely to say the same soon, and to end all by that
+            time.sleep(5)
             error.args = (f"process {process}: {error}",)
         if isinstance(error, LostProcess):  # the group is beyond an orderly end
             print(f"fastgpt: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         raise
+
+
+def _told_of_lost_output(error: OSError) -> None:
+    reason = f"what is printed can no longer be written ({error.strerror})"
+    print(f"fastgpt: {reason}; training goes on, its log too", file=sys.stderr, flush=True)
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -102,8 +107,9 @@ def settings(
     known = {setting.name for setting in fields(TrainConfig)}
     from_file: dict[str, Any] = {}
     for path in options["config"]:
-        from_file |= nanogpt.read_config(path, known)
-        _check_settings(from_file, str(path))
+        with _from(str(path)):
+            from_file |= nanogpt.read_config(path, known)
+            check_each(from_file)
     if from_file:
         print(printable(f"what {options['config'][-1]} leaves out is as in nanoGPT's train.py"))
     given: dict[str, Any] = {}
@@ -111,39 +117,41 @@ def settings(
         if name in known or name.startswith("nanogpt_"):
             given |= nanogpt.translated(name.removeprefix("nanogpt_"), value)
     asked = from_file | given
-    for name in ("data", "out"):
-        if asked.get(name) == "":
-            raise ValueError(f"{option(name)} '' names no folder")
-    restarted = _restarted_run(Path(asked.get("out", "out")))
+    check_each(asked)
+    out = Path(asked.get("out", "out"))
+    restarted = _restarted_run(out)
     if restarted or asked.get("resume"):
         asked |= {"resume": True, "force": False}
         asked.pop("init_from", None)
-        saved = restarted or _latest(asked)
-        before = _saved_settings(saved)
-        _check_settings(before, f"the checkpoint in {asked.get('out', 'out')}")
+        asked.setdefault("shard", _is_sharded(out))
+        saved = restarted or sharded_folder.load(out, asked["shard"])
+        with _from(f"the checkpoint in {out}"):
+            before = _saved_settings(saved)
+            check_each(before)
         if "steps" in given and "minutes" not in given:
             asked["minutes"] = None
         for line in changes(before, {**from_file, **asked}):
             print(printable(line))
-        return TrainConfig(**{"data": "", **before, **asked}), saved, given
+        asked = before | asked
+    else:
+        saved = None
     if "data" not in asked:
         raise ValueError("--data names the folder that `fastgpt prepare` wrote; it is missing")
-    return TrainConfig(**asked), None, given
+    return TrainConfig(**asked), saved, given
 
 
-def _check_settings(found: Mapping[str, Any], source: str) -> None:
+@contextlib.contextmanager
+def _from(source: str) -> Iterator[None]:
     """ValueError names where a setting is from that no run can have."""
     try:
-        check_each(found)
+        yield
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _latest(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint to go on from; of the kind that is there, if nobody says which."""
-    out = Path(asked.get("out", "out"))
-    sharded = not (out / LATEST).exists() and bool(sharded_folder.steps(out))
-    return sharded_folder.load(out, asked.get("shard", sharded))
+def _is_sharded(out: Path) -> bool:
+    """Whether the checkpoint to go on from is, if nobody says which."""
+    return not (out / LATEST).exists() and bool(sharded(out))
 
 
 def _saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def _restarted_run(out: Path) -> dict[str, Any] | None:
         return None
     lines = read(out / NAME)
     run = lines[0].get("run") if lines else None
-    if run is None or not ((out / LATEST).exists() or sharded_folder.steps(out)):
+    if run is None or not ((out / LATEST).exists() or sharded(out)):
         return None
-    saved = _latest({"out": out})
+    saved = sharded_folder.load(out, _is_sharded(out))
     return saved if saved.get("fastgpt", {}).get("run") == run else None

@@ -15,6 +15,7 @@ import torch
 
 from fastgpt.commands import implementation_race, launch_search
 from fastgpt.commands.launch_search import Sizes
+from fastgpt.commands.options import number
 from fastgpt.kernels import _tuned
 from fastgpt.storage import files
 
@@ -35,11 +36,14 @@ def joined(kept: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=300, help="of measuring (%(default)g)")
-    parser.add_argument("--n-embd", type=int, default=768, help="model width (%(default)s)")
-    parser.add_argument("--n-head", type=int, default=12, help="attention heads (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=50304, help="(%(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="in a batch (%(default)s)")
+    size = number(int, 1, 2**31)
+    parser.add_argument(
+        "--seconds", type=number(float, 1), default=300, help="of measuring (%(default)g)"
+    )
+    parser.add_argument("--n-embd", type=size, default=768, help="model width (%(default)s)")
+    parser.add_argument("--n-head", type=size, default=12, help="attention heads (%(default)s)")
+    parser.add_argument("--vocab-size", type=size, default=50304, help="(%(default)s)")
+    parser.add_argument("--tokens", type=size, default=16384, help="in a batch (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="KERNEL", default=[],
                         help="search these kernels' configurations, and race nothing")  # fmt: skip
 

@@ -126,6 +126,12 @@ def check_room(folder: Path, needed: int) -> None:
         raise explained(error, folder, needed) from None
 
 
+def size_of(path: Path) -> int:
+    """Bytes in a file, or in all files of a folder."""
+    found = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in found if file.is_file())
+
+
 def free_bytes(folder: Path) -> int:
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
@@ -192,5 +198,5 @@ def remove(path: Path) -> None:
     """A file or a folder with all that is in it; nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif os.path.lexists(path):  # asked first: a read-only file system answers for itself
         path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ The libraries are large, and imported only to exchange weights.
 
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,28 @@ def _names_of_bytes() -> dict[int, str]:
 
 
 def read_characters(folder: Path, vocab_size: int) -> list[str] | None:
-    """Those of a tokenizer that `write_characters` wrote; None for any other."""
-    try:
-        model = json.loads((folder / "tokenizer.json").read_bytes())["model"]
-        if model["type"] != "BPE" or model["merges"]:
-            return None
-        characters = sorted(model["vocab"], key=model["vocab"].__getitem__)
-        ids = [model["vocab"][character] for character in characters]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    """Those of a tokenizer that `write_characters` wrote; None for GPT-2's, or where there is none.
+    ValueError for any other: the ids of its model mean what nothing here knows.
+    """
+    path = folder / "tokenizer.json"
+    if not os.path.lexists(path):
         return None
-    whole = ids == list(range(len(ids))) and 0 < len(ids) <= vocab_size
-    return characters if whole and all(len(c) == 1 for c in characters) else None
+    try:
+        if not path.is_file():
+            raise ValueError
+        model = json.loads(path.read_bytes())["model"]
+        vocabulary, merges = model["vocab"], model["merges"]
+        if merges and len(vocabulary) == 50257 and vocabulary["\u0120the"] == 262:
+            return None
+        characters = sorted(vocabulary, key=vocabulary.__getitem__)
+        ids = [vocabulary[character] for character in characters]
+        if merges or ids != list(range(len(ids))) or not 0 < len(ids) <= vocab_size:
+            raise ValueError
+        if not all(len(c) == 1 for c in characters):
+            raise ValueError
+    except Exception:  # a malformed one raises anything
+        raise ValueError(
+            f"{path} is no tokenizer of characters, and not GPT-2's; without the file the weights "
+            "are taken alone"
+        ) from None
+    return characters

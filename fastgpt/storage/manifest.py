@@ -6,6 +6,7 @@ own prepare.py wrote has none.
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Manifest:
 def load(folder: Path) -> Manifest | None:
     """None where there is no manifest. ValueError for a damaged one."""
     path = folder / NAME
-    if path.exists() and not path.is_file():
+    if os.path.lexists(path) and not path.is_file():
         raise ValueError(f"{path} is no regular file; move it away, run `fastgpt prepare` again")
     try:
         content = json.loads(path.read_bytes())

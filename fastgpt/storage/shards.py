@@ -6,12 +6,12 @@ let near. What is stored are tensors, and only tensors are read.
 """
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from fastgpt.storage.manifest import file_sha256
@@ -39,6 +39,8 @@ class _Unpickler(pickle.Unpickler):
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
     """By all processes of the group together."""
+    import torch.distributed.checkpoint as dcp  # a second's import, for who shards only
+
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
 
 
@@ -73,9 +75,13 @@ def sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 def read(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
     """Fill `tensors`, or parts of them, in place; `alone` without a group of processes."""
+    import torch.distributed.checkpoint as dcp
+
     found = sizes(folder)
     for name, t in tensors.items():
         if name not in found or found[name][0] != t.shape:
             shape = tuple(found[name][0]) if name in found else "missing"
             raise ValueError(f"{folder}: {name} is {shape}, the model's is {tuple(t.shape)}")
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=alone)

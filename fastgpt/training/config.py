@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from fastgpt.checkpoint import LARGEST_COUNT
 from fastgpt.devices import DTYPES
 
-_LARGEST = 2**53  # which a float still counts to
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 SCHEDULES = ("cosine", "constant-then-decay", "constant")
 
@@ -104,12 +104,17 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         wanted = " or ".join(k.__name__ for k in allowed if k is not type(None))
         raise ValueError(f"{name}={value!r:.60} must be of type {wanted}")
+    if isinstance(value, str) and ("\0" in value or not value):
+        what = "holds a byte of 0" if value else "is empty"
+        raise ValueError(f"{name}={value!r:.60} {what}, which is no name")
 
 
 def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value} must be a finite number")
-    if isinstance(value, int) and value > (most := limits.get("below", _LARGEST + 1) - 1):
+    if isinstance(value, float) and 0 < abs(value) < 1e-30:
+        raise ValueError(f"{name}={value} is too small to count for anything; use 0 or more")
+    if isinstance(value, int) and value > (most := limits.get("below", LARGEST_COUNT + 1) - 1):
         raise ValueError(f"{name} is a number of {len(str(value))} digits; it can be {most}")
     if "choices" in limits and value not in limits["choices"]:
         raise ValueError(f"{name}={value!r:.60}; use one of {', '.join(limits['choices'])}")

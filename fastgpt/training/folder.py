@@ -1,7 +1,10 @@
-"""A run's --out: ckpt.pt, best.pt, numbered ones, each whole at any moment; and nobody else's."""
+"""A run's --out: ckpt.pt, best.pt, numbered ones, each whole at any moment; and nobody else's.
+
+A sharded run's checkpoints are folders sharded-STEP instead (sharded_folder.py).
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,44 @@ from fastgpt.training.log import NAME
 
 LATEST, BEST = "ckpt.pt", "best.pt"
 _NUMBERED = re.compile(r"ckpt-(\d+)\.pt")
+_SHARDED = re.compile(r"sharded-(\d+)")
+
+
+def superseded(there: Iterable[int], step: int, keep: int) -> list[int]:
+    """Of the numbers of checkpoints, when that of `step` has been written: those beyond it, of what
+    was gone back from, and those before the last `keep`, 0 being all.
+    """
+    outlived = [n for n in there if n > step]
+    kept = sorted(n for n in there if n <= step)
+    return outlived + kept[:-keep] * bool(keep)
+
+
+def sharded(out: Path) -> dict[int, Path]:
+    """The steps of a folder's sharded checkpoints, lowest first."""
+    return _by_step(_SHARDED, out.glob("sharded-*"))
+
+
+def _by_step(name: re.Pattern[str], paths: Iterable[Path]) -> dict[int, Path]:
+    found = ((name.fullmatch(path.name), path) for path in paths)
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 class RunFolder:
-    """Held until `release`. OSError where it is in use, cannot be written, or holds another run."""
+    """Held until `release`. OSError where it is in use, cannot be written, or, unless it is to
+    `resume` or `force`, holds another run.
+    """
 
-    def __init__(self, path: Path, keep: int, overwrite: bool):
+    def __init__(self, path: Path, keep: int, resume: bool, force: bool):
         self.path, self.keep = path, keep
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"--out {path} is a file; name a folder")
         self._lock = Lock(path, "training into it")
         try:
-            if not overwrite and (found := self._runs()):
+            self._written_over = [] if resume else self._checkpoints()
+            if self._written_over and not force:
                 raise FileExistsError(
-                    f"{found} is there already; --resume goes on with that run, --force writes "
-                    "over it, or use another --out"
+                    f"{self._written_over[0]} is there already; --resume goes on with that run, "
+                    "--force writes over it, or use another --out"
                 )
             for name in (LATEST, BEST, NAME):  # found at a save, it would cost the run
                 if (path / name).is_dir():
@@ -36,36 +62,38 @@ class RunFolder:
             self.release()
             raise
 
-    def _runs(self) -> Path | None:
-        """A checkpoint, of either kind."""
-        paths = [self.path / LATEST, *sorted(self.path.glob("sharded-*"))]
-        return next((path for path in paths if path.exists()), None)
+    def _checkpoints(self) -> list[Path]:
+        """All that are there, of either kind."""
+        files = [self.path / LATEST, self.path / BEST, *self.numbered().values()]
+        return [path for path in files if path.is_file()] + list(sharded(self.path).values())
 
     def check_room(self, size: int) -> None:
         """Whether the checkpoints that a run writes, and one being written, fit on the disk."""
-        there = [self.path / LATEST, self.path / BEST, *self.numbered().values()]
-        used = sum(path.stat().st_size for path in there if path.is_file())
+        used = sum(files.size_of(path) for path in self._checkpoints())
         files.check_room(self.path, max((3 + self.keep) * size - used, size))
 
     def numbered(self) -> dict[int, Path]:
         """Steps of numbered checkpoints, lowest first."""
-        paths = (path for path in self.path.glob("ckpt-*.pt") if path.is_file())
-        found = ((_NUMBERED.fullmatch(path.name), path) for path in paths)
-        return dict(sorted((int(match[1]), path) for match, path in found if match))
+        return _by_step(_NUMBERED, (p for p in self.path.glob("ckpt-*.pt") if p.is_file()))
 
     def save(self, saved: Mapping[str, Any], best: bool) -> None:
         step = int(saved["iter_num"])
         latest = self.path / LATEST
+        copies = [self.path / BEST] * best + [self.path / f"ckpt-{step:06}.pt"] * bool(self.keep)
         checkpoint.save_checkpoint(saved, latest)
-        if best:
-            files.copy(latest, self.path / BEST)
-        if self.keep:
-            files.copy(latest, self.path / f"ckpt-{step:06}.pt")
-        before = self.numbered()
-        outlived = [n for n in before if n > step]  # of what was written over, or went on from here
-        kept = [n for n in before if n <= step]
-        for number in outlived + kept[: -self.keep] * bool(self.keep):
-            before[number].unlink()
+        for path in copies:
+            files.copy(latest, path)
+        self.saved(latest, *copies)
+        there = self.numbered()
+        for number in superseded(there, step, self.keep):
+            there[number].unlink()
+
+    def saved(self, *paths: Path) -> None:
+        """A new run's first checkpoints are safe: those of the run that it writes over go."""
+        for path in self._written_over:
+            if path not in paths:
+                files.remove(path)
+        self._written_over = []
 
     def release(self) -> None:
         self._lock.release()

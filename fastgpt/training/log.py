@@ -1,4 +1,4 @@
-"""The history of a run: log.jsonl always, TensorBoard and W&B on request, loss.png at the end.
+"""The history of a run: log.jsonl always, others by flag (other_logs.py), loss.png at the end.
 
 The first line says which run it is and with which settings; then a line for each step and each
 validation. A resumed run goes on in it, from the step of its checkpoint.
@@ -9,33 +9,35 @@ import os
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastgpt.storage import files
 from fastgpt.training.config import TrainConfig
+from fastgpt.training.other_logs import OtherLogs
 
 NAME = "log.jsonl"
 
 
 class Log:
-    def __init__(self, folder: Path, settings: Mapping[str, Any], config: TrainConfig, step: int):
-        """A run that is at `step`: what an earlier one of it wrote later is forgotten."""
+    def __init__(self, folder: Path, config: TrainConfig, step: int, run: str):
+        """Of the `run` that is at `step`: what it wrote later, or another did, is forgotten."""
         self.path = folder / NAME
-        self._others = _others(folder, settings, config)
+        self._others = OtherLogs(folder, config, step)
         past = [line for line in read(self.path) if line.get("step", 0) <= step] if step else []
-        run = past[0].get("run") if past else None
-        self.run = run if isinstance(run, str) else secrets.token_hex(8)
-        if run != self.run:
-            past.insert(0, {"run": self.run, "settings": dict(settings)})
+        if past and past[0].get("run") != run:
+            past = []
+        self.run = run if past else secrets.token_hex(8)
+        if not past:
+            past = [{"run": self.run, "settings": asdict(config)}]
         files.write_bytes(self.path, "".join(map(_line, past)).encode())
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
         self._file = os.fdopen(os.open(self.path, flags), "a", encoding="utf-8")
 
     def add(self, step: int, **values: Any) -> None:
         self._write(_line({"step": step, **values}))
-        for other in self._others:
-            other(step, values)
+        self._others.add(step, values)
 
     def sync(self) -> None:
         """Before a checkpoint: its history must last as long."""
@@ -53,8 +55,7 @@ class Log:
     def close(self) -> None:
         with suppress(OSError):  # which was said when it was synced
             self._file.close()
-        for other in self._others:
-            other(None, {})
+        self._others.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -73,43 +74,6 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(values) + "\n"
-
-
-def _others(folder: Path, settings: Mapping[str, Any], config: TrainConfig) -> list[Any]:
-    """Functions of (step, values), and of (None, {}) at the end."""
-    found = []
-    if config.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                f"--tensorboard needs it ({error}); pip install tensorboard"
-            ) from None
-        writer = SummaryWriter(str(folder / "tensorboard"))
-
-        def to_tensorboard(step: int | None, values: Mapping[str, Any]) -> None:
-            if step is None:
-                writer.close()
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
-
-        found.append(to_tensorboard)
-    if config.wandb:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(f"--wandb needs it ({error}); pip install wandb") from None
-        where = dict(project=config.wandb_project, name=config.wandb_name, dir=str(folder))
-        run = wandb.init(mode=config.wandb, config=dict(settings), **where)
-
-        def to_wandb(step: int | None, values: Mapping[str, Any]) -> None:
-            if step is None:
-                run.finish()
-            else:
-                run.log(dict(values), step=step)
-
-        found.append(to_wandb)
-    return found
 
 
 def draw(log: Path, picture: Path) -> str:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def train(
     with World(config.device) as world:
         folder: RunFolder | None = None
         if world.first:
-            folder = RunFolder(Path(config.out), config.keep, config.resume or config.force)
+            folder = RunFolder(Path(config.out), config.keep, config.resume, config.force)
         try:
             return _train(config, saved, given, world, folder)
         except RuntimeError as error:
@@ -87,13 +88,14 @@ class Run:
         if folder is not None:
             size = 3 * 4 * sum(p.numel() for p in trainer.model.parameters())
             folder.check_room(size)
-            self.log = Log(folder.path, asdict(config), config, trainer.steps_done)
+            self.log = Log(folder.path, config, trainer.steps_done, trainer.run)
             trainer.run = self.log.run
         self.progress = Progress(
             trainer.tokens_per_step(),
             trainer.fraction(),
             trainer.mfu,
             trainer.device,
+            self._logged,
             quiet=folder is None,
         )
         self.interrupts = Interrupts()
@@ -102,9 +104,11 @@ class Run:
         with self.interrupts:
             try:
                 result = self._steps()
-            except (ValueError, OSError):
-                # data that changed or cannot be read, a terminal or a pipe that was closed, a full
-                # disk under the log: the last whole step is worth keeping
+            except (ValueError, OSError, torch.OutOfMemoryError):
+                # data that changed or cannot be read, a full disk under the log, a step that was
+                # not taken: the last whole one is worth keeping
+                with suppress(OSError):
+                    self._flush()
                 if not self.config.shard:
                     self._save()
                 raise
@@ -150,7 +154,7 @@ class Run:
                 return self._result(0)
             lr = trainer.learning_rate()
             loss = trainer.train_step()
-            self._logged(self.progress.add(trainer.steps_done, loss, lr, trainer.fraction()))
+            self.progress.add(trainer.steps_done, loss, lr, trainer.fraction())
 
     def _stop(self) -> bool:
         """Whether any process was told to end; and what time it is for all."""
@@ -162,7 +166,7 @@ class Run:
         return stop > 0
 
     def _flush(self) -> None:
-        self._logged(self.progress.show(self.trainer.fraction()))
+        self.progress.show(self.trainer.fraction())
 
     def _logged(self, lines: list[dict[str, float]]) -> None:
         if self.log is None:
@@ -191,21 +195,27 @@ class Run:
         self.interrupts.saving = True
         try:
             with self.world.writing():
-                if self.log is not None:
-                    self.log.sync()
-                if self.config.shard:
-                    sharded_folder.save(trainer, self.folder, best)
-                elif self.folder is not None:
-                    self.folder.save(trainer.state(), best)
+                self._write(best)
         finally:
             self.interrupts.saving = False
         trainer.saved_at = trainer.steps_done
+
+    def _write(self, best: bool) -> None:
+        try:
+            if self.log is not None:
+                self.log.sync()
+        finally:  # a checkpoint is worth more than its history
+            if self.config.shard:
+                sharded_folder.save(self.trainer, self.folder, best)
+            elif self.folder is not None:
+                self.folder.save(self.trainer.state(), best)
 
     def _rescued(self, lost: LostProcess) -> LostProcess:
         """After another process was lost, the first saves what it has: the last whole step."""
         trainer = self.trainer
         if self.folder is None or self.config.shard or trainer.steps_done <= trainer.saved_at:
             return lost
+        self._flush()
         self._save()
         return LostProcess(f"{lost}, step {trainer.steps_done} is saved")
 

@@ -22,10 +22,10 @@ SAME = {
     "wandb_run_name": "wandb_name",
 }
 # and those whose value is said in another way, or that fastgpt decides for itself
-OTHER = (
-    *("dataset", "init_from", "decay_lr", "wandb_log"),
-    *("always_save_checkpoint", "backend"),
-)
+OTHER: dict[str, type] = dict(
+    dataset=str, init_from=str, decay_lr=bool, wandb_log=bool, always_save_checkpoint=bool,
+    backend=str,
+)  # fmt: skip
 
 # train.py's own, for what a config file leaves out
 DEFAULTS: dict[str, Any] = dict(
@@ -37,11 +37,16 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def translated(name: str, value: Any) -> dict[str, Any]:
-    """A setting by nanoGPT's name as settings by ours; any other name stays."""
+    """A setting by nanoGPT's name as settings by ours; others stay. ValueError for a value of
+    another kind than nanoGPT's.
+    """
+    if name in OTHER and (not isinstance(value, OTHER[name]) or value == ""):
+        kind = "True or False" if OTHER[name] is bool else "a text"
+        raise ValueError(f"{name}={value!r:.60} must be {kind}")
     if name in SAME:
         return {SAME[name]: value}
     if name == "dataset":
-        return {"data": str(Path("data") / str(value))}
+        return {"data": str(Path("data") / value)}
     if name == "init_from" and value in ("scratch", "resume"):
         return {"resume": value == "resume"}
     if name == "decay_lr":
@@ -58,12 +63,14 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
 
     ValueError names the line that is no assignment of a constant to a known setting.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError("no regular file, so no config file")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no config file {path}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{path} is no config file of Python assignments: {error}") from None
+        raise ValueError(f"no config file of Python assignments: {error}") from None
     values: dict[str, Any] = {}
     for line in tree.body:
         if isinstance(line, (ast.Import, ast.ImportFrom)) or _is_text(line):
@@ -71,20 +78,20 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
         targets = line.targets if isinstance(line, ast.Assign) else []
         if not targets or not all(isinstance(target, ast.Name) for target in targets):
             raise ValueError(
-                f"{path}, line {line.lineno}: a config file is read, not run; only assignments of "
+                f"line {line.lineno}: a config file is read, not run; only assignments of "
                 "constants are understood"
             )
         assert isinstance(line, ast.Assign)
         try:
             value = _value(line.value, values)
         except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            raise ValueError(f"{path}, line {line.lineno}: {error}") from None
+            raise ValueError(f"line {line.lineno}: {error}") from None
         values |= {target.id: value for target in targets if isinstance(target, ast.Name)}
     settings = dict(DEFAULTS)
     for name, value in values.items():
         new = translated(name, value)
         if unknown := set(new) - known:
-            raise ValueError(f"{path} sets {unknown.pop()}, which is no setting; see train --help")
+            raise ValueError(f"sets {unknown.pop()}, which is no setting; see train --help")
         settings |= new
     return settings
 

@@ -24,7 +24,8 @@ class Step(NamedTuple):
 class Progress:
     """One line that is rewritten on a terminal, and a new one every ten seconds elsewhere.
 
-    `mfu` gives the model FLOP/s over the device's, from the seconds of a step.
+    `log` gets the steps of each line, and `mfu` gives the model FLOP/s over the device's, from the
+    seconds of a step.
     """
 
     def __init__(
@@ -33,14 +34,11 @@ class Progress:
         fraction: float,
         mfu: Callable[[float], float],
         device: torch.device,
+        log: Callable[[list[dict[str, float]]], None],
         quiet: bool = False,
     ):
-        self.tokens_per_step, self.mfu, self.device, self.quiet = (
-            tokens_per_step,
-            mfu,
-            device,
-            quiet,
-        )
+        self.tokens_per_step, self.mfu, self.device = tokens_per_step, mfu, device
+        self.log, self.quiet = log, quiet
         self.steps: list[Step] = []  # since the line before
         self.pace = _Pace(fraction)
         self.shown = time.perf_counter()
@@ -53,24 +51,39 @@ class Progress:
                 total=1.0, bar_format=form, dynamic_ncols=True, file=sys.stdout, leave=False
             )
 
-    def add(self, step: int, loss: Tensor, lr: float, fraction: float) -> list[dict[str, float]]:
-        """`step` steps are done, `fraction` of the run -> what `show` returned, if it was time."""
+    def add(self, step: int, loss: Tensor, lr: float, fraction: float) -> None:
+        """`step` steps are done, `fraction` of the run: shown if it is time."""
         self.steps.append(Step(step, loss, lr))
-        if time.perf_counter() - self.shown < self.every:
-            return []
-        return self.show(fraction)
+        if time.perf_counter() - self.shown >= self.every:
+            self.show(fraction)
 
-    def show(self, fraction: float) -> list[dict[str, float]]:
-        """The steps since the line before, for a log: waits for the device."""
+    def show(self, fraction: float) -> None:
+        """Log and print the steps since the line before: waits for the device. FloatingPointError
+        names the first whose loss is not finite, when those before are logged.
+        """
         if not self.steps:
-            return []
+            return
         steps, self.steps = self.steps, []
-        losses = _finite([s.loss for s in steps], steps[0].number)
+        losses = torch.stack([s.loss for s in steps]).tolist()
+        finite = next((i for i, x in enumerate(losses) if not math.isfinite(x)), len(losses))
+        logged = [
+            dict(step=s.number, loss=loss, lr=s.lr) for s, loss in zip(steps, losses, strict=True)
+        ]
+        if finite < len(steps):
+            self.log(logged[:finite])
+            raise FloatingPointError(
+                f"the loss is {losses[finite]} at step {steps[finite].number}; try a lower --lr or "
+                "a longer --warmup. A checkpoint that was saved is from before that"
+            )
         now = time.perf_counter()
         seconds = max(now - self.shown, 1e-9) / len(steps)
         self.shown, self.every = now, 0.5 if self.bar is not None else 10.0
         rate, used = self.tokens_per_step / seconds, self.mfu(seconds)
         last, eta = steps[-1], self.pace.remaining(now, fraction)
+        logged[-1] |= dict(tokens_per_second=rate, peak_memory=peak_memory(self.device))
+        if not math.isnan(used):
+            logged[-1]["mfu"] = used
+        self.log(logged)
         if not self.quiet:
             share = "n/a" if math.isnan(used) else f"{used:.1%}"
             peak = readable(peak_memory(self.device))
@@ -79,14 +92,6 @@ class Progress:
                 f"{rate:,.0f} tok/s  lr {last.lr:.2e}  MFU {share}  peak {peak}",
                 fraction,
             )
-        facts = dict(tokens_per_second=rate, peak_memory=peak_memory(self.device))
-        if not math.isnan(used):
-            facts["mfu"] = used
-        logged = [
-            dict(step=s.number, loss=loss, lr=s.lr) for s, loss in zip(steps, losses, strict=True)
-        ]
-        logged[-1] |= facts
-        return logged
 
     def note(self, text: str) -> None:
         if self.bar is not None:
@@ -137,15 +142,3 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _finite(losses: list[Tensor], first: int) -> list[float]:
-    """Of the steps from `first` on. FloatingPointError names the first that is not finite."""
-    values = torch.stack(losses).tolist()
-    for number, value in enumerate(values, start=first):
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {number}; try a lower --lr or a longer --warmup. "
-                "A checkpoint that was saved is from before that"
-            )
-    return values

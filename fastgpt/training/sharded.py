@@ -77,6 +77,11 @@ class ShardedStep:
                 module.reshard()
         return tensors_of(self.model, self.optimizer)
 
+    def parts(self) -> dict[str, Tensor]:
+        """The same as plain tensors, for what is no business of the other processes."""
+        found = self.tensors().items()
+        return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in found}
+
 
 def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights and moments by name, to be written or filled, and the optimizer's "steps" (1,)."""

@@ -1,6 +1,5 @@
 """Checkpoints of a sharded run: folders out/sharded-STEP, whole as soon as they have that name."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,10 @@ from typing import Any
 from fastgpt import checkpoint
 from fastgpt.model import GPT
 from fastgpt.storage import files, shards
-from fastgpt.training.folder import LATEST, RunFolder
+from fastgpt.training import optimizer_state
+from fastgpt.training.folder import LATEST, RunFolder, sharded, superseded
 from fastgpt.training.sharded import ShardedStep, set_steps, tensors_of
 from fastgpt.training.trainer import Trainer
-
-_NAME = re.compile(r"sharded-(\d+)")
 
 
 def save(trainer: Trainer, folder: RunFolder | None, best: bool) -> None:
@@ -30,75 +28,93 @@ def save(trainer: Trainer, folder: RunFolder | None, best: bool) -> None:
         world.wait()
         info = {**state, "files": shards.checksums(made), "best": best}
         checkpoint.save_checkpoint(info, made / shards.INFO)
-    _prune(out, trainer.config.keep, trainer.steps_done, best)
-
-
-def _prune(out: Path, keep: int, step: int, best: bool) -> None:
-    there = steps(out)
-    outlived = [n for n in there if n > step]
-    before = [n for n in there if n < step][: -max(keep - 1, 0) or None]
-    for number in outlived + before:
-        info = checkpoint.read(there[number] / shards.INFO)
-        if number > step or best or not info.get("best"):
+    folder.saved(path)
+    there = sharded(out)
+    for number in superseded(there, trainer.steps_done, max(folder.keep, 1)):
+        if number > trainer.steps_done or best or not _is_best(there[number]):
             files.remove(there[number])
 
 
-def steps(out: Path) -> dict[int, Path]:
-    found = ((_NAME.fullmatch(path.name), path) for path in out.glob("sharded-*"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+def _is_best(path: Path) -> bool:
+    try:
+        return bool(info_of(path).get("best"))
+    except (OSError, ValueError):  # a damaged one is for its owner to look at
+        return True
+
+
+def latest(out: Path) -> Path:
+    there = sharded(out)
+    if not there:
+        raise FileNotFoundError(f"no sharded checkpoint in {out}; leave out --shard")
+    return list(there.values())[-1]
+
+
+def best(out: Path) -> Path:
+    """That of the lowest validation loss."""
+    found = [path for path in sharded(out).values() if _is_best(path)]
+    return found[-1] if found else latest(out)
 
 
 def load(out: Path, shard: bool) -> dict[str, Any]:
     """The checkpoint to resume from: ckpt.pt, or of a sharded run all but its tensors."""
-    there = steps(out)
-    if not shard:
-        if there and not (out / LATEST).exists():
-            last = list(there.values())[-1]
-            raise ValueError(
-                f"{last} is sharded: --shard goes on with it, or `fastgpt convert {last} "
-                f"{out}/{LATEST}` makes one file of it"
-            )
-        saved = checkpoint.load_checkpoint(out / LATEST)
-        if there:
-            _check_latest(saved, out / LATEST, list(there.values())[-1])
-        return saved
-    if not there:
-        raise FileNotFoundError(f"no sharded checkpoint in {out}; leave out --shard")
-    return info_of(list(there.values())[-1])
-
-
-def _check_latest(saved: Mapping[str, Any], path: Path, sharded: Path) -> None:
-    """ValueError where a sharded checkpoint may be what is meant: by --force two runs may meet."""
-    info = checkpoint.read(sharded / shards.INFO)
-    one, other = (found.get("fastgpt", {}).get("run") for found in (saved, info))
-    if one != other or info.get("iter_num", 0) > saved.get("iter_num", 0):
+    if shard:
+        last = latest(out)
+        info = info_of(last)
+        shards.check(last, info["files"])
+        if (out / LATEST).exists():
+            _check_newest(info, last, checkpoint.load_checkpoint(out / LATEST), out / LATEST)
+        return info
+    if not sharded(out):
+        return checkpoint.load_checkpoint(out / LATEST)
+    last = latest(out)
+    if not (out / LATEST).exists():
         raise ValueError(
-            f"{path} is of another run than {sharded}, or older: --shard goes on with the latter; "
-            "to go on with the former, move the latter away"
+            f"{last} is sharded: --shard goes on with it, or `fastgpt convert {out} "
+            f"{out}/{LATEST}` makes one file of it"
+        )
+    saved = checkpoint.load_checkpoint(out / LATEST)
+    _check_newest(saved, out / LATEST, info_of(last), last)
+    return saved
+
+
+def _check_newest(
+    saved: Mapping[str, Any], path: Path, other: Mapping[str, Any], other_path: Path
+) -> None:
+    """ValueError where the `other` kind of checkpoint may be what is meant."""
+    one, two = (found.get("fastgpt", {}).get("run") for found in (saved, other))
+    if one != two or other.get("iter_num", 0) > saved.get("iter_num", 0):
+        flag = "--shard" if other_path.name != LATEST else "--no-shard"
+        raise ValueError(
+            f"{path} is of another run than {other_path}, or older: {flag} goes on with the "
+            "latter; to go on with the former, move the latter away"
         )
 
 
 def info_of(path: Path) -> dict[str, Any]:
-    """What is no tensor in a sharded checkpoint, whose files are as they were written."""
-    info = checkpoint.read(path / shards.INFO)
-    if not isinstance(info, dict) or not isinstance(info.get("files"), dict):
-        raise ValueError(f"{path / shards.INFO} is not of a sharded checkpoint")
-    shards.check(path, info["files"])
+    """What is no tensor in a sharded checkpoint; the files of those are not looked at here."""
+    name = path / shards.INFO
+    info = checkpoint.checked(checkpoint.read(name), name, weights=False)
+    if not isinstance(info.get("files"), dict):
+        raise ValueError(f"{name} lists no `files`: it is not of a sharded checkpoint")
     return info
 
 
 def restore(trainer: Trainer) -> None:
     """The tensors of the checkpoint that `load` has read the rest of."""
     assert isinstance(trainer.step, ShardedStep)
-    path = Path(trainer.config.out) / f"sharded-{trainer.steps_done:06}"
-    tensors = trainer.step.tensors()
+    path, tensors = latest(Path(trainer.config.out)), trainer.step.tensors()
     shards.read(tensors, path, alone=False)
     set_steps(trainer.optimizer, tensors["steps"])
+    mine = trainer.step.parts()
+    bad = not all(optimizer_state.in_range(name.partition(".")[0], t) for name, t in mine.items())
+    if trainer.world.largest([float(bad)])[0]:
+        raise ValueError(f"{path} has weights or moments that are out of range")
 
 
 def whole(path: Path) -> dict[str, Any]:
     """The checkpoint that one process would have written."""
     info = info_of(path)
+    shards.check(path, info["files"])
     config = checkpoint.config_of(info["model_args"])
     expected, found = dict(checkpoint.shapes(config)), shards.sizes(path)
     for name, (shape, _) in found.items():

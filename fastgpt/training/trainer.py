@@ -8,7 +8,7 @@ left alone, and one on another number of processes its losses.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from fastgpt.train_step import TrainStep
 from fastgpt.training import optimizer_state, start
 from fastgpt.training.batches import Batches, moved, seed_of, windows
 from fastgpt.training.config import TrainConfig
+from fastgpt.training.saved_run import saved_run
 from fastgpt.training.schedule import learning_rate
-from fastgpt.training.sharded import ShardedStep
+from fastgpt.training.sharded import MOMENTS, ShardedStep
 from fastgpt.training.world import World
 
 
@@ -185,10 +186,19 @@ class Trainer:
         return self.losses
 
     def check_finite(self) -> None:
-        """FloatingPointError for weights that must not take a whole checkpoint's place."""
-        whole = not self.config.shard  # of parts every process would have to say
-        if whole and not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise FloatingPointError(self._not_finite("weights are", "not finite"))
+        """FloatingPointError for weights and moments that must not take a checkpoint's place."""
+        bad = float(not all(bool(t.isfinite().all()) for t in self._tensors()))
+        if self.config.shard:  # of its parts each process knows
+            bad = self.world.largest([bad])[0]
+        if bad:
+            raise FloatingPointError(self._not_finite("weights or their moments are", "not finite"))
+
+    def _tensors(self) -> Iterable[Tensor]:
+        """What this process has of weights and moments."""
+        if isinstance(self.step, ShardedStep):
+            return self.step.parts().values()
+        moments = (state[m] for state in self.optimizer.state.values() for m in MOMENTS if state)
+        return [*self.model.parameters(), *moments]
 
     def _not_finite(self, what: str, found: object) -> str:
         return (
@@ -243,24 +253,20 @@ class Trainer:
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         try:
-            self.steps_done = self.saved_at = int(saved["iter_num"])
-            ours = saved.get("fastgpt", {})  # nanoGPT's own has none
+            before = saved_run(saved)
+            self.steps_done = self.saved_at = before.steps
             if not self.config.shard:
                 # under fp16 the first steps are skipped, and leave no state
-                stepped = self.steps_done > 0 and not ours.get("scaler")
+                stepped = self.steps_done > 0 and before.scaler is None
                 optimizer_state.restore(self.optimizer, saved["optimizer"], stepped)
-            self.best_val_loss = float(saved.get("best_val_loss", math.inf))
-            seconds = float(ours.get("seconds", 0.0))
-            if not 0 <= seconds < math.inf:
-                raise ValueError(f"it has trained for {seconds} seconds")
-            self.started -= seconds
-            self.other_data = ours.get("data") not in (None, self.data_identity)
-            self.run = str(ours.get("run", ""))
-            if ours.get("losses"):
-                self.losses = Losses(*map(float, ours["losses"]))
-                self.validated_at = int(ours["validated_at"])
-            if ours.get("scaler"):
-                self.step.scaler.load_state_dict(ours["scaler"])
+            self.best_val_loss = before.best_val_loss
+            self.started -= before.seconds
+            self.other_data = before.data not in (None, self.data_identity)
+            self.run = before.run
+            if before.losses is not None:
+                self.losses, self.validated_at = Losses(*before.losses), before.validated_at
+            if before.scaler is not None:
+                self.step.scaler.load_state_dict(dict(before.scaler))
         except Exception as error:  # whatever a malformed one leads to
             name = Path(self.config.out) / "ckpt.pt"
             reason = first_line(error)

@@ -260,10 +260,10 @@ class TestSample:
         out = ("sample", "--out", trained / "out")
         unknown = refused(capsys, *out, "--prompt", "naïve €")
         assert "'ï'" in unknown and "'€'" in unknown and "'n'" not in unknown
-        assert "prompt is empty" in refused(capsys, *out, "--prompt", "")
-        assert "temperature=-1" in refused(capsys, *out, "--temperature", "-1")
-        assert "top_k=0" in refused(capsys, *out, "--top_k", "0")
-        assert "top_p=2.0" in refused(capsys, *out, "--top-p", "2")
+        assert "--prompt has an empty value" in refused(capsys, *out, "--prompt", "")
+        assert "--temperature: -1" in refused(capsys, *out, "--temperature", "-1")
+        assert "--top-k/--top_k: 0" in refused(capsys, *out, "--top_k", "0")
+        assert "--top-p/--top_p: 2" in refused(capsys, *out, "--top-p", "2")
         assert "--max-new-tokens/--max_new_tokens: -3" in refused(
             capsys, *out, "--max_new_tokens", "-3"
         )

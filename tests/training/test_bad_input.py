@@ -106,7 +106,7 @@ def test_nothing_in_a_config_file_runs(tmp_path, capsys):
         f"def f():\n    open({str(mark)!r}, 'w')",
     ):
         path.write_text(line)
-        assert f"{path}, line 1: " in refused(capsys, "train", path)
+        assert f"{path}: line 1: " in refused(capsys, "train", path)
     path.write_text("import time\n'''text'''\nbatch_size = 4 * 2\nlr = 10 ** -3\nfoo = 1\n")
     assert "sets foo" in refused(capsys, "train", path)
     assert not mark.exists()
@@ -224,6 +224,12 @@ BAD_OPTIONS = {
     "--device gpu": "device 'gpu' is none",
     "--init-from gpt5": "init_from='gpt5'",
     "--resume --force": "contradict each other",
+    "--lr 1e-320": "lr=1e-320 is too small",
+    "--lr 1e400": "lr=inf must be a finite number",
+    "--device=": "--device has an empty value",
+    "--wandb-name=": "--wandb-name has an empty value",
+    "--dataset=": "--dataset has an empty value",
+    "--": "nothing follows --",
 }
 
 
@@ -239,13 +245,26 @@ def test_settings_out_of_range_are_refused_by_name(tmp_path, capsys, options):
 
 
 def test_other_commands_refuse_by_name(tmp_path, capsys, saved):
-    for options in ("--num-samples -1", "--max-new-tokens -1", "--seed -4", "--top-k 0"):
-        err = refused(capsys, "sample", "--out", tmp_path, "--data", tmp_path, *options.split())
-        assert options.split()[1] in err or "meta.pkl" in err or "vocabulary" in err
-    assert "val-fraction 1.5" in refused(
-        capsys, "prepare", "--out", tmp_path / "d", "--val-fraction", 1.5
-    )
-    assert "no file" in refused(capsys, "prepare", tmp_path / "none", "--out", tmp_path / "d")
+    saved["fastgpt"] = {"characters": list("abcdefghijk")}
+    checkpoint.save_checkpoint(saved, tmp_path / "ckpt.pt")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("abc")
+    for command, options in {
+        "sample": ["num-samples -1", "max-new-tokens x", "seed -4", "top-k 0", "top-p nan",
+                   "temperature 1e-320", "temperature nan", f"prompt-file {tmp_path}/empty.txt",
+                   f"prompt FILE:{tmp_path}/empty.txt", "device gpu"],
+        "prepare": ["val-fraction 1.5", "processes 0", "tokenizer x"],
+        "tune": ["n-head 0", "seconds nan"],
+        "init-report": ["steps -1", "depths 0"],
+    }.items():  # fmt: skip
+        for option in options:
+            name, value = option.split()
+            err = refused(capsys, command, "--out", tmp_path, f"--{name}", value)
+            assert value.removeprefix("FILE:") in err, option
+    for name in ("short.txt", "empty.txt", "none"):
+        err = refused(capsys, "prepare", tmp_path / name, "--out", tmp_path / "d")
+        assert str(tmp_path / name) in err
+    assert len(refused(capsys, "train", "--steps", "9" * 5000)) < 1100
 
 
 def test_control_characters_reach_a_terminal_escaped(tmp_path, capsys):

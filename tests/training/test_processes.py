@@ -1,8 +1,10 @@
 """Runs on several processes (gloo, CPU): the same model, and what a lost process costs."""
 
+import math
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from fastgpt import checkpoint, cli
+from fastgpt.training.trainer import Losses, Trainer
 from tests.training.runs import (
+    SMALL,
     assert_same_losses,
     assert_same_model,
     finished,
@@ -89,6 +93,58 @@ def test_sharded_trains_the_same_model_resumes_and_becomes_one_file(folder, caps
     assert cli.main(["convert", f"{out}/sharded-000008", f"{folder}/two.pt"]) == 2
     assert f"{shard} is damaged" in capsys.readouterr().err
     assert not (folder / "two.pt").exists()
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return str(found.getsockname()[1])
+
+
+@needs_fsdp_on_cpus
+def test_sharded_keeps_the_best_and_nothing_that_is_not_finite(folder, monkeypatch, capsys):
+    """In this process, a group of its own."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    out, measured = folder / "best", {2: 1.0, 4: 3.0, 6: 2.0}
+
+    def validate(trainer, stop):
+        trainer.validated_at = trainer.steps_done
+        trainer.losses = Losses(1.0, measured.get(trainer.steps_done, 9.0))
+        return trainer.losses
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    argv = ["train", "--data", f"{folder}/data", "--out", str(out), *SMALL.split(), "--shard"]
+    assert cli.main([*argv, "--steps=6", "--eval-every=2", "--keep=1"]) == 0
+    assert {p.name for p in out.glob("sharded-*")} == {"sharded-000002", "sharded-000006"}
+    for flags, step in (["--best"], 2), ([], 6):
+        assert cli.main(["convert", str(out), f"{out}/{step}.pt", *flags]) == 0
+        assert checkpoint.load_checkpoint(out / f"{step}.pt")["iter_num"] == step
+    capsys.readouterr()
+    assert cli.main(["sample", "--out", str(out)]) == 2
+    assert f"`fastgpt convert {out} {out}/ckpt.pt`" in capsys.readouterr().err
+
+    step = Trainer.train_step
+
+    def diverging(trainer):
+        loss = step(trainer)
+        next(iter(trainer.step.parts().values())).fill_(math.nan)
+        return loss
+
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", diverging)
+        assert cli.main(["train", "--out", str(out), "--resume", "--steps=7"]) == 2
+    assert "not finite after step 7, which is not saved" in capsys.readouterr().err
+    assert {p.name for p in out.glob("sharded-*")} == {"sharded-000002", "sharded-000006"}
+
+    monkeypatch.delenv("RANK")  # a process alone goes on with the one file
+    (out / "6.pt").rename(out / "ckpt.pt")
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps=7"]) == 0
+    assert "--shard: True before, False from now on" in capsys.readouterr().out
+    assert cli.main(["train", "--out", str(out), "--resume", "--steps=9", "--shard"]) == 2
+    assert "or older: --no-shard goes on with the latter" in capsys.readouterr().err
 
 
 def kill(said: str, launcher: int, rank: int) -> int:

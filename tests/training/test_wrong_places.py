@@ -31,6 +31,8 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, capsys):
         fifo(data / name)
         assert f"{data / name} is no" in refused(capsys, *argv)
         (data / manifest.NAME).unlink(missing_ok=True)
+    (data / manifest.NAME).symlink_to("nowhere")
+    assert f"{data / manifest.NAME} is no" in refused(capsys, *argv)
     fifo(tmp_path / "ckpt.pt")
     assert "ckpt.pt is no regular file" in refused(capsys, "sample", "--out", tmp_path)
     fifo(tmp_path / ".lock")
@@ -57,8 +59,20 @@ def test_numbers_beyond_counting(tmp_path, capsys, name):
 
 def test_settings_are_refused_with_where_they_are_from(tmp_path, capsys):
     data, path = prepared(tmp_path / "data"), tmp_path / "config.py"
-    path.write_text("learning_rate = 1e999\n")
-    assert f"{path}: lr=inf" in refused(capsys, "train", path, "--data", data)
+    for line, message in {
+        "learning_rate = 1e999": "lr=inf",
+        r"out_dir = 'a\x00b'": r"out='a\x00b' holds a byte of 0",
+        "out_dir = ''": "out='' is empty",
+        "dataset = ''": "dataset='' must be a text",
+        "decay_lr = 'no'": "decay_lr='no' must be True or False",
+        "batch_size = 10**400": "line 1",
+        "n_layer = 'a'": "n_layer='a' must be of type int",
+        "\x00": "no config file",
+    }.items():
+        path.write_text(line + "\n")
+        err = refused(capsys, "train", path, "--data", data)
+        assert f"{path}: " in err and message in err, line
+    assert "/dev/zero: no regular file" in refused(capsys, "train", "/dev/zero")
     argv = ["train", "--data", str(data), "--out", str(tmp_path / "out"), *SMALL.split()]
     assert cli.main([*argv, "--steps", "1"]) == 0
     saved = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
@@ -80,7 +94,7 @@ def test_an_environment_that_no_launcher_makes(monkeypatch):
 
 
 def test_prepare_and_convert_refuse_their_places(tmp_path, capsys):
-    assert "'' names no folder" in refused(capsys, "prepare", "--out", "")
+    assert "--out has an empty value" in refused(capsys, "prepare", "--out", "")
     refused(capsys, "prepare", "--out", tmp_path / "x", "--processes", 10**9)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/model.safetensors").write_bytes(b"weights")
@@ -99,6 +113,10 @@ def test_hugging_face_folders_end_in_one_line_without_advice(tmp_path, capfd):
     (hf / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
     assert str(hf) in refused(capfd, "convert", hf, tmp_path / "x.pt")  # a block is left over
     (hf / "config.json").write_text(json.dumps(config))
+    for text in ("junk", '{"model": {"type": "BPE", "vocab": {"ab": 0, "c": 1}, "merges": []}}'):
+        (hf / "tokenizer.json").write_text(text)
+        for argv in (["sample", "--pretrained", hf], ["convert", hf, tmp_path / "x.pt"]):
+            assert f"{hf}/tokenizer.json is no tokenizer" in refused(capfd, *argv)
     (hf / "model.safetensors").unlink()
     torch.save({"a": os.system, "b": torch.zeros(99999)}, hf / "pytorch_model.bin")
     assert "weights_only" not in refused(capfd, "convert", hf, tmp_path / "x.pt")
