@@ -6,9 +6,10 @@
 
 A program of `linear` owns BLOCK_N outputs of BLOCK_M rows, and norms the rows it reads by itself:
 they are in L2, and a pass of their own would be another launch. Attention splits the keys of a head
-into chunks, a program each (flash decoding, arXiv 2311.01282); the program whose chunk the new
-token falls into writes its key and value. Chunks leave o, not divided by its sum, the sum and the
-maximum; the projection's programs join them while they read. Five launches a layer.
+into chunks, a program each (flash decoding, arXiv 2311.01282); the program whose chunk a new token
+falls into writes its key and value. Rows may be texts, or tokens of one that follow each other:
+these see each other in qkv, where no program writes. Chunks leave o, not divided by its sum, the
+sum and the maximum; the projection's programs join them while they read. Five launches a layer.
 """
 
 import torch
@@ -106,39 +107,45 @@ def _linear_kernel(
 
 @triton.jit
 def _attend_kernel(
-    qkv_ptr, keys_ptr, values_ptr, positions_ptr,  # (B, 3HD) fp32, (B, H, S, D) each, (B,) int32
-    o_ptr, sum_ptr, top_ptr,                       # out: (B, H, P, D), (B, H, P) each, fp32
-    H, S, P, scale,
+    qkv_ptr, keys_ptr, values_ptr, positions_ptr,  # (R, 3HD) fp32, (B, H, S, D) each, (R,) int32
+    o_ptr, sum_ptr, top_ptr,                       # out: (R, H, P, D), (R, H, P) each, fp32
+    H, S, P, NEW, scale,
     D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     part, head = tl.program_id(0) % P, (tl.program_id(0) // P).to(tl.int64)
-    b, h = head // H, head % H
-    position = tl.load(positions_ptr + b)
+    r, h = head // H, head % H
+    position = tl.load(positions_ptr + r)
+    old = position - r % NEW  # keys of the cache: behind them are the rows of this step
+    cache = (r // NEW * H + h) * S
     ds = tl.arange(0, BLOCK_D)
-    new_ptr = qkv_ptr + b * 3 * H * D + h * D + ds
-    q = tl.load(new_ptr, mask=ds < D, other=0.0) * scale
-    # rounded as the cache holds them
-    dtype: tl.constexpr = keys_ptr.dtype.element_ty
-    new_k = tl.load(new_ptr + H * D, mask=ds < D, other=0.0).to(dtype)
-    new_v = tl.load(new_ptr + 2 * H * D, mask=ds < D, other=0.0).to(dtype)
+    q_ptr = qkv_ptr + h * D + ds
+    k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
+    dtype: tl.constexpr = keys_ptr.dtype.element_ty  # what new keys and values are rounded to
     if position // CHUNK == part:
-        at = (head * S + position) * D + ds
-        tl.store(keys_ptr + at, new_k, mask=ds < D)
-        tl.store(values_ptr + at, new_v, mask=ds < D)
+        at = (cache + position) * D + ds
+        new_k = tl.load(k_ptr + r * 3 * H * D, mask=ds < D, other=0.0)
+        new_v = tl.load(v_ptr + r * 3 * H * D, mask=ds < D, other=0.0)
+        tl.store(keys_ptr + at, new_k.to(dtype), mask=ds < D)
+        tl.store(values_ptr + at, new_v.to(dtype), mask=ds < D)
 
+    q = tl.load(q_ptr + r * 3 * H * D, mask=ds < D, other=0.0) * scale
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     total, top = 0.0, -1e30  # finite: a chunk behind the position leaves a sum of 0
     for start in range(part * CHUNK, min(part * CHUNK + CHUNK, position + 1), BLOCK_S):
         ts = start + tl.arange(0, BLOCK_S)
-        at = (head * S + ts)[:, None] * D + ds[None, :]
-        mask, is_new = (ts < position)[:, None] & (ds < D)[None, :], (ts == position)[:, None]
-        k = tl.where(is_new, new_k[None, :], tl.load(keys_ptr + at, mask=mask, other=0.0))
+        at = (cache + ts)[:, None] * D + ds[None, :]
+        new_at = (r - position + ts)[:, None] * 3 * H * D
+        is_old = (ts < old)[:, None] & (ds < D)[None, :]
+        is_new = ((ts >= old) & (ts <= position))[:, None] & (ds < D)[None, :]
+        k = tl.load(keys_ptr + at, mask=is_old, other=0.0)
+        k += tl.load(k_ptr[None, :] + new_at, mask=is_new, other=0.0).to(dtype)
         s = tl.sum(q[None, :] * k.to(tl.float32), 1)
         s = tl.where(ts <= position, s, -1e30)
         new_top = tl.maximum(top, tl.max(s, 0))
         p = tl.where(ts <= position, tl.exp(s - new_top), 0.0)
         shrink = tl.exp(top - new_top)
-        v = tl.where(is_new, new_v[None, :], tl.load(values_ptr + at, mask=mask, other=0.0))
+        v = tl.load(values_ptr + at, mask=is_old, other=0.0)
+        v += tl.load(v_ptr[None, :] + new_at, mask=is_new, other=0.0).to(dtype)
         acc = acc * shrink + tl.sum(p[:, None] * v.to(tl.float32), 0)
         total, top = total * shrink + tl.sum(p, 0), new_top
 
@@ -150,9 +157,9 @@ def _attend_kernel(
 
 @triton.jit
 def _project_kernel(
-    o_ptr, sum_ptr, top_ptr,     # in:  (B, H, P, D), (B, H, P) each, fp32
+    o_ptr, sum_ptr, top_ptr,     # in:  (R, H, P, D), (R, H, P) each, fp32
     w_ptr, bias_ptr,             # in:  (N, H D), (N,) fp32 or None
-    y_ptr,                       # in and out: (B, N) fp32, the residual stream
+    y_ptr,                       # in and out: (R, N) fp32, the residual stream
     M, N, H, P,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -218,16 +225,16 @@ def linear(
 def attend(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, 3HD) fp32, keys, values (B, H, S, D), written to at `positions` (B,), none of them
-    beyond `longest` -> o (B, H, P, D), sums, maxima (B, H, P) of P chunks, fp32.
+    """qkv (R, 3HD) fp32, keys, values (B, H, S, D), written to at `positions` (R,), none of them
+    beyond `longest` -> o (R, H, P, D), sums, maxima (R, H, P) of P chunks, fp32.
     """
-    B, H, S, D = keys.shape
+    (B, H, S, D), R = keys.shape, len(qkv)
     config = configured(keys, "decode_attend", _attend_config, S, D)
     P = cdiv(longest + 1, config["CHUNK"])
-    o = torch.empty(B, H, P, D, device=qkv.device, dtype=torch.float32)
-    sums, tops = (torch.empty(B, H, P, device=qkv.device, dtype=torch.float32) for _ in range(2))
-    launch(_attend_kernel, B * H * P, qkv, keys, values, positions, o, sums, tops,
-           H, S, P, D**-0.5, D=D, BLOCK_D=power_of_2(D), **config)  # fmt: skip
+    o = torch.empty(R, H, P, D, device=qkv.device, dtype=torch.float32)
+    sums, tops = (torch.empty(R, H, P, device=qkv.device, dtype=torch.float32) for _ in range(2))
+    launch(_attend_kernel, R * H * P, qkv, keys, values, positions, o, sums, tops,
+           H, S, P, R // B, D**-0.5, D=D, BLOCK_D=power_of_2(D), **config)  # fmt: skip
     return o, sums, tops
 
 
@@ -235,11 +242,11 @@ def attend_project(
     out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
     weight: Tensor, bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """out (B, N) fp32 += attention @ weight (N, HD).T + bias, for `attend`'s arguments."""
+    """out (R, N) fp32 += attention @ weight (N, HD).T + bias, for `attend`'s arguments."""
     o, sums, tops = attend(qkv, keys, values, positions, longest)
-    (B, H, P, D), N = o.shape, weight.shape[0]
-    launch(_project_kernel, cdiv(N, 4), o, sums, tops, weight, bias, out, B, N, H, P,
-           D=D, BLOCK_M=power_of_2(B), BLOCK_N=4, BLOCK_D=power_of_2(D), BLOCK_P=power_of_2(P),
+    (R, H, P, D), N = o.shape, weight.shape[0]
+    launch(_project_kernel, cdiv(N, 4), o, sums, tops, weight, bias, out, R, N, H, P,
+           D=D, BLOCK_M=power_of_2(R), BLOCK_N=4, BLOCK_D=power_of_2(D), BLOCK_P=power_of_2(P),
            num_warps=4)  # fmt: skip
 
 

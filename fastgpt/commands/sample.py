@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt import checkpoint, data
 from fastgpt.commands.options import count, seed
+from fastgpt.decoding.lookup import MOST, PromptLookup
 from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
 from fastgpt.storage import hf_tokenizer
@@ -23,9 +24,12 @@ from fastgpt.weights import SIZES
 
 
 class Timer:
-    """Tokens a second and the time to the first token, over all samples."""
+    """Tokens a second and the time to the first token, over all samples; and what came of guessing
+    tokens, where that was asked for.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, lookup: PromptLookup | None = None) -> None:
+        self.lookup = lookup
         self.firsts: list[float] = []
         self.tokens, self.seconds = 0, 0.0
 
@@ -47,7 +51,8 @@ class Timer:
         first = f"{1000 * statistics.median(self.firsts):.0f} ms to the first token"
         if not self.seconds:
             return first
-        return f"{self.tokens / self.seconds:.1f} tokens/s after it, {first}"
+        rate = f"{self.tokens / self.seconds:.1f} tokens/s after it, {first}"
+        return rate if self.lookup is None else f"{rate}; {self.lookup.report()}"
 
 
 def write_sample(
@@ -61,7 +66,7 @@ def write_sample(
 ) -> None:
     """Print `prompt` and its continuation up to the text `stop`, each piece when it is sampled.
 
-    `sampling`: temperature, top_k, top_p and dtype as GPT.generate takes them.
+    `sampling`: temperature, top_k, top_p, dtype and prompt_lookup as GPT.generate takes them.
     """
     device = model.lm_head.weight.device
     ids = tokenizer.encode(prompt)
@@ -141,6 +146,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", "--top_p", type=float, help="probability that the tokens kept add up to"
     )
+    parser.add_argument(
+        "--prompt-lookup", "--prompt_lookup", type=int, metavar="TOKENS",
+        help=f"guess up to so many (at most {MOST}) a step from what is repeated in the text: the "
+        "same tokens, faster where it repeats itself",
+    )  # fmt: skip
     parser.add_argument("--stop", help="text that ends a sample")
     parser.add_argument("--seed", type=seed, default=1337, help="(%(default)s)")
     parser.add_argument("--device", help="default: a GPU if there is one")
@@ -181,11 +191,12 @@ def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
 
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
+    lookup = None if args.prompt_lookup is None else PromptLookup(args.prompt_lookup)
     with contextlib.redirect_stdout(io.StringIO()):  # stdout is for text alone
         model, tokenizer = _loaded(args)
     model.to(device).eval()
 
-    prompt, timer = _prompt(args, tokenizer), Timer()
+    prompt, timer = _prompt(args, tokenizer), Timer(lookup)
     torch.manual_seed(args.seed)
     for _ in range(args.num_samples):
         write_sample(
@@ -199,6 +210,7 @@ def main(args: argparse.Namespace) -> int:
             top_k=args.top_k,
             top_p=args.top_p,
             dtype=None if args.dtype is None else DTYPES[args.dtype],
+            prompt_lookup=lookup,
         )
         print("---------------")
     print(timer.report(), file=sys.stderr)

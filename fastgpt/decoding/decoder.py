@@ -20,10 +20,15 @@ from fastgpt.fused.block import Weights
 
 
 class Decoder:
-    """`rows` sequences of up to `capacity` tokens; `parameters` as in_dtype gives them."""
+    """`rows` texts of up to `capacity` tokens; `parameters` as in_dtype gives them.
+
+    A step is of one token a text. Of a single text it may be of up to `width` tokens, one after the
+    other: each is a row that has the cache of all.
+    """
 
     @torch.inference_mode(False)  # whose tensors could not be written to outside it
-    def __init__(self, parameters: Parameters, rows: int, capacity: int):
+    def __init__(self, parameters: Parameters, rows: int, capacity: int, width: int = 1):
+        assert rows == 1 or width == 1
         self.parameters = parameters
         C, L, head = parameters.wte.shape[1], len(parameters.blocks), parameters.head
         shape = (L, rows, parameters.n_head, capacity, C // parameters.n_head)
@@ -32,12 +37,13 @@ class Decoder:
         sizes = (C, 3 * C, hidden, head.shape[0])
         wide = torch.promote_types(head.dtype, torch.float32)
         self.x, self.qkv, self.hidden, self.logits = (
-            torch.empty(rows, size, dtype=wide, device=head.device) for size in sizes
+            torch.empty(rows * width, size, dtype=wide, device=head.device) for size in sizes
         )
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=head.device)
-        # of each row's next token, and the largest of them
-        self.positions = torch.zeros(rows, dtype=torch.int32, device=head.device)
-        self.longest = 0
+        self.ids = torch.zeros(rows * width, dtype=torch.int64, device=head.device)
+        self.ahead = torch.arange(width, dtype=torch.int32, device=head.device)
+        # of each text's next token, or of a text's next ones; and the largest of the next
+        self.positions = torch.zeros(rows * width, dtype=torch.int32, device=head.device)
+        self.last, self.longest = self.ahead + capacity - 1, 0
         self.run: Any = None  # chosen at the first step: a single token needs none
         self.graphs = Graphs(self._forward, capture_for(head.device))
 
@@ -57,7 +63,7 @@ class Decoder:
         """
         p, (B, T) = self.parameters, idx.shape
         if T == 1:  # a step reads the weights faster than GEMMs of one row
-            self.positions.zero_()
+            self.positions.copy_(self.ahead)
             self.longest = 0
             return self.step(idx[:, 0])
         x = F.embedding(idx, p.wte) + p.wpe[:T]
@@ -66,10 +72,10 @@ class Decoder:
             for keys, values, w in zip(self.keys, self.values, p.blocks, strict=True):
                 x = self._prefill_block(x, w, keys, values)
             if lengths is None:
-                self.positions.fill_(T)
+                self.positions.copy_(self.ahead + T)
                 last = x[:, -1]
             else:
-                self.positions.copy_(lengths).clamp_(max=self.keys.shape[-2] - 1)
+                self.positions.copy_(lengths.clamp(max=self.keys.shape[-2] - 1) + self.ahead)
                 last = x[torch.arange(B, device=x.device), lengths - 1]
             self.longest = T
             last = ops.layer_norm(last, p.ln_f, p.ln_f_bias)
@@ -92,35 +98,50 @@ class Decoder:
         return x + linear(h, w.mlp_proj, w.mlp_proj_bias)
 
     def step(self, ids: Tensor) -> Tensor:
-        """One more token ids (B,) a row -> logits (B, V), which the next step overwrites.
+        """One more token ids (B,) a text -> logits (B, V), which the next step overwrites. Of a
+        single text ids (n,), n <= width and no more than `room`: the first is its next token, and
+        the others are only there for what comes after them, until `advance` makes them so.
 
-        A row that is full stays so, and its logits mean nothing.
+        A text that is full stays so, and its logits mean nothing.
         """
         if self.run is None:
             head, head_dim = self.parameters.head, self.keys.shape[-1]
-            rows = len(self.x)
-            chosen = backend.choose("decode", head, head_dim=head_dim, rows=rows)
+            chosen = backend.choose("decode", head, head_dim=head_dim, rows=len(self.x))
             self.run = eager if chosen is reference else chosen
-        self.ids.copy_(ids)
-        self.graphs(min(max(64, 1 << self.longest.bit_length()), self.keys.shape[-2]))
-        self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
-        return self.logits
+        rows, capacity = len(ids), self.keys.shape[-2]
+        self.ids[:rows].copy_(ids)
+        furthest = self.longest + rows // self.keys.shape[1] - 1
+        self.graphs(min(max(64, 1 << furthest.bit_length()), capacity), rows)
+        self.longest = min(self.longest + 1, capacity - 1)
+        return self.logits[:rows]
 
-    def _forward(self, bucket: int) -> None:
+    def room(self) -> int:
+        """How many more tokens the longest text can have."""
+        return self.keys.shape[-2] - self.longest
+
+    def advance(self) -> None:
+        """The token after the last one is what the last step took for it."""
+        self._next_positions()
+        self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
+
+    def _next_positions(self) -> None:
+        torch.minimum(self.positions.add_(1), self.last, out=self.positions)
+
+    def _forward(self, bucket: int, rows: int) -> None:
         """All of a step that a device does, where every position is below `bucket`: the same calls
         on the same memory every time.
         """
-        p, run = self.parameters, self.run
-        run.embed(self.x, self.ids, self.positions, p.wte, p.wpe)
+        p, run, positions = self.parameters, self.run, self.positions[:rows]
+        x, qkv = self.x[:rows], self.qkv[:rows]
+        run.embed(x, self.ids[:rows], positions, p.wte, p.wpe)
         for keys, values, w in zip(self.keys, self.values, p.blocks, strict=True):
-            run.linear(self.qkv, self.x, w.qkv, w.qkv_bias, (w.ln_1, w.ln_1_bias))
+            run.linear(qkv, x, w.qkv, w.qkv_bias, (w.ln_1, w.ln_1_bias))
             run.attend_project(
-                self.x, self.qkv, keys, values, self.positions, bucket - 1,
-                w.attn_proj, w.attn_proj_bias,
-            )  # fmt: skip
+                x, qkv, keys, values, positions, bucket - 1, w.attn_proj, w.attn_proj_bias
+            )
             width, norm = w.fc.shape[0], (w.ln_2, w.ln_2_bias)
-            hidden = self.hidden.flatten()[: len(self.x) * width].view(-1, width)
-            run.linear(hidden, self.x, w.fc, w.fc_bias, norm, None, p.approximate)
-            run.linear(self.x, hidden, w.mlp_proj, w.mlp_proj_bias, None, self.x)
-        run.linear(self.logits, self.x, p.head, None, (p.ln_f, p.ln_f_bias))
-        self.positions.add_(1).clamp_(max=self.keys.shape[-2] - 1)
+            hidden = self.hidden.flatten()[: rows * width].view(-1, width)
+            run.linear(hidden, x, w.fc, w.fc_bias, norm, None, p.approximate)
+            run.linear(x, hidden, w.mlp_proj, w.mlp_proj_bias, None, x)
+        run.linear(self.logits[:rows], x, p.head, None, (p.ln_f, p.ln_f_bias))
+        self._next_positions()

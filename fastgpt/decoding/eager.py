@@ -29,7 +29,7 @@ def attend_project(
     out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
     weight: Tensor, bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """out (B, C) += weight @ attention + bias: reference.decode_attention_ of qkv (B, 3C) and the
+    """out (R, C) += weight @ attention + bias: reference.decode_attention_ of qkv (R, 3C) and the
     cache keys, values (B, H, S, D), where no position is beyond `longest`.
     """
     seen = keys[:, :, : longest + 1], values[:, :, : longest + 1]

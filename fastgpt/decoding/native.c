@@ -62,20 +62,26 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         free(normed);                                                                             \
     }
 
-/* qkv (B, 3 H D): k and v go to positions[b] of the cache (B, H, S, D), and q attends to all up to
-   there -> y (B, H D) */
+/* qkv (R, 3 H D): k and v of row r go to positions[r] of the cache (B, H, S, D) of its text, which
+   R / B rows share, and q attends to all up to there -> y (R, H D) */
 #define ATTEND(NAME, T, FROM, TO)                                                                 \
-    void NAME(const float *qkv, T *keys, T *values, const int32_t *positions, float *y, int B,    \
-              int H, int S, int D, int threads) {                                                 \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
-        for (int bh = 0; bh < B * H; bh++) {                                                      \
-            int b = bh / H, h = bh % H, last = positions[b];                                      \
-            const float *q = qkv + ((int64_t)b * 3 * H + h) * D;                                  \
-            T *ks = keys + (int64_t)bh * S * D, *vs = values + (int64_t)bh * S * D;               \
+    void NAME(const float *qkv, T *keys, T *values, const int32_t *positions, float *y, int R,    \
+              int B, int H, int S, int D, int threads) {                                          \
+        for (int rh = 0; rh < R * H; rh++) { /* before any row of a text reads those before it */ \
+            int r = rh / H, h = rh % H;                                                           \
+            const float *k = qkv + ((int64_t)r * 3 * H + H + h) * D, *v = k + H * D;              \
+            int64_t at = (((int64_t)r / (R / B) * H + h) * S + positions[r]) * D;                 \
             for (int d = 0; d < D; d++) {                                                         \
-                ks[(int64_t)last * D + d] = TO(q[H * D + d]);                                     \
-                vs[(int64_t)last * D + d] = TO(q[2 * H * D + d]);                                 \
+                keys[at + d] = TO(k[d]);                                                          \
+                values[at + d] = TO(v[d]);                                                        \
             }                                                                                     \
+        }                                                                                         \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
+        for (int rh = 0; rh < R * H; rh++) {                                                      \
+            int r = rh / H, h = rh % H, last = positions[r];                                      \
+            const float *q = qkv + ((int64_t)r * 3 * H + h) * D;                                  \
+            int64_t cache = ((int64_t)r / (R / B) * H + h) * S * D;                               \
+            const T *ks = keys + cache, *vs = values + cache;                                     \
             float *p = malloc(sizeof(float) * (last + 1 + D)), *sums = p + last + 1;              \
             float top = -INFINITY, total = 0, scale = 1 / sqrtf(D);                               \
             for (int t = 0; t <= last; t++) {                                                     \
@@ -93,7 +99,7 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
                 total += weight;                                                                  \
                 for (int d = 0; d < D; d++) sums[d] += weight * FROM(v[d]);                       \
             }                                                                                     \
-            for (int d = 0; d < D; d++) y[(int64_t)bh * D + d] = sums[d] / total;                 \
+            for (int d = 0; d < D; d++) y[(int64_t)rh * D + d] = sums[d] / total;                 \
             free(p);                                                                              \
         }                                                                                         \
     }

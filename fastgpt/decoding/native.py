@@ -50,7 +50,7 @@ def attend_project(
 ) -> None:  # fmt: skip
     y = torch.empty_like(out)
     tensors = map(_address, (qkv, keys, values, positions, y))
-    _functions("attend")[keys.dtype](*tensors, *keys.shape, torch.get_num_threads())
+    _functions("attend")[keys.dtype](*tensors, len(qkv), *keys.shape, torch.get_num_threads())
     linear(out, y, weight, bias, residual=out)
 
 
@@ -71,7 +71,7 @@ def _address(t: Tensor | None) -> int | None:
 
 @functools.cache
 def _functions(name: str) -> dict[torch.dtype, Any]:
-    pointers, sizes = (7, 4) if name == "linear" else (5, 5)
+    pointers, sizes = (7, 4) if name == "linear" else (5, 6)
     found = {dtype: getattr(library(), f"{name}_{word}") for dtype, word in _DTYPES.items()}
     for function in found.values():
         function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * sizes

@@ -70,35 +70,36 @@ def test_linear(run, low, case, M, N, K):
     assert_close(out, truth, low, run is eager and low != torch.float32)
 
 
-@pytest.mark.parametrize(
-    "B, H, S, D",
-    # a wide head is read in several blocks a chunk
-    [
-        (1, 1, 1, 16),
-        (2, 3, 70, 20),
-        (3, 2, 200, 64),
-        (1, 2, 300, 7),
-        (1, 1, 150, 128),
-        (2, 1, 90, 200),
-    ],
-)
+ATTENTIONS = [  # texts, heads, capacity, head dim, tokens of each text, one after the other
+    (1, 1, 1, 16, 1),
+    (1, 1, 4, 16, 4),
+    (2, 3, 70, 20, 3),
+    (3, 2, 140, 64, 1),
+    (1, 2, 300, 7, 5),
+    (1, 1, 150, 128, 1),  # a wide head is read in several blocks a chunk
+    (2, 1, 90, 200, 2),
+]
+
+
+@pytest.mark.parametrize("B, H, S, D, new", ATTENTIONS)
 @pytest.mark.parametrize("filled", ["nothing", "some", "all"])
-def test_attention_and_its_projection(run, low, B, H, S, D, filled):
+def test_attention_and_its_projection(run, low, B, H, S, D, new, filled):
     """Memory behind the positions is NaN: it must not be read, nor written to but at them."""
-    furthest = {"nothing": 0, "some": S // 2, "all": S - 1}[filled]
-    positions = torch.tensor([max(0, furthest - 3 * b) for b in range(B)], device=DEVICE).int()
-    qkv, C = 2 * randn(B, 3 * H * D), H * D
+    furthest = {"nothing": 0, "some": S // 2, "all": S - new}[filled]
+    first = torch.tensor([max(0, furthest - 3 * b) for b in range(B)], device=DEVICE)
+    positions = (first[:, None] + torch.arange(new, device=DEVICE)).flatten().int()
+    qkv, C = 2 * randn(B * new, 3 * H * D), H * D
     keys, values = (randn(B, H, S, D, dtype=low) for _ in range(2))
     for cache in (keys, values):
-        for b, position in enumerate(positions.tolist()):
+        for b, position in enumerate(first.tolist()):
             cache[b, :, position:] = math.nan
-    weight, bias, x = randn(C, C, dtype=low, scale=C**-0.5), randn(C), randn(B, C)
+    weight, bias, x = randn(C, C, dtype=low, scale=C**-0.5), randn(C), randn(B * new, C)
     wide_keys, wide_values = keys.double(), values.double()
     rounded = qkv.clone()
     rounded[:, C:] = qkv[:, C:].to(low)
     y = reference.decode_attention_(wide_keys, wide_values, rounded.double(), positions)
     truth = x.double() + y @ weight.double().t() + bias.double()
-    run.attend_project(x, qkv, keys, values, positions, furthest, weight, bias)
+    run.attend_project(x, qkv, keys, values, positions, furthest + new - 1, weight, bias)
     assert_close(x, truth, low, run is eager and low != torch.float32)
     torch.testing.assert_close(keys.double(), wide_keys, equal_nan=True)
     torch.testing.assert_close(values.double(), wide_values, equal_nan=True)
