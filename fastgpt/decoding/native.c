@@ -33,7 +33,10 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         y[i] = (x[i] - mean) * rstd * weight[i] + (bias ? bias[i] : 0);
 }
 
-/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T + bias) */
+#define ROWS 4 /* of x at a time, always: what a row gives depends on no other */
+
+/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T + bias). One row waits for its sums
+   anyway; the others take their turns between. */
 #define LINEAR(NAME, T, FROM)                                                                     \
     void NAME(const float *x, const T *w, const float *bias, const float *norm_weight,            \
               const float *norm_bias, const float *residual, float *y, int M, int N, int K,       \
@@ -49,14 +52,25 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
         for (int n = 0; n < N; n++) {                                                             \
             const T *row = w + (int64_t)n * K;                                                    \
-            for (int m = 0; m < M; m++) {                                                         \
-                const float *from = x + (int64_t)m * K;                                           \
-                int64_t to = (int64_t)m * N + n;                                                  \
-                float sum = 0;                                                                    \
-                _Pragma("omp simd reduction(+ : sum)")                                            \
-                for (int k = 0; k < K; k++) sum += from[k] * FROM(row[k]);                        \
-                sum += bias ? bias[n] : 0;                                                        \
-                y[to] = residual ? residual[to] + sum : sum;                                      \
+            for (int m = 0; m < M; m += ROWS) {                                                   \
+                const float *from[ROWS];                                                          \
+                for (int i = 0; i < ROWS; i++) from[i] = x + (int64_t)(m + i < M ? m + i : m) * K;\
+                const float *x0 = from[0], *x1 = from[1], *x2 = from[2], *x3 = from[3];           \
+                float s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                             \
+                _Pragma("omp simd reduction(+ : s0, s1, s2, s3)")                                 \
+                for (int k = 0; k < K; k++) {                                                     \
+                    float weight = FROM(row[k]);                                                  \
+                    s0 += x0[k] * weight;                                                         \
+                    s1 += x1[k] * weight;                                                         \
+                    s2 += x2[k] * weight;                                                         \
+                    s3 += x3[k] * weight;                                                         \
+                }                                                                                 \
+                float sums[ROWS] = {s0, s1, s2, s3};                                              \
+                for (int i = 0; i < ROWS && m + i < M; i++) {                                     \
+                    int64_t to = (int64_t)(m + i) * N + n;                                        \
+                    float sum = sums[i] + (bias ? bias[n] : 0);                                   \
+                    y[to] = residual ? residual[to] + sum : sum;                                  \
+                }                                                                                 \
             }                                                                                     \
         }                                                                                         \
         free(normed);                                                                             \

@@ -1,4 +1,4 @@
-"""Prompt lookup: the tokens of one step a token, however they are chosen; only the steps are fewer."""
+"""Prompt lookup: the tokens of a step for each, however they are chosen, in fewer steps."""
 
 import random
 
@@ -68,9 +68,12 @@ def test_of_the_kernels():
 def test_fewer_steps(monkeypatch):
     """A text that repeats itself costs a step for every `tokens` + 1 of its tokens."""
     widths, step = [], Decoder.step
-    monkeypatch.setattr(
-        Decoder, "step", lambda self, ids: widths.append(len(ids)) or step(self, ids)
-    )
+
+    def noted(self, ids):
+        widths.append(len(ids))
+        return step(self, ids)
+
+    monkeypatch.setattr(Decoder, "step", noted)
     model, lookup = tiny(block_size=64), PromptLookup(3)
     with torch.no_grad():
         model.transformer.wte.weight[0] *= 30  # the likeliest token whatever came before

@@ -85,7 +85,7 @@ ATTENTIONS = [  # texts, heads, capacity, head dim, tokens of each text, one aft
 @pytest.mark.parametrize("filled", ["nothing", "some", "all"])
 def test_attention_and_its_projection(run, low, B, H, S, D, new, filled):
     """Memory behind the positions is NaN: it must not be read, nor written to but at them."""
-    furthest = {"nothing": 0, "some": S // 2, "all": S - new}[filled]
+    furthest = {"nothing": 0, "some": (S - new) // 2, "all": S - new}[filled]
     first = torch.tensor([max(0, furthest - 3 * b) for b in range(B)], device=DEVICE)
     positions = (first[:, None] + torch.arange(new, device=DEVICE)).flatten().int()
     qkv, C = 2 * randn(B * new, 3 * H * D), H * D
