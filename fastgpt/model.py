@@ -265,7 +265,8 @@ class GPT(nn.Module):
         temperature 0 is argmax, inf draws evenly, a tensor (B, 1) is one for each row. `top_k`
         keeps ties, `top_p` the smallest set of ids of that probability. `stop_token` ends a row,
         which is filled up with it; the batch ends when every row has. `dtype` is of the weights as
-        they are read: float32, bfloat16 or float16, by default the model's or autocast's. `lengths`
+        they are read: float32, bfloat16, float16, or int8 with a scale for each row, by default the
+        model's or autocast's. `lengths`
         (B,) is for prompts of unequal length: row b's are its last lengths[b] ids, and what stands
         before them changes nothing. `prompt_lookup`, for B = 1, is how many ids a step guesses from
         what the text repeats: the same tokens in fewer steps, however they are chosen. (The same

@@ -78,7 +78,7 @@ def linear_cross_entropy(
 
 def decode_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, Tensor],
     bias: Tensor | None = None,
     norm: tuple[Tensor, Tensor | None] | None = None,
     residual: Tensor | None = None,
@@ -86,11 +86,17 @@ def decode_linear(
 ) -> Tensor:
     """[residual +] [gelu] ([norm](x) @ weight.T + bias) for few rows: x (B, K), weight (N, K).
 
-    The product is in weight's dtype, all else in x's.
+    The product is in weight's dtype, all else in x's. A weight may be int8 values (N, K) and the
+    scales (N,) of their rows.
     """
     normed = x if norm is None else layer_norm(x, *norm)
-    low = None if bias is None else bias.to(weight.dtype)
-    y = F.linear(normed.to(weight.dtype), weight, low).to(x.dtype)
+    if isinstance(weight, tuple):
+        values, scales = weight
+        y = F.linear(normed, values.to(x.dtype)) * scales.to(x.dtype)
+        y = y if bias is None else y + bias
+    else:
+        low = None if bias is None else bias.to(weight.dtype)
+        y = F.linear(normed.to(weight.dtype), weight, low).to(x.dtype)
     y = y if approximate is None else F.gelu(y, approximate=approximate)
     return y if residual is None else residual + y
 

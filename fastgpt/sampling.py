@@ -21,7 +21,7 @@ from fastgpt import backend, checks, ops
 from fastgpt.decoding import kept
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.lookup import Ahead, PromptLookup
-from fastgpt.decoding.parameters import in_dtype, parameters, state_of
+from fastgpt.decoding.parameters import in_dtype, in_int8, parameters, state_of
 
 _multinomial = torch.multinomial
 
@@ -182,16 +182,19 @@ class NextLogits:
     def _made(self, rows: int, columns: int) -> Decoder:
         assert self.parameters is not None
         block_size, head = self.model.config.block_size, self.parameters.head
-        dtype = self.dtype or ops.autocast_dtype(head)
-        current = in_dtype(self.parameters, dtype)
+        own = ops.autocast_dtype(head)
+        if self.dtype == torch.int8:
+            current = in_int8(in_dtype(self.parameters, own))
+        else:
+            current = in_dtype(self.parameters, self.dtype or own)
         width = 1 if self.lookup is None else 1 + self.lookup.tokens
         if not keeps(head.device):
             return Decoder(current, rows, min(block_size, columns), width)
         capacity = min(block_size, 1 << (columns - 1).bit_length())
         addresses = [t.data_ptr() for t in self.parameters.tensors()]
         facts = dict(head_dim=head.shape[1] // self.parameters.n_head, rows=rows * width)
-        chosen = backend.explain("decode", (current.head,), facts).implementation
-        self.key = (rows, capacity, width, dtype, chosen, *addresses)
+        chosen = backend.explain("decode", (current.like(),), facts).implementation
+        self.key = (rows, capacity, width, self.dtype, own, chosen, *addresses)
         if decoder := kept.take(self.model, self.key):
             decoder.refresh(current)
             return decoder

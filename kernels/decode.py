@@ -21,6 +21,8 @@ from fastgpt.kernels._launch import cdiv, device_problem, launch, power_of_2
 from fastgpt.kernels._math import gelu
 from fastgpt.kernels._tuned import configured
 
+Weight = Tensor | tuple[Tensor, Tensor]  # or int8 values and the fp32 scales of their rows
+
 MAX_ROWS = 8  # beyond them GEMMs use tensor cores
 MAX_HEAD_DIM = 256
 
@@ -61,10 +63,12 @@ def _statistics(x_ptr, rows, M, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.const
 
 @triton.jit
 def _finish(
-    acc, y_ptr, bias_ptr, residual_ptr, rows, outs, M, N,
+    acc, y_ptr, scales_ptr, bias_ptr, residual_ptr, rows, outs, M, N,
     GELU: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """Bias, GELU, residual; acc (BLOCK_M, BLOCK_N) -> y (M, N)."""
+    """Scales, bias, GELU, residual; acc (BLOCK_M, BLOCK_N) -> y (M, N)."""
+    if scales_ptr is not None:
+        acc *= tl.load(scales_ptr + outs, mask=outs < N, other=0.0)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + outs, mask=outs < N, other=0.0)[None, :]
     if GELU:
@@ -77,7 +81,8 @@ def _finish(
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, w_ptr, bias_ptr,              # in:  (M, K) fp32, (N, K), (N,) fp32 or None
+    x_ptr, w_ptr,                        # in:  (M, K) fp32, (N, K)
+    scales_ptr, bias_ptr,                # in:  (N,) fp32 each or None
     norm_w_ptr, norm_b_ptr,              # in:  (K,) fp32 each or None
     residual_ptr,                        # in:  (M, N) fp32 or None
     y_ptr,                               # out: (M, N) fp32, which may be residual
@@ -102,7 +107,7 @@ def _linear_kernel(
             if norm_b_ptr is not None:
                 x += tl.load(norm_b_ptr + cols, mask=cols < K, other=0.0)[None, :]
         acc += tl.sum(x[:, None, :] * w.to(tl.float32)[None, :, :], 2)
-    _finish(acc, y_ptr, bias_ptr, residual_ptr, rows, outs, M, N, GELU, TANH)
+    _finish(acc, y_ptr, scales_ptr, bias_ptr, residual_ptr, rows, outs, M, N, GELU, TANH)
 
 
 @triton.jit
@@ -158,7 +163,7 @@ def _attend_kernel(
 @triton.jit
 def _project_kernel(
     o_ptr, sum_ptr, top_ptr,     # in:  (R, H, P, D), (R, H, P) each, fp32
-    w_ptr, bias_ptr,             # in:  (N, H D), (N,) fp32 or None
+    w_ptr, scales_ptr, bias_ptr, # in:  (N, H D), (N,) fp32 or None each
     y_ptr,                       # in and out: (R, N) fp32, the residual stream
     M, N, H, P,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -186,7 +191,7 @@ def _project_kernel(
         w_at = outs[:, None] * H * D + h * D + ds[None, :]
         w = tl.load(w_ptr + w_at, mask=(outs < N)[:, None] & (ds < D)[None, :], other=0.0)
         acc += tl.sum(y[:, None, :] * w.to(tl.float32)[None, :, :], 2)
-    _finish(acc, y_ptr, bias_ptr, y_ptr, rows, outs, M, N, False, False)
+    _finish(acc, y_ptr, scales_ptr, bias_ptr, y_ptr, rows, outs, M, N, False, False)
 
 
 def _linear_config(M: int, N: int, K: int) -> dict[str, int]:
@@ -209,16 +214,17 @@ def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor)
 
 
 def linear(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+    out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None,
     norm: tuple[Tensor, Tensor | None] | None = None, residual: Tensor | None = None,
     approximate: str | None = None,
 ) -> None:  # fmt: skip
     """x (M, K) fp32, weight (N, K) -> out (M, N) fp32, which may be `residual`; all contiguous."""
-    (M, K), N = x.shape, weight.shape[0]
+    values, scales = (weight, None) if isinstance(weight, Tensor) else weight
+    (M, K), N = x.shape, values.shape[0]
     norm_w, norm_b = norm or (None, None)
     config = configured(x, "decode_linear", _linear_config, M, N, K)
-    launch(_linear_kernel, cdiv(N, config["BLOCK_N"]), x, weight, bias, norm_w, norm_b, residual,
-           out, M, N, K, 1e-5, GELU=approximate is not None, TANH=approximate == "tanh",
+    launch(_linear_kernel, cdiv(N, config["BLOCK_N"]), x, values, scales, bias, norm_w, norm_b,
+           residual, out, M, N, K, 1e-5, GELU=approximate is not None, TANH=approximate == "tanh",
            BLOCK_M=power_of_2(M), **config)  # fmt: skip
 
 
@@ -240,18 +246,19 @@ def attend(
 
 def attend_project(
     out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
-    weight: Tensor, bias: Tensor | None,
+    weight: Weight, bias: Tensor | None,
 ) -> None:  # fmt: skip
     """out (R, N) fp32 += attention @ weight (N, HD).T + bias, for `attend`'s arguments."""
     o, sums, tops = attend(qkv, keys, values, positions, longest)
-    (R, H, P, D), N = o.shape, weight.shape[0]
-    launch(_project_kernel, cdiv(N, 4), o, sums, tops, weight, bias, out, R, N, H, P,
+    values, scales = (weight, None) if isinstance(weight, Tensor) else weight
+    (R, H, P, D), N = o.shape, values.shape[0]
+    launch(_project_kernel, cdiv(N, 4), o, sums, tops, values, scales, bias, out, R, N, H, P,
            D=D, BLOCK_M=power_of_2(R), BLOCK_N=4, BLOCK_D=power_of_2(D), BLOCK_P=power_of_2(P),
            num_warps=4)  # fmt: skip
 
 
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
-    """Why a step with such a weight cannot run here, or None."""
+    """Why a step with such a cache cannot run here, or None."""
     if head_dim > MAX_HEAD_DIM or rows > MAX_ROWS:
         return (
             f"head dim {head_dim} and {rows} rows are more than {MAX_HEAD_DIM} and {MAX_ROWS} of "

@@ -22,6 +22,8 @@ from fastgpt.storage import hf_tokenizer
 from fastgpt.storage.printable import printable
 from fastgpt.weights import SIZES
 
+WEIGHTS = DTYPES | {"int8": torch.int8}
+
 
 class Timer:
     """Tokens a second and the time to the first token, over all samples; and what came of guessing
@@ -155,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=seed, default=1337, help="(%(default)s)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights as they are read (a GPU: 16 bits)"
+        "--dtype", choices=WEIGHTS, help="of the weights as they are read (a GPU: 16 bits)"
     )
 
 
@@ -209,7 +211,7 @@ def main(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            dtype=None if args.dtype is None else DTYPES[args.dtype],
+            dtype=None if args.dtype is None else WEIGHTS[args.dtype],
             prompt_lookup=lookup,
         )
         print("---------------")

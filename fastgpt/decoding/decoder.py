@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgpt import backend, ops, reference
 from fastgpt.decoding import eager
 from fastgpt.decoding.graphs import Graphs, capture_for
-from fastgpt.decoding.parameters import Parameters
+from fastgpt.decoding.parameters import Parameters, dense, hidden_size
 from fastgpt.fused.block import Weights
 
 
@@ -30,22 +30,24 @@ class Decoder:
     def __init__(self, parameters: Parameters, rows: int, capacity: int, width: int = 1):
         assert rows == 1 or width == 1
         self.parameters = parameters
-        C, L, head = parameters.wte.shape[1], len(parameters.blocks), parameters.head
+        (V, C), L, device = parameters.wte.shape, len(parameters.blocks), parameters.wte.device
         shape = (L, rows, parameters.n_head, capacity, C // parameters.n_head)
-        self.keys, self.values = (head.new_zeros(shape) for _ in range(2))
-        hidden = max((w.fc.shape[0] for w in parameters.blocks), default=0)
-        sizes = (C, 3 * C, hidden, head.shape[0])
-        wide = torch.promote_types(head.dtype, torch.float32)
-        self.x, self.qkv, self.hidden, self.logits = (
-            torch.empty(rows * width, size, dtype=wide, device=head.device) for size in sizes
+        self.keys, self.values = (
+            torch.zeros(shape, dtype=parameters.dtype, device=device) for _ in range(2)
         )
-        self.ids = torch.zeros(rows * width, dtype=torch.int64, device=head.device)
-        self.ahead = torch.arange(width, dtype=torch.int32, device=head.device)
+        hidden = max((hidden_size(w) for w in parameters.blocks), default=0)
+        wide = torch.promote_types(parameters.dtype, torch.float32)
+        self.x, self.qkv, self.hidden, self.logits = (
+            torch.empty(rows * width, size, dtype=wide, device=device)
+            for size in (C, 3 * C, hidden, V)
+        )
+        self.ids = torch.zeros(rows * width, dtype=torch.int64, device=device)
+        self.ahead = torch.arange(width, dtype=torch.int32, device=device)
         # of each text's next token, or of a text's next ones; and the largest of the next
-        self.positions = torch.zeros(rows * width, dtype=torch.int32, device=head.device)
+        self.positions = torch.zeros(rows * width, dtype=torch.int32, device=device)
         self.last, self.longest = self.ahead + capacity - 1, 0
         self.run: Any = None  # chosen at the first step: a single token needs none
-        self.graphs = Graphs(self._forward, capture_for(head.device))
+        self.graphs = Graphs(self._forward, capture_for(device))
 
     def refresh(self, parameters: Parameters) -> None:
         """Take the values of `parameters`, where they are not the model's own already."""
@@ -79,14 +81,15 @@ class Decoder:
                 last = x[torch.arange(B, device=x.device), lengths - 1]
             self.longest = T
             last = ops.layer_norm(last, p.ln_f, p.ln_f_bias)
-            return F.linear(last.to(p.head.dtype), p.head).to(x.dtype)
+            return F.linear(last.to(p.dtype), dense(p.head, p.dtype)).to(x.dtype)
 
     def _prefill_block(self, x: Tensor, w: Weights, keys: Tensor, values: Tensor) -> Tensor:
         """x (B, T, C) through one block, as training computes it; fills the layer's cache."""
-        T, dtype = x.shape[1], w.qkv.dtype
+        T, dtype = x.shape[1], self.parameters.dtype
 
-        def linear(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(t.to(dtype), weight, None if bias is None else bias.to(dtype))
+        def linear(t: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+            low = None if bias is None else bias.to(dtype)
+            return F.linear(t.to(dtype), dense(weight, dtype), low)
 
         qkv = linear(ops.layer_norm(x, w.ln_1, w.ln_1_bias), w.qkv, w.qkv_bias)
         _, k, v = reference.split_heads(qkv, self.parameters.n_head)
@@ -105,8 +108,8 @@ class Decoder:
         A text that is full stays so, and its logits mean nothing.
         """
         if self.run is None:
-            head, head_dim = self.parameters.head, self.keys.shape[-1]
-            chosen = backend.choose("decode", head, head_dim=head_dim, rows=len(self.x))
+            facts = dict(head_dim=self.keys.shape[-1], rows=len(self.x))
+            chosen = backend.choose("decode", self.parameters.like(), **facts)
             self.run = eager if chosen is reference else chosen
         rows, capacity = len(ids), self.keys.shape[-2]
         self.ids[:rows].copy_(ids)
@@ -139,7 +142,7 @@ class Decoder:
             run.attend_project(
                 x, qkv, keys, values, positions, bucket - 1, w.attn_proj, w.attn_proj_bias
             )
-            width, norm = w.fc.shape[0], (w.ln_2, w.ln_2_bias)
+            width, norm = hidden_size(w), (w.ln_2, w.ln_2_bias)
             hidden = self.hidden.flatten()[: rows * width].view(-1, width)
             run.linear(hidden, x, w.fc, w.fc_bias, norm, None, p.approximate)
             run.linear(x, hidden, w.mlp_proj, w.mlp_proj_bias, None, x)

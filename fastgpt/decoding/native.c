@@ -18,6 +18,7 @@ static uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays Na
     return (uint16_t)((wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16);
 }
 
+static float from_int8(int8_t value) { return value; }
 static float from_f32(float value) { return value; }
 static float to_f32(float value) { return value; }
 
@@ -35,12 +36,12 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
 
 #define ROWS 4 /* of x at a time, always: what a row gives depends on no other */
 
-/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T + bias). One row waits for its sums
+/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T [* scales] + bias). One row waits for its sums
    anyway; the others take their turns between. */
 #define LINEAR(NAME, T, FROM)                                                                     \
-    void NAME(const float *x, const T *w, const float *bias, const float *norm_weight,            \
-              const float *norm_bias, const float *residual, float *y, int M, int N, int K,       \
-              int threads) {                                                                      \
+    void NAME(const float *x, const T *w, const float *scales, const float *bias,                 \
+              const float *norm_weight, const float *norm_bias, const float *residual, float *y,  \
+              int M, int N, int K, int threads) {                                                 \
         float *normed = NULL;                                                                     \
         if (norm_weight) {                                                                        \
             normed = malloc(sizeof(float) * M * K);                                               \
@@ -68,7 +69,7 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
                 float sums[ROWS] = {s0, s1, s2, s3};                                              \
                 for (int i = 0; i < ROWS && m + i < M; i++) {                                     \
                     int64_t to = (int64_t)(m + i) * N + n;                                        \
-                    float sum = sums[i] + (bias ? bias[n] : 0);                                   \
+                    float sum = sums[i] * (scales ? scales[n] : 1) + (bias ? bias[n] : 0);        \
                     y[to] = residual ? residual[to] + sum : sum;                                  \
                 }                                                                                 \
             }                                                                                     \
@@ -120,5 +121,6 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
 
 LINEAR(linear_float32, float, from_f32)
 LINEAR(linear_bfloat16, uint16_t, from_bf16)
+LINEAR(linear_int8, int8_t, from_int8)
 ATTEND(attend_float32, float, from_f32, to_f32)
 ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16)

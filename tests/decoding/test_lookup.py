@@ -43,7 +43,7 @@ def test_tokens_are_those_without(mode):
 
 
 @pytest.mark.skipif("auto" not in MODES, reason="there is no C compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_logits_in_c_are_the_same_bits(dtype):
     model, text = tiny(block_size=40), prompt(1, 5).repeat(1, 7)
     lookup = PromptLookup(4)

@@ -70,6 +70,48 @@ def test_linear(run, low, case, M, N, K):
     assert_close(out, truth, low, run is eager and low != torch.float32)
 
 
+def in_8_bits(N: int, K: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """A weight, and what it stands for."""
+    values = torch.randint(-127, 128, (N, K), device=DEVICE, dtype=torch.int8)
+    scales = randn(N, scale=0.01).abs().bfloat16().float()
+    return (values, scales), values.double() * scales.double()[:, None]
+
+
+@pytest.mark.parametrize("case", ["plain", "norm, gelu", "residual"])
+@pytest.mark.parametrize("M, N, K", [(1, 7, 5), (3, 33, 100), (5, 16, 64)])
+def test_linear_of_int8(run, case, M, N, K):
+    with_norm, with_bias, with_residual, approximate = LINEARS[case]
+    x, (weight, dense) = 3 + randn(M, K), in_8_bits(N, K)
+    bias = randn(N) if with_bias else None
+    norm = (1 + randn(K, scale=0.1), randn(K)) if with_norm else None
+    residual = randn(M, N) if with_residual else None
+    wide = None if norm is None else tuple(double(*norm))
+    truth = reference.decode_linear(
+        x.double(), dense, *double(bias), wide, *double(residual), approximate
+    )
+    out = torch.full((M, N), math.nan, device=DEVICE) if residual is None else residual
+    run.linear(out, x, weight, bias, norm, residual, approximate)
+    assert_close(out, truth, torch.bfloat16, run is eager)
+
+
+def test_definition_of_int8():
+    (weight, dense), x, bias, residual = in_8_bits(6, 9), randn(2, 9), randn(6), randn(2, 6)
+    wide = double(x, bias, residual)
+    found = reference.decode_linear(wide[0], weight, wide[1], None, wide[2])
+    expected = reference.decode_linear(wide[0], dense, wide[1], None, wide[2])
+    torch.testing.assert_close(found, expected)
+
+
+def test_attention_projected_by_int8(run):
+    qkv, x, bias, (weight, dense) = randn(2, 3 * 32), randn(2, 32), randn(32), in_8_bits(32, 32)
+    keys, values = (randn(2, 2, 9, 16) for _ in range(2))
+    positions = torch.tensor([4, 8], device=DEVICE, dtype=torch.int32)
+    y = reference.decode_attention_(keys.double(), values.double(), qkv.double(), positions)
+    truth = x.double() + y @ dense.t() + bias.double()
+    run.attend_project(x, qkv, keys, values, positions, 8, weight, bias)
+    assert_close(x, truth, torch.bfloat16, run is eager)
+
+
 ATTENTIONS = [  # texts, heads, capacity, head dim, tokens of each text, one after the other
     (1, 1, 1, 16, 1),
     (1, 1, 4, 16, 4),
