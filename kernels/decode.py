@@ -165,31 +165,30 @@ def _project_kernel(
     o_ptr, sum_ptr, top_ptr,     # in:  (R, H, P, D), (R, H, P) each, fp32
     w_ptr, scales_ptr, bias_ptr, # in:  (N, H D), (N,) fp32 or None each
     y_ptr,                       # in and out: (R, N) fp32, the residual stream
-    M, N, H, P,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    M, N, H,
+    D: tl.constexpr, P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     outs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ds, parts = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_P)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for h in range(0, H):
-        at = (rows * H + h) * P
-        known = (rows < M)[:, None] & (parts < P)[None, :]
-        tops = tl.load(top_ptr + at[:, None] + parts[None, :], mask=known, other=-1e30)
-        top = tl.max(tops, 1)
-        total = tl.zeros([BLOCK_M], dtype=tl.float32)
-        y = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        for part in range(0, P):
-            here = tl.load(top_ptr + at + part, mask=rows < M, other=0.0)
-            share = tl.where(rows < M, tl.exp(here - top), 0.0)
-            total += share * tl.load(sum_ptr + at + part, mask=rows < M, other=0.0)
-            o_mask = (rows < M)[:, None] & (ds < D)[None, :]
-            o_at = (at + part)[:, None] * D + ds[None, :]
-            y += share[:, None] * tl.load(o_ptr + o_at, mask=o_mask, other=0.0)
-        y = y / tl.where(rows < M, total, 1.0)[:, None]
-        w_at = outs[:, None] * H * D + h * D + ds[None, :]
-        w = tl.load(w_ptr + w_at, mask=(outs < N)[:, None] & (ds < D)[None, :], other=0.0)
+    for start in range(0, H * D, BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        mask = (rows < M)[:, None] & (cols < H * D)[None, :]
+        at = (rows[:, None] * H + (cols // D)[None, :]) * P  # of the head's first chunk
+        top = tl.full([BLOCK_M, BLOCK_K], -1e30, tl.float32)
+        for part in tl.static_range(P):  # unrolled: loads that wait for each other would be slow
+            top = tl.maximum(top, tl.load(top_ptr + at + part, mask=mask, other=0.0))
+        total = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        y = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
+        for part in tl.static_range(P):
+            share = tl.exp(tl.load(top_ptr + at + part, mask=mask, other=0.0) - top)
+            total += share * tl.load(sum_ptr + at + part, mask=mask, other=0.0)
+            o_at = (at + part) * D + (cols % D)[None, :]
+            y += share * tl.load(o_ptr + o_at, mask=mask, other=0.0)
+        y = y / tl.where(mask, total, 1.0)
+        w_mask = (outs < N)[:, None] & (cols < H * D)[None, :]
+        w = tl.load(w_ptr + outs[:, None] * H * D + cols[None, :], mask=w_mask, other=0.0)
         acc += tl.sum(y[:, None, :] * w.to(tl.float32)[None, :, :], 2)
     _finish(acc, y_ptr, scales_ptr, bias_ptr, y_ptr, rows, outs, M, N, False, False)
 
@@ -252,9 +251,9 @@ def attend_project(
     o, sums, tops = attend(qkv, keys, values, positions, longest)
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
     (R, H, P, D), N = o.shape, values.shape[0]
-    launch(_project_kernel, cdiv(N, 4), o, sums, tops, values, scales, bias, out, R, N, H, P,
-           D=D, BLOCK_M=power_of_2(R), BLOCK_N=4, BLOCK_D=power_of_2(D), BLOCK_P=power_of_2(P),
-           num_warps=4)  # fmt: skip
+    block_k = min(power_of_2(H * D), max(64, 1024 // power_of_2(R)))
+    launch(_project_kernel, cdiv(N, 4), o, sums, tops, values, scales, bias, out, R, N, H,
+           D=D, P=P, BLOCK_M=power_of_2(R), BLOCK_N=4, BLOCK_K=block_k, num_warps=4)  # fmt: skip
 
 
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
