@@ -21,7 +21,8 @@ from fastgpt import backend, checks, ops
 from fastgpt.decoding import kept
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.lookup import Ahead, PromptLookup
-from fastgpt.decoding.parameters import in_dtype, in_int8, parameters, state_of
+from fastgpt.decoding.parameters import Parameters, in_dtype, in_int8, parameters, state_of
+from fastgpt.fused.untouched import Snapshot
 
 _multinomial = torch.multinomial
 
@@ -139,13 +140,19 @@ class NextLogits:
         self.model, self.starts, self.end, self.dtype = model, starts, end, dtype
         self.lookup = lookup  # for a single text
         self.ahead: Ahead | None = None
+        self.parameters: Parameters | None = None
         self.state: Any = None
         self.key: kept.Key | None = None  # under which the decoder may be kept
         self.look_again()
 
     def look_again(self) -> None:
         """Begin anew if the model is not what it was: every cached key is of its old weights."""
+        now = self.parameters
+        if now is not None and self.seen.holds() and state_of(now) == self.state:
+            return
         found = parameters(self.model)
+        if found is not None:
+            self.seen = Snapshot(self.model)
         state = None if found is None else state_of(found)
         if state is None or state != self.state:
             self.parameters, self.state = found, state
