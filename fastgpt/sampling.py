@@ -141,18 +141,18 @@ class NextLogits:
         self.lookup = lookup  # for a single text
         self.ahead: Ahead | None = None
         self.parameters: Parameters | None = None
+        self.seen: Snapshot | None = None
         self.state: Any = None
         self.key: kept.Key | None = None  # under which the decoder may be kept
         self.look_again()
 
     def look_again(self) -> None:
         """Begin anew if the model is not what it was: every cached key is of its old weights."""
-        now = self.parameters
-        if now is not None and self.seen.holds() and state_of(now) == self.state:
+        now, seen = self.parameters, self.seen
+        if now is not None and seen is not None and seen.holds() and state_of(now) == self.state:
             return
         found = parameters(self.model)
-        if found is not None:
-            self.seen = Snapshot(self.model)
+        self.seen = None if found is None else Snapshot(self.model)
         state = None if found is None else state_of(found)
         if state is None or state != self.state:
             self.parameters, self.state = found, state

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode
-from bench.harness import machine, memory_budget
+from bench import decode, decode_goals
+from bench.harness import ceilings, machine, memory_budget
 from bench.peers import models
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ SHORT += ["--prompt", "40", "--new-tokens", "40", "--rounds", "1"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(decode, "copy_ceiling", lambda device: 1e10)
+    monkeypatch.setattr(decode, "read_ceiling", lambda device: 1e10)
     monkeypatch.setattr(machine, "check", lambda **_: {"load": 0.0, "busy": 0.0, "spread": 0.0})
     monkeypatch.setattr(models, "LOCAL_NANOGPT", Path("no such folder"))
     monkeypatch.delenv("NANOGPT_DIR", raising=False)
@@ -51,14 +51,50 @@ def test_record_and_table(tmp_path, capsys, dtype):
     assert printed.splitlines()[-1].startswith("record: ")
 
 
+def test_a_batch(tmp_path):
+    """Its tokens are of all texts, its floor of one reading of the weights and every cache."""
+    record = bench(tmp_path, "eager fastgpt", "--batch", "3")
+    assert record["settings"]["batch"] == 3
+    config = models.config_of("char")
+    three = decode.bytes_per_token(config, decode.Settings(**record["settings"]))
+    one = decode.bytes_per_token(config, decode.Settings(**record["settings"] | {"batch": 1}))
+    assert three - one == 2 * 2 * 4 * 128 * 60 * 4 and record["floor_seconds"] == three / 1e10
+    for row in record["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(3 / row["seconds"][0])
+        assert row["over_nanogpt"] is None
+
+
+def test_goals(tmp_path, monkeypatch, capsys):
+    """Of a small model: that every figure gets there; and what was not measured is not met."""
+    monkeypatch.setattr(decode_goals, "by_count", list)
+    monkeypatch.setattr(decode_goals, "ROUNDS", 1)
+    goals = decode_goals.on_cpu(tmp_path, "char", 4, 2)
+    found = {goal.name: goal for goal in goals}
+    assert found["fp32, of the read bandwidth"].found > 0
+    assert found["bf16 over fp32, tokens/s"].found > 0 and found["bf16 over fp32, tokens/s"].met
+    unknown = found["1 token from 1, nanoGPT's time over ours"]
+    assert unknown.found is None and not unknown.met  # no nanoGPT here
+    assert decode_goals.line(unknown).endswith("NOT MEASURED")
+    goal = decode_goals.Goal("speed", 0.9, 0.89, ".1%")
+    assert not goal.met and decode_goals.line(goal).split()[1:] == ["90.0%", "89.0%", "MISSED"]
+    assert decode_goals.line(goal._replace(found=0.9)).endswith("met")
+    assert len(list(tmp_path.glob("*/decode-*.json"))) >= 1
+
+
+def test_the_read_ceiling(monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda n, device: torch.zeros(2**16, device=device))
+    assert 1e8 < ceilings.read_ceiling(CPU, seconds=0.01) < 1e13
+
+
 def test_against_users_choices(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     checkout = tmp_path / "nanoGPT"
     checkout.mkdir()
     (checkout / "model.py").write_text("from fastgpt.model import GPT, GPTConfig\n")
     monkeypatch.setenv("NANOGPT_DIR", str(checkout))
-    rows = bench(tmp_path / "out", "eager nanogpt hf fastgpt")["rows"]
-    assert [row["regret"] for row in rows] == [0.0] * 4
+    rows = bench(tmp_path / "out", "eager nanogpt hf hf-static fastgpt")["rows"]
+    assert [row.get("regret", row.get("problem")) for row in rows] == [0.0] * 5
+    assert rows[1]["over_nanogpt"] == 1.0
 
 
 def test_absent_peers_say_so_and_the_rest_runs(tmp_path):
@@ -106,6 +142,7 @@ def test_the_floor_counts_what_is_read():
     [
         ("--new-tokens 89", "add up to more than 128, the block size of char"),
         ("--new-tokens 1", "--new-tokens at least 2"),
+        ("--batch 0", "--batch must be at least 1"),
         ("--variants eager magic", "fastgpt"),
         ("--variants fastgpt", "ratios need eager first"),
         ("--dtype int8", "bfloat16"),
