@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastgpt.kernels._launch import cdiv, device_problem, launch, power_of_2
 from fastgpt.kernels._math import gelu
@@ -23,7 +24,7 @@ from fastgpt.kernels._tuned import configured
 
 Weight = Tensor | tuple[Tensor, Tensor]  # or int8 values and the fp32 scales of their rows
 
-MAX_ROWS = 8  # beyond them GEMMs use tensor cores
+MAX_ROWS = 8  # that a program owns; for more, PyTorch's GEMMs use tensor cores
 MAX_HEAD_DIM = 256
 
 
@@ -200,9 +201,11 @@ def _linear_config(M: int, N: int, K: int) -> dict[str, int]:
     return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
 
 
-def _attend_config(S: int, D: int) -> dict[str, int]:
-    """Chunks that make a few programs a head. Not measured on any GPU yet."""
-    chunk = max(64, power_of_2(cdiv(S, 16)))
+def _attend_config(S: int, D: int, R: int) -> dict[str, int]:
+    """Chunks that make a few programs a head; of many rows the heads are enough. Not measured on
+    any GPU yet.
+    """
+    chunk = max(64, power_of_2(cdiv(S, 16) if R <= MAX_ROWS else S))
     return dict(CHUNK=chunk, BLOCK_S=min(chunk, 4096 // power_of_2(D)), num_warps=4)
 
 
@@ -218,6 +221,9 @@ def linear(
     approximate: str | None = None,
 ) -> None:  # fmt: skip
     """x (M, K) fp32, weight (N, K) -> out (M, N) fp32, which may be `residual`; all contiguous."""
+    if len(x) > MAX_ROWS:
+        _linear_of_many(out, x, weight, bias, norm, residual, approximate)
+        return
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
     (M, K), N = x.shape, values.shape[0]
     norm_w, norm_b = norm or (None, None)
@@ -227,6 +233,22 @@ def linear(
            BLOCK_M=power_of_2(M), **config)  # fmt: skip
 
 
+def _linear_of_many(
+    out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None,
+    norm: tuple[Tensor, Tensor | None] | None, residual: Tensor | None, approximate: str | None,
+) -> None:  # fmt: skip
+    """`linear` by a GEMM of PyTorch's, which reads a weight once for all rows."""
+    y = x if norm is None else F.layer_norm(x, x.shape[1:], *norm)
+    if isinstance(weight, Tensor):
+        y = F.linear(y.to(weight.dtype), weight).float()
+    else:
+        values, scales = weight
+        y = F.linear(y.bfloat16(), values.bfloat16()).float() * scales  # integers that 16 bits hold
+    y = y if bias is None else y + bias
+    y = y if approximate is None else F.gelu(y, approximate=approximate)
+    out.copy_(y if residual is None else residual + y)
+
+
 def attend(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,7 +256,7 @@ def attend(
     beyond `longest` -> o (R, H, P, D), sums, maxima (R, H, P) of P chunks, fp32.
     """
     (B, H, S, D), R = keys.shape, len(qkv)
-    config = configured(keys, "decode_attend", _attend_config, S, D)
+    config = configured(keys, "decode_attend", _attend_config, S, D, R)
     P = cdiv(longest + 1, config["CHUNK"])
     o = torch.empty(R, H, P, D, device=qkv.device, dtype=torch.float32)
     sums, tops = (torch.empty(R, H, P, device=qkv.device, dtype=torch.float32) for _ in range(2))
@@ -249,6 +271,11 @@ def attend_project(
 ) -> None:  # fmt: skip
     """out (R, N) fp32 += attention @ weight (N, HD).T + bias, for `attend`'s arguments."""
     o, sums, tops = attend(qkv, keys, values, positions, longest)
+    if len(qkv) > MAX_ROWS:
+        share = torch.exp(tops - tops.amax(2, keepdim=True))[..., None]
+        y = (share * o).sum(2) / (share * sums[..., None]).sum(2)
+        _linear_of_many(out, y.flatten(1), weight, bias, None, out, None)
+        return
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
     (R, H, P, D), N = o.shape, values.shape[0]
     block_k = min(power_of_2(H * D), max(64, 1024 // power_of_2(R)))
@@ -258,11 +285,8 @@ def attend_project(
 
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
     """Why a step with such a cache cannot run here, or None."""
-    if head_dim > MAX_HEAD_DIM or rows > MAX_ROWS:
-        return (
-            f"head dim {head_dim} and {rows} rows are more than {MAX_HEAD_DIM} and {MAX_ROWS} of "
-            "the kernels for few rows"
-        )
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dim {head_dim} is more than {MAX_HEAD_DIM}"
     if tensors[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype {tensors[0].dtype} is not float32, float16 or bfloat16"
     return device_problem(tensors[0])
