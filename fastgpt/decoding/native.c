@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 static float from_bf16(uint16_t bits) {
     union { uint32_t bits; float value; } wide = {(uint32_t)bits << 16};
@@ -34,11 +35,60 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         y[i] = (x[i] - mean) * rstd * weight[i] + (bias ? bias[i] : 0);
 }
 
-#define ROWS 4 /* of x at a time, always: what a row gives depends on no other */
+#define LANES 16
+#define LANES_OF(T) __attribute__((vector_size(sizeof(T) * LANES)))
+typedef float vec LANES_OF(float);
+typedef uint32_t words LANES_OF(uint32_t);
+typedef int32_t ints LANES_OF(int32_t);
+typedef uint16_t halves LANES_OF(uint16_t);
+typedef int16_t shorts LANES_OF(int16_t);
+typedef int8_t bytes LANES_OF(int8_t);
 
-/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T [* scales] + bias). One row waits for its sums
-   anyway; the others take their turns between. */
-#define LINEAR(NAME, T, FROM)                                                                     \
+static vec load_f32(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static vec load_bf16(const uint16_t *p) {
+    halves bits;
+    memcpy(&bits, p, sizeof bits);
+    return (vec)(__builtin_convertvector(bits, words) << 16);
+}
+
+static vec load_int8(const int8_t *p) { /* in steps that are instructions: GCC goes no other way */
+    bytes values;
+    memcpy(&values, p, sizeof values);
+    shorts wider = __builtin_convertvector(values, shorts);
+    return __builtin_convertvector(__builtin_convertvector(wider, ints), vec);
+}
+
+/* sums[o * rows + r] = w[o] . x[r], as many sums at once as keep the adders busy. Each is added up
+   in one order whichever are beside it: what a row gives depends on no other. */
+#define DOTS(NAME, T, FROM, LOAD)                                                                 \
+    static inline __attribute__((always_inline)) void NAME(                                       \
+        const T *const *w, const float *const *x, float *sums, int outs, int rows, int K) {       \
+        vec acc[8] = {0};                                                                         \
+        int k = 0;                                                                                \
+        for (; k + LANES <= K; k += LANES)                                                        \
+            _Pragma("GCC unroll 4")                                                               \
+            for (int o = 0; o < outs; o++) {                                                      \
+                vec weight = LOAD(w[o] + k);                                                      \
+                _Pragma("GCC unroll 4")                                                           \
+                for (int r = 0; r < rows; r++) acc[o * rows + r] += load_f32(x[r] + k) * weight;  \
+            }                                                                                     \
+        _Pragma("GCC unroll 8")                                                                   \
+        for (int i = 0; i < outs * rows; i++) {                                                   \
+            float sum = 0;                                                                        \
+            for (int lane = 0; lane < LANES; lane++) sum += acc[i][lane];                         \
+            for (int j = k; j < K; j++) sum += x[i % rows][j] * FROM(w[i / rows][j]);             \
+            sums[i] = sum;                                                                        \
+        }                                                                                         \
+    }
+
+/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T [* scales] + bias) */
+#define LINEAR(NAME, T, FROM, LOAD)                                                               \
+    DOTS(NAME##_dots, T, FROM, LOAD)                                                              \
     void NAME(const float *x, const T *w, const float *scales, const float *bias,                 \
               const float *norm_weight, const float *norm_bias, const float *residual, float *y,  \
               int M, int N, int K, int threads) {                                                 \
@@ -50,25 +100,25 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
                            K);                                                                    \
             x = normed;                                                                           \
         }                                                                                         \
+        int outs = M == 1 ? 4 : 2, rows = M == 1 ? 1 : 4;                                         \
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
-        for (int n = 0; n < N; n++) {                                                             \
-            const T *row = w + (int64_t)n * K;                                                    \
-            for (int m = 0; m < M; m += ROWS) {                                                   \
-                const float *from[ROWS];                                                          \
-                for (int i = 0; i < ROWS; i++) from[i] = x + (int64_t)(m + i < M ? m + i : m) * K;\
-                const float *x0 = from[0], *x1 = from[1], *x2 = from[2], *x3 = from[3];           \
-                float s0 = 0, s1 = 0, s2 = 0, s3 = 0;                                             \
-                _Pragma("omp simd reduction(+ : s0, s1, s2, s3)")                                 \
-                for (int k = 0; k < K; k++) {                                                     \
-                    float weight = FROM(row[k]);                                                  \
-                    s0 += x0[k] * weight;                                                         \
-                    s1 += x1[k] * weight;                                                         \
-                    s2 += x2[k] * weight;                                                         \
-                    s3 += x3[k] * weight;                                                         \
-                }                                                                                 \
-                float sums[ROWS] = {s0, s1, s2, s3};                                              \
-                for (int i = 0; i < ROWS && m + i < M; i++) {                                     \
-                    int64_t to = (int64_t)(m + i) * N + n;                                        \
+        for (int block = 0; block < (N + outs - 1) / outs; block++) {                             \
+            int first = block * outs;                                                             \
+            const T *ws[4];                                                                       \
+            for (int o = 0; o < 4; o++)                                                           \
+                ws[o] = w + (int64_t)(first + o < N ? first + o : N - 1) * K;                     \
+            for (int m = 0; m < M; m += rows) {                                                   \
+                const float *xs[4];                                                               \
+                for (int r = 0; r < 4; r++) xs[r] = x + (int64_t)(m + r < M ? m + r : m) * K;     \
+                float sums[8];                                                                    \
+                if (M == 1)                                                                       \
+                    NAME##_dots(ws, xs, sums, 4, 1, K);                                           \
+                else                                                                              \
+                    NAME##_dots(ws, xs, sums, 2, 4, K);                                           \
+                for (int i = 0; i < outs * rows; i++) {                                           \
+                    int n = first + i / rows, row = m + i % rows;                                 \
+                    if (n >= N || row >= M) continue;                                             \
+                    int64_t to = (int64_t)row * N + n;                                            \
                     float sum = sums[i] * (scales ? scales[n] : 1) + (bias ? bias[n] : 0);        \
                     y[to] = residual ? residual[to] + sum : sum;                                  \
                 }                                                                                 \
@@ -119,8 +169,8 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         }                                                                                         \
     }
 
-LINEAR(linear_float32, float, from_f32)
-LINEAR(linear_bfloat16, uint16_t, from_bf16)
-LINEAR(linear_int8, int8_t, from_int8)
+LINEAR(linear_float32, float, from_f32, load_f32)
+LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16)
+LINEAR(linear_int8, int8_t, from_int8, load_int8)
 ATTEND(attend_float32, float, from_f32, to_f32)
 ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16)

@@ -101,6 +101,21 @@ def test_linear_of_int8(run, case, M, N, K):
     assert_close(out, truth, torch.bfloat16, rounds(run, M))
 
 
+@pytest.mark.skipif("native" not in RUNS, reason="there is no C compiler")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_row_in_c_gives_the_same_bits_alone(kind):
+    """What prompt lookup's tokens being the same ones rests on."""
+    for N, K in ((7, 100), (9, 257), (1, 5)):
+        x, dense = randn(6, K), randn(N, K, dtype=getattr(torch, kind.replace("int8", "float32")))
+        weight = in_8_bits(N, K)[0] if kind == "int8" else dense
+        for rows in (2, 4, 6):
+            together, alone = torch.empty(rows, N), torch.empty(1, N)
+            native.linear(together, x[:rows], weight, None)
+            for row, found in zip(x[:rows], together, strict=True):
+                native.linear(alone, row[None], weight, None)
+                assert torch.equal(alone[0], found)
+
+
 def test_definition_of_int8():
     (weight, dense), x, bias, residual = in_8_bits(6, 9), randn(2, 9), randn(6), randn(2, 6)
     wide = double(x, bias, residual)
