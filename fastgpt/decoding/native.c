@@ -63,26 +63,34 @@ static vec load_int8(const int8_t *p) { /* in steps that are instructions: GCC g
     return __builtin_convertvector(__builtin_convertvector(wider, ints), vec);
 }
 
-/* sums[o * rows + r] = w[o] . x[r], as many sums at once as keep the adders busy. Each is added up
-   in one order whichever are beside it: what a row gives depends on no other. */
+static float total(vec v) {
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* sums[r] = w . x[r]. Of one weight at a time, which is how memory is read fastest; in two parts, so
+   that an addition need not wait for the last one. A row's are added up in one order whichever rows
+   are beside it. */
 #define DOTS(NAME, T, FROM, LOAD)                                                                 \
     static inline __attribute__((always_inline)) void NAME(                                       \
-        const T *const *w, const float *const *x, float *sums, int outs, int rows, int K) {       \
-        vec acc[8] = {0};                                                                         \
+        const T *w, const float *const *x, float *sums, int rows, int K) {                        \
+        vec even[4] = {0}, odd[4] = {0};                                                          \
         int k = 0;                                                                                \
-        for (; k + LANES <= K; k += LANES)                                                        \
+        for (; k + 2 * LANES <= K; k += 2 * LANES) {                                              \
+            vec first = LOAD(w + k), second = LOAD(w + k + LANES);                                \
             _Pragma("GCC unroll 4")                                                               \
-            for (int o = 0; o < outs; o++) {                                                      \
-                vec weight = LOAD(w[o] + k);                                                      \
-                _Pragma("GCC unroll 4")                                                           \
-                for (int r = 0; r < rows; r++) acc[o * rows + r] += load_f32(x[r] + k) * weight;  \
+            for (int r = 0; r < rows; r++) {                                                      \
+                even[r] += load_f32(x[r] + k) * first;                                            \
+                odd[r] += load_f32(x[r] + k + LANES) * second;                                    \
             }                                                                                     \
-        _Pragma("GCC unroll 8")                                                                   \
-        for (int i = 0; i < outs * rows; i++) {                                                   \
-            float sum = 0;                                                                        \
-            for (int lane = 0; lane < LANES; lane++) sum += acc[i][lane];                         \
-            for (int j = k; j < K; j++) sum += x[i % rows][j] * FROM(w[i / rows][j]);             \
-            sums[i] = sum;                                                                        \
+        }                                                                                         \
+        _Pragma("GCC unroll 4")                                                                   \
+        for (int r = 0; r < rows; r++) {                                                          \
+            sums[r] = total(even[r] + odd[r]);                                                    \
+            for (int j = k; j < K; j++) sums[r] += x[r][j] * FROM(w[j]);                          \
         }                                                                                         \
     }
 
@@ -100,26 +108,21 @@ static vec load_int8(const int8_t *p) { /* in steps that are instructions: GCC g
                            K);                                                                    \
             x = normed;                                                                           \
         }                                                                                         \
-        int outs = M == 1 ? 4 : 2, rows = M == 1 ? 1 : 4;                                         \
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
-        for (int block = 0; block < (N + outs - 1) / outs; block++) {                             \
-            int first = block * outs;                                                             \
-            const T *ws[4];                                                                       \
-            for (int o = 0; o < 4; o++)                                                           \
-                ws[o] = w + (int64_t)(first + o < N ? first + o : N - 1) * K;                     \
-            for (int m = 0; m < M; m += rows) {                                                   \
+        for (int n = 0; n < N; n++) {                                                             \
+            const T *row = w + (int64_t)n * K;                                                    \
+            for (int first = 0; first < M; first += 4) {                                          \
                 const float *xs[4];                                                               \
-                for (int r = 0; r < 4; r++) xs[r] = x + (int64_t)(m + r < M ? m + r : m) * K;     \
-                float sums[8];                                                                    \
+                for (int r = 0; r < 4; r++)                                                       \
+                    xs[r] = x + (int64_t)(first + r < M ? first + r : first) * K;                 \
+                float sums[4];                                                                    \
                 if (M == 1)                                                                       \
-                    NAME##_dots(ws, xs, sums, 4, 1, K);                                           \
+                    NAME##_dots(row, xs, sums, 1, K);                                             \
                 else                                                                              \
-                    NAME##_dots(ws, xs, sums, 2, 4, K);                                           \
-                for (int i = 0; i < outs * rows; i++) {                                           \
-                    int n = first + i / rows, row = m + i % rows;                                 \
-                    if (n >= N || row >= M) continue;                                             \
-                    int64_t to = (int64_t)row * N + n;                                            \
-                    float sum = sums[i] * (scales ? scales[n] : 1) + (bias ? bias[n] : 0);        \
+                    NAME##_dots(row, xs, sums, 4, K);                                             \
+                for (int m = first; m < M && m < first + 4; m++) {                                \
+                    int64_t to = (int64_t)m * N + n;                                              \
+                    float sum = sums[m - first] * (scales ? scales[n] : 1) + (bias ? bias[n] : 0);\
                     y[to] = residual ? residual[to] + sum : sum;                                  \
                 }                                                                                 \
             }                                                                                     \

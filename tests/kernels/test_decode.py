@@ -138,7 +138,7 @@ ATTENTIONS = [  # texts, heads, capacity, head dim, tokens of each text, one aft
     (1, 1, 1, 16, 1),
     (1, 1, 4, 16, 4),
     (1, 1, 65, 8, 1),  # full, its last chunk has one position
-    (2, 3, 70, 20, 3),
+    (2, 3, 70, 50, 3),  # its projection takes two turns
     (3, 2, 140, 64, 1),
     (1, 2, 300, 7, 5),
     (1, 1, 150, 128, 1),  # a wide head is read in several blocks a chunk
