@@ -42,7 +42,7 @@ def on_cpu(out: Path, size: str, prompt: int, new_tokens: int) -> list[Goal]:
         dtype: _measured(decode.Settings(size, prompt, new_tokens, dtype, ROUNDS), out)
         for dtype in ("float32", "bfloat16")
     }
-    one = _measured(decode.Settings(size, 1, 2, "float32", ROUNDS), out)
+    one = _measured(decode.Settings(size, 1, 2, "float32", ROUNDS), None)  # no rate to record
     fp32, bf16 = (rows[dtype].get("fastgpt", {}) for dtype in rows)
     both = "tokens_per_second" in fp32 and "tokens_per_second" in bf16
     twice = bf16["tokens_per_second"] / fp32["tokens_per_second"] if both else None
@@ -83,11 +83,12 @@ def by_count() -> list[Goal]:
     ]
 
 
-def _measured(settings: decode.Settings, out: Path) -> dict[str, Any]:
+def _measured(settings: decode.Settings, out: Path | None) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = [*VARIANTS, "hf-static"] if device.type == "cuda" else VARIANTS
     found = decode.measure(settings, device, variants)
-    record.save(found, out)
+    if out is not None:
+        record.save(found, out)
     print(f"{terminal.text(found)}\n", flush=True)
     return {row["variant"]: row for row in found["rows"] if "problem" not in row}
 
