@@ -67,6 +67,8 @@ def test_a_batch(tmp_path):
 def test_goals(tmp_path, monkeypatch):
     """Every figure gets there; and what was not measured is no goal that was met."""
 
+    theirs = []
+
     def measured(settings, out):
         rate = {"float32": 50.0, "bfloat16": 95.0}[settings.dtype]
         row = {"of_floor": 0.9, "tokens_per_second": rate, "over_nanogpt": 9.0}
@@ -76,7 +78,8 @@ def test_goals(tmp_path, monkeypatch):
         return rows | {"nanogpt": {"first_token_seconds": theirs}}
 
     monkeypatch.setattr(decode_goals, "_measured", measured)
-    for theirs, met in (([0.03, 0.03, 0.04], True), ([0.01, 0.02, 0.01], False)):
+    for seconds, met in (([0.03, 0.03, 0.04], True), ([0.01, 0.02, 0.01], False)):
+        theirs[:] = seconds
         goals = {goal.name: goal for goal in decode_goals.on_cpu(tmp_path, "char", 4, 2)}
         assert goals["1 token from 1, nanoGPT's time over ours"].met == met
     assert goals["fp32, of the read bandwidth"].met and goals["bf16, of the read bandwidth"].met
