@@ -49,7 +49,7 @@ lint: $(VENV)    ## ruff and mypy
 
 bench: $(VENV)   ## training and decoding on this machine, against what else users would run
 	$(PYTHON) -m bench.train
-	$(PYTHON) -m bench.decode
+	$(PYTHON) -m bench.decode --dtype float32 bfloat16
 
 OPS = $(PYTHON) -m pytest bench/pytest_ops.py --benchmark-only -rs
 bench-ops: $(VENV)     ## time every op against its peers and save that; ARGS="-k layer_norm"

@@ -1,17 +1,19 @@
-"""Decoding tokens/s and time to the first token, batch 1, greedy, against what users would run.
+"""Decoding tokens/s and time to the first token, greedy, against what users would run.
 
     eager    nanoGPT's loop on fastgpt's model in PyTorch: each token a forward of all before it
     nanogpt  the checkout's own generate; in 16 bits under autocast, as its sample.py
     hf       transformers' generate with its key-value cache
+    hf-static  the same with its static cache, which it compiles on a GPU
     fastgpt  its generate, with its cache
 
 A variant is timed once its tokens are found to be the best ones, or as good as rounding can tell,
 by eager's float32 logits. The floor is what must be read for one token, every weight and the cached
-keys and values, at the rate of a large copy on this device.
+keys and values, at the rate at which this device reads a large tensor.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import statistics
 import sys
@@ -24,17 +26,18 @@ import torch
 from torch import Tensor
 
 from bench.harness import machine, memory_budget, nvidia_smi, record
-from bench.harness.ceilings import copy_ceiling
+from bench.harness.ceilings import read_ceiling
 from bench.harness.training_variant import describe
 from bench.peers import models
 from bench.peers.training import Run, matmul_dtype, set_precision
+from bench.prediction import token
 from bench.reports import terminal
 from fastgpt import GPTConfig, devices, use_backend
 
 # How far below the best a greedy token's logit may lie, in standard deviations of all logits.
 # A lost context costs about 4, bf16's rounding 0.03 at 124M.
 MAX_REGRET = {"float32": 0.001, "bfloat16": 0.2, "float16": 0.05}
-Generate = Callable[[Tensor, int], Tensor]  # ids (1, T) and n -> (1, T + n)
+Generate = Callable[[Tensor, int], Tensor]  # ids (B, T) and n -> (B, T + n)
 Row = dict[str, Any]
 
 
@@ -47,6 +50,12 @@ class Settings:
     new_tokens: int
     dtype: str
     rounds: int
+    batch: int = 1
+
+    def recorded(self) -> dict[str, Any]:
+        """Without a batch of 1, which older records do not name."""
+        found = dataclasses.asdict(self)
+        return found if self.batch > 1 else {k: v for k, v in found.items() if k != "batch"}
 
 
 class Decoder:
@@ -110,13 +119,13 @@ def _nanogpt(run: Run) -> Generate:
     return generate
 
 
-def _hugging_face(run: Run) -> Generate:
+def _hugging_face(run: Run, **more: Any) -> Generate:
     model = models.hugging_face(run.config, run.weights, run.device).eval()
     model.to(matmul_dtype(run.dtype))
 
     def generate(idx: Tensor, n: int) -> Tensor:
         mask = torch.ones_like(idx)  # else transformers guesses at padding
-        return model.generate(idx, attention_mask=mask, max_new_tokens=n, do_sample=False)
+        return model.generate(idx, attention_mask=mask, max_new_tokens=n, do_sample=False, **more)
 
     return generate
 
@@ -130,6 +139,7 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
     "eager": _whole_context,
     "nanogpt": _nanogpt,
     "hf": _hugging_face,
+    "hf-static": functools.partial(_hugging_face, cache_implementation="static"),
     "fastgpt": _fastgpt,
 }
 
@@ -137,7 +147,7 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
     host, before = machine.check(device=device), nvidia_smi.reading()
     set_precision(settings.dtype)
-    bandwidth = copy_ceiling(device)
+    bandwidth = read_ceiling(device)
     config = models.config_of(settings.size)
     floor = bytes_per_token(config, settings) / bandwidth
     needed = (
@@ -147,15 +157,15 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
         rows = [{"variant": variant, "problem": problem} for variant in variants]
     else:
         decoders = _decode(config, settings, device, variants)
-        rows = [_row(decoder, decoders[0], floor) for decoder in decoders]
+        rows = [_row(decoder, decoders, floor, settings.batch) for decoder in decoders]
     return record.new(
         "decode",
-        dataclasses.asdict(settings),
+        settings.recorded(),
         rows,
         nvidia_smi.since(before),
         machine=host,
         peers=models.versions(),
-        copy_ceiling=bandwidth,
+        read_ceiling=bandwidth,
         floor_seconds=floor,
     )
 
@@ -166,7 +176,9 @@ def _decode(
     run = Run(config, _attentive(models.initial_weights(config, device)), device, settings.dtype)
     decoders = [Decoder(variant, run) for variant in variants]
     draw = torch.Generator().manual_seed(0)
-    prompt = torch.randint(config.vocab_size, (1, settings.prompt), generator=draw).to(device)
+    prompt = torch.randint(config.vocab_size, (settings.batch, settings.prompt), generator=draw).to(
+        device
+    )
     judge = models.gpt(config, run.weights, device).eval()
     for decoder in decoders:
         if not decoder.problem:
@@ -199,28 +211,33 @@ def regret(judge: torch.nn.Module, tokens: Tensor, prompt: int) -> float:
 
 
 def bytes_per_token(config: GPTConfig, settings: Settings) -> int:
-    """Read for one new token: the weights, without the embeddings that are only looked up, and the
-    keys and values at the middle of the run."""
-    C, L = config.n_embd, config.n_layer
-    weights = L * 12 * C * C + config.vocab_size * C + (2 * L + 1) * C
+    """Read for one new token of every text, at the middle of the run."""
     context = settings.prompt + settings.new_tokens // 2
-    return (weights + 2 * L * C * context) * matmul_dtype(settings.dtype).itemsize
+    return token.least_bytes(config, context * settings.batch, matmul_dtype(settings.dtype))
 
 
-def _row(decoder: Decoder, eager: Decoder, floor: float) -> Row:
+def _row(decoder: Decoder, decoders: list[Decoder], floor: float, batch: int) -> Row:
+    peers = {peer.variant: peer for peer in decoders if not peer.problem}
     row: Row = {"variant": decoder.variant}
     if decoder.problem:
         return row | {"problem": decoder.problem}
     seconds = statistics.median(decoder.seconds)
-    turns = zip(eager.seconds, decoder.seconds, strict=not eager.problem)
     return row | {
         "seconds": decoder.seconds,
-        "tokens_per_second": 1 / seconds,
-        "over_eager": None if eager.problem else statistics.median(a / b for a, b in turns),
+        "tokens_per_second": batch / seconds,
+        "over_eager": _ratio(peers.get("eager"), decoder),
+        "over_nanogpt": _ratio(peers.get("nanogpt"), decoder),
         "of_floor": floor / seconds,
         "first_token_seconds": decoder.first,
         "regret": decoder.regret,
     }
+
+
+def _ratio(peer: Decoder | None, decoder: Decoder) -> float | None:
+    """How many times as fast, turn by turn; None where the peer has no times."""
+    if peer is None:
+        return None
+    return statistics.median(a / b for a, b in zip(peer.seconds, decoder.seconds, strict=True))
 
 
 def _wait_for(device: torch.device) -> None:
@@ -234,7 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", nargs="+", choices=models.SIZES, default=["124M"])
     low = "bfloat16" if on_gpu else "float32"
     parser.add_argument("--dtype", nargs="+", choices=MAX_REGRET, default=[low])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    usual = [name for name in VARIANTS if on_gpu or name != "hf-static"]
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=usual)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="TEXTS")
     parser.add_argument("--prompt", type=int, default=224, metavar="TOKENS")
     parser.add_argument("--new-tokens", type=int, default=256 if on_gpu else 16, metavar="TOKENS")
     parser.add_argument("--rounds", type=int, default=5 if on_gpu else 3)
@@ -248,16 +267,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if args.variants[0] != "eager":
         parser.error(f"--variants starts with {args.variants[0]}; ratios need eager first")
-    if args.prompt < 1 or args.new_tokens < 2 or args.rounds < 1:
-        parser.error("--prompt and --rounds must be at least 1, --new-tokens at least 2")
+    if min(args.prompt, args.rounds, *args.batch) < 1 or args.new_tokens < 2:
+        parser.error("--prompt, --rounds, --batch must be at least 1, --new-tokens at least 2")
     for size in args.size:
         if args.prompt + args.new_tokens > (longest := models.config_of(size).block_size):
             parser.error(
                 f"--prompt {args.prompt} and --new-tokens {args.new_tokens} add up to more than "
                 f"{longest}, the block size of {size}"
             )
-    for size, dtype in itertools.product(args.size, args.dtype):
-        settings = Settings(size, args.prompt, args.new_tokens, dtype, args.rounds)
+    for size, dtype, batch in itertools.product(args.size, args.dtype, args.batch):
+        settings = Settings(size, args.prompt, args.new_tokens, dtype, args.rounds, batch)
         found = measure(settings, device, args.variants)
         path = record.save(found, args.out)
         print(f"\n{terminal.text(found)}\nrecord: {path}", flush=True)

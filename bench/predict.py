@@ -1,6 +1,7 @@
 """What a training step will take on a GPU that is not here, ours beside torch.compile's.
 
     python -m bench.predict --size 124M --batch-size 16 --gpu H200
+    python -m bench.predict --size 124M --token 512    # of sampling, after so many
 
 Needs triton and no GPU. Our launches and ops are counted by running the step on meta tensors; each
 kernel is compiled for the GPU, and its bytes, instructions, registers and widths are read from what
@@ -17,7 +18,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from bench.peers.models import SIZES, config_of
-from bench.prediction import inductor, machine_code, model
+from bench.prediction import inductor, machine_code, model, token
 from bench.prediction.kernel import Kernel
 from bench.prediction.model import GPUS, Gpu
 from bench.prediction.step import training_step
@@ -158,14 +159,37 @@ def _line(row: dict[str, Any]) -> str:
             f"{row['launches']:5} {row['microseconds']:8.1f}")  # fmt: skip
 
 
+def _token(size: str, context: int, gpu: Gpu, as_json: bool) -> int:
+    """Print what a token of sampling costs by count. ValueError as of `predict`."""
+    from fastgpt.kernels import _launch
+
+    if _launch.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET=1 replaces the compiler; unset it to predict")
+    if not 0 < context < config_of(size).block_size:
+        raise ValueError(f"--token {context} must be below {config_of(size).block_size}")
+    found = token.kernels(config_of(size), context, gpu)
+    said = token.summary(found, config_of(size), context, gpu)
+    if as_json:
+        print(json.dumps({"kernels": rows(found, gpu), **said}, indent=1))
+        return 0
+    print(f"a token of {size} after {context}, batch 1, bf16, on {gpu.name}; us are of one launch")
+    print("\n".join([_HEAD, *map(_line, rows(found, gpu))]))
+    print(f"{said['launches']} launches, {1e-6 * said['bytes']:.1f} MB, {said['over_least']:.3f} "
+          f"of weights and cache; {said['microseconds']:.0f} us of kernels")  # fmt: skip
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.predict", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--token", type=int, metavar="CONTEXT", help="not of training: a token")
     parser.add_argument("--gpu", choices=GPUS, default="H200")
     parser.add_argument("--json", action="store_true", help="print an object, not tables")
     args = parser.parse_args()
     try:
+        if args.token is not None:
+            return _token(args.size, args.token, GPUS[args.gpu], args.json)
         p = predict(args.size, args.batch_size, GPUS[args.gpu])
     except (ImportError, ValueError) as error:
         parser.error(str(error))

@@ -258,19 +258,26 @@ class GPT(nn.Module):
         stop_token: int | None = None,
         dtype: torch.dtype | None = None,
         lengths: Tensor | None = None,
+        prompt_lookup: int | sampling.PromptLookup | None = None,
     ) -> Tensor:
         """idx (B, T) with up to `max_new_tokens` sampled ids appended.
 
         temperature 0 is argmax, inf draws evenly, a tensor (B, 1) is one for each row. `top_k`
         keeps ties, `top_p` the smallest set of ids of that probability. `stop_token` ends a row,
         which is filled up with it; the batch ends when every row has. `dtype` is of the weights as
-        they are read: float32, bfloat16 or float16, by default the model's or autocast's. `lengths`
+        they are read: float32, bfloat16, float16, or int8 with a scale for each row, by default the
+        model's or autocast's. `lengths`
         (B,) is for prompts of unequal length: row b's are its last lengths[b] ids, and what stands
-        before them changes nothing. Fills a key-value cache up to block_size; past it the window
-        moves and is computed anew, as in nanoGPT.
+        before them changes nothing. `prompt_lookup`, for B = 1, is how many ids a step guesses from
+        what the text repeats: the same tokens in fewer steps, however they are chosen. (The same
+        bits decide on a CPU with a C compiler; elsewhere a step's rounding depends on how many it
+        computes, which can decide between near equals.) A PromptLookup counts the guesses. Fills a
+        key-value cache up to block_size; past it the window moves and is computed anew, as in
+        nanoGPT.
         """
         how = sampling.Sampling(temperature, top_k, top_p)
-        new = self._sample(idx, max_new_tokens, how, stop_token, dtype, lengths, watched=False)
+        given = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
+        new = self._sample(*given, watched=False)
         return torch.cat([idx, *new], dim=1)
 
     def generate_stream(
@@ -283,10 +290,12 @@ class GPT(nn.Module):
         stop_token: int | None = None,
         dtype: torch.dtype | None = None,
         lengths: Tensor | None = None,
+        prompt_lookup: int | sampling.PromptLookup | None = None,
     ) -> Iterator[Tensor]:
         """`generate`, one (B, 1) column of new ids at a time: one for each row."""
         how = sampling.Sampling(temperature, top_k, top_p)
-        return self._sample(idx, max_new_tokens, how, stop_token, dtype, lengths)
+        given = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
+        return self._sample(*given)
 
     def _sample(
         self,
@@ -296,13 +305,16 @@ class GPT(nn.Module):
         stop_token: int | None,
         dtype: torch.dtype | None,
         lengths: Tensor | None,
+        prompt_lookup: int | sampling.PromptLookup | None,
         watched: bool = True,
     ) -> Iterator[Tensor]:
         self._check_tokens(idx, None)
         checks.check_count(max_new_tokens)
         checks.check_decoding_dtype(dtype)
         own = checks.check_lengths(lengths, idx)
-        return sampling.stream(self, idx, max_new_tokens, how, stop_token, dtype, own, watched)
+        lookup = sampling.prompt_lookup(prompt_lookup, rows=idx.size(0))
+        given = idx, max_new_tokens, how, stop_token, dtype, own, watched, lookup
+        return sampling.stream(self, *given)
 
 
 remember(LayerNorm, CausalSelfAttention, MLP, Block, GPT)

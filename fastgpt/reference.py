@@ -78,7 +78,7 @@ def linear_cross_entropy(
 
 def decode_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, Tensor],
     bias: Tensor | None = None,
     norm: tuple[Tensor, Tensor | None] | None = None,
     residual: Tensor | None = None,
@@ -86,26 +86,35 @@ def decode_linear(
 ) -> Tensor:
     """[residual +] [gelu] ([norm](x) @ weight.T + bias) for few rows: x (B, K), weight (N, K).
 
-    The product is in weight's dtype, all else in x's.
+    The product is in weight's dtype, all else in x's. A weight may be int8 values (N, K) and the
+    scales (N,) of their rows.
     """
     normed = x if norm is None else layer_norm(x, *norm)
-    low = None if bias is None else bias.to(weight.dtype)
-    y = F.linear(normed.to(weight.dtype), weight, low).to(x.dtype)
+    if isinstance(weight, tuple):
+        values, scales = weight
+        y = F.linear(normed, values.to(x.dtype)) * scales.to(x.dtype)
+        y = y if bias is None else y + bias
+    else:
+        low = None if bias is None else bias.to(weight.dtype)
+        y = F.linear(normed.to(weight.dtype), weight, low).to(x.dtype)
     y = y if approximate is None else F.gelu(y, approximate=approximate)
     return y if residual is None else residual + y
 
 
 def decode_attention_(keys: Tensor, values: Tensor, qkv: Tensor, positions: Tensor) -> Tensor:
-    """Attention of one new token a row: its key and value are written into the cache first.
+    """Attention of new tokens, whose keys and values are written into the cache first: of R // B
+    one after the other in each of its B texts.
 
-    keys, values (B, H, S, D), qkv (B, 3 H D), positions (B,) below S -> (B, H D). Row b attends to
-    its cache up to positions[b]; what lies behind it is not read.
+    keys, values (B, H, S, D), qkv (R, 3 H D), positions (R,) below S -> (R, H D). Row r attends to
+    its text's cache up to positions[r]; what lies behind all of them is not read.
     """
-    B, H, S, D = keys.shape
+    (B, H, S, D), R = keys.shape, qkv.shape[0]
     q, k, v = split_heads(qkv[:, None].to(keys.dtype), H)
-    rows, at = torch.arange(B, device=keys.device), positions.long()
-    keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
-    unseen = torch.arange(S, device=keys.device) > at[:, None]  # (B, S)
+    text, at = torch.arange(R, device=keys.device) // (R // B), positions.long()
+    keys[text, :, at], values[text, :, at] = k[:, :, 0], v[:, :, 0]
+    if R != B:
+        keys, values = keys[text], values[text]
+    unseen = torch.arange(S, device=keys.device) > at[:, None]  # (R, S)
     scores = (q @ keys.transpose(-2, -1)).to(torch.promote_types(keys.dtype, torch.float32))
     scores = (scores * D**-0.5).masked_fill(unseen[:, None, None, :], float("-inf"))
     seen_values = values.masked_fill(unseen[:, None, :, None], 0)  # 0 * NaN is NaN

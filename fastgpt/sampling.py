@@ -20,7 +20,9 @@ from torch import Tensor
 from fastgpt import backend, checks, ops
 from fastgpt.decoding import kept
 from fastgpt.decoding.decoder import Decoder
-from fastgpt.decoding.parameters import in_dtype, parameters, state_of
+from fastgpt.decoding.lookup import Ahead, PromptLookup
+from fastgpt.decoding.parameters import Parameters, in_dtype, in_int8, parameters, state_of
+from fastgpt.fused.untouched import Snapshot
 
 _multinomial = torch.multinomial
 
@@ -68,6 +70,17 @@ def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.scatter(-1, ids, ordered.masked_fill(drop, -math.inf))
 
 
+def prompt_lookup(given: int | PromptLookup | None, rows: int) -> PromptLookup | None:
+    if given is None:
+        return None
+    if rows != 1:
+        raise ValueError(
+            f"prompt_lookup={given} is for a single prompt, and there are {rows}: in a batch rows "
+            "would go on by unequal numbers of tokens; generate them one by one, or leave it out"
+        )
+    return given if isinstance(given, PromptLookup) else PromptLookup(given)
+
+
 @torch.no_grad()
 def stream(
     model: Any,
@@ -78,6 +91,7 @@ def stream(
     dtype: torch.dtype | None = None,
     lengths: list[int] | None = None,
     watched: bool = True,
+    lookup: PromptLookup | None = None,
 ) -> Iterator[Tensor]:
     """Columns (B, 1) of new ids after the prompts idx (B, T), each at its row's right end. Between
     two of them a caller who is `watched` may change the model.
@@ -86,7 +100,7 @@ def stream(
     with torch.inference_mode(False):  # whose tensors could not be written to outside it
         text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-    next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype)
+    next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype, lookup)
     try:
         for filled in range(T, end):
             if watched and filled > T:
@@ -115,15 +129,30 @@ class NextLogits:
     model as it was built, and for rows that fit in block_size; else a call is a whole forward.
     """
 
-    def __init__(self, model: Any, starts: list[int], end: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: Any,
+        starts: list[int],
+        end: int,
+        dtype: torch.dtype | None = None,
+        lookup: PromptLookup | None = None,
+    ):
         self.model, self.starts, self.end, self.dtype = model, starts, end, dtype
+        self.lookup = lookup  # for a single text
+        self.ahead: Ahead | None = None
+        self.parameters: Parameters | None = None
+        self.seen: Snapshot | None = None
         self.state: Any = None
         self.key: kept.Key | None = None  # under which the decoder may be kept
         self.look_again()
 
     def look_again(self) -> None:
         """Begin anew if the model is not what it was: every cached key is of its old weights."""
+        now, seen = self.parameters, self.seen
+        if now is not None and seen is not None and seen.holds() and state_of(now) == self.state:
+            return
         found = parameters(self.model)
+        self.seen = None if found is None else Snapshot(self.model)
         state = None if found is None else state_of(found)
         if state is None or state != self.state:
             self.parameters, self.state = found, state
@@ -146,29 +175,37 @@ class NextLogits:
         T, first = text.size(1), min(self.starts)
         if self.decoder is not None and self.filled == T - 1:
             self.filled = T
-            return self.decoder.step(text[:, -1])
+            new = text[:, -1]
+            return self.ahead.step(int(new)) if self.ahead else self.decoder.step(new)
         assert self.parameters is not None
         if self.decoder is None:
             self.decoder = self._made(len(text), self.end - first)
         self.filled = T
-        return self.decoder.prefill(*self._at_the_left(text))
+        given, lengths = self._at_the_left(text)
+        if self.lookup is not None:
+            self.ahead = Ahead(self.decoder, self.lookup, given[0].tolist())
+        return self.decoder.prefill(given, lengths)
 
     def _made(self, rows: int, columns: int) -> Decoder:
         assert self.parameters is not None
         block_size, head = self.model.config.block_size, self.parameters.head
-        dtype = self.dtype or ops.autocast_dtype(head)
-        current = in_dtype(self.parameters, dtype)
+        own = ops.autocast_dtype(head)
+        if self.dtype == torch.int8:
+            current = in_int8(in_dtype(self.parameters, own))
+        else:
+            current = in_dtype(self.parameters, self.dtype or own)
+        width = 1 if self.lookup is None else 1 + self.lookup.tokens
         if not keeps(head.device):
-            return Decoder(current, rows, min(block_size, columns))
+            return Decoder(current, rows, min(block_size, columns), width)
         capacity = min(block_size, 1 << (columns - 1).bit_length())
         addresses = [t.data_ptr() for t in self.parameters.tensors()]
-        facts = dict(head_dim=head.shape[1] // self.parameters.n_head, rows=rows)
-        chosen = backend.explain("decode", (current.head,), facts).implementation
-        self.key = (rows, capacity, dtype, chosen, *addresses)
+        facts = dict(head_dim=head.shape[1] // self.parameters.n_head, rows=rows * width)
+        chosen = backend.explain("decode", (current.like(),), facts).implementation
+        self.key = (rows, capacity, width, self.dtype, own, chosen, *addresses)
         if decoder := kept.take(self.model, self.key):
             decoder.refresh(current)
             return decoder
-        return Decoder(current, rows, capacity)
+        return Decoder(current, rows, capacity, width)
 
     def close(self) -> None:
         """Let the next call have the decoder."""

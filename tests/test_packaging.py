@@ -39,7 +39,7 @@ LAYERS = """
     fused.whole
     decoding.parameters
     decoding.decoder
-    decoding.kept
+    decoding.kept decoding.lookup
     sampling
     model
     examples

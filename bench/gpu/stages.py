@@ -36,10 +36,12 @@ class Stage:
 REAL: dict[str, object] = {
     "size": "124M", "large": 16, "small": 4, "T": 1024, "rounds": 4, "steps": 10,
     "tokens": 16384, "width": 768, "vocabulary": 50304, "parameters": 124_000_000, "sampling": 6,
+    "prompt": 224, "new": 128,
 }  # fmt: skip
 TOY: dict[str, object] = {
     "size": "char", "large": 2, "small": 1, "T": 16, "rounds": 1, "steps": 1,
     "tokens": 16, "width": 64, "vocabulary": 97, "parameters": 30_000, "sampling": 0.1,
+    "prompt": 4, "new": 2,
 }  # fmt: skip
 
 SUITE = "tests.gpu --resume --out {out} --budget {seconds} --part"
@@ -84,6 +86,10 @@ STAGES = (
     _peers("mlp", "mlp", "fastgpt, own GEMM"),
     _peers("attention", "packed_causal_attention", "fastgpt"),
     Stage("adamw", f"{BESIDE} adamw", 40, 15),
+    # our decoding kernels have met a GPU; batches above theirs run PyTorch's
+    Stage("decode", "bench.decode --out {out}/records --size {size} --batch 1 8 64"
+          " --prompt {prompt} --new-tokens {new} --rounds {rounds}"
+          " --variants eager fastgpt nanogpt hf hf-static", 150, 60),
     Stage("curves", "bench.curves --data {data} --size {size} --batch-size {large} --block-size {T}"
           " --steps 1000 --out {out}/records", 300, 150, needs="data"),
     # kernels that may hang or fault

@@ -147,6 +147,10 @@ def _detail(entry: dict[str, Any], doubts: dict[str, str]) -> list[str]:
     if len(bad) > MAX_FAILURES:
         lines.append(f"  and {len(bad) - MAX_FAILURES} more in gpu.json")
     records = [r for r in found.get("records", []) if r.get("bench") in ("train", "curves")]
+    for decoded in (r for r in found.get("records", []) if r.get("bench") == "decode"):
+        batch = decoded.get("settings", {}).get("batch", 1)
+        rows = [{**row, "variant": f"{row.get('variant')} x{batch}"} for row in decoded["rows"]]
+        lines += [_variant(row, doubts) for row in rows]
     return lines + [_variant(row, doubts) for row in (_best(records)["rows"] if records else [])]
 
 

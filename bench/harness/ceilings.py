@@ -1,5 +1,5 @@
-"""The two ceilings that times are held against: what a large matrix product and a large copy reach
-on this device, measured as the times are.
+"""The ceilings that times are held against: what a large matrix product, copy and read reach on
+this device, measured as the times are.
 """
 
 import functools
@@ -33,3 +33,16 @@ def copy_ceiling(device: torch.device, seconds: float = 1.0) -> float:
     target = torch.empty_like(source)
     samples = in_turns({"copy": functools.partial(target.copy_, source)}, device, seconds)["copy"]
     return 2 * source.numel() / statistics.median(samples)
+
+
+def read_ceiling(device: torch.device, seconds: float = 1.0) -> float:
+    """Bytes/s that all cores read from a tensor many times the size of any cache, by the faster of
+    two ways to add it up.
+    """
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    ways: dict[str, Callable[[], object]] = {
+        "sum": source.sum,
+        "dot": functools.partial(torch.dot, source, source),
+    }
+    samples = in_turns(ways, device, seconds)
+    return source.nbytes / min(statistics.median(taken) for taken in samples.values())

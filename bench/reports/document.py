@@ -33,7 +33,7 @@ SHOWN = {
     "training": ("nanogpt", "nanogpt-compile", "liger-fused", "fastgpt"),
     "decoding": ("nanogpt", "hf"),
 }
-DECODED: list[Wanted] = [("124M", "bfloat16"), ("124M", "float32")]  # size, dtype
+DECODED: list[Wanted] = [("124M", "bfloat16", None), ("124M", "float32", None)]  # no batch
 HEAD = """# Performance
 
 Made by `make bench-report` from the records under [bench/results](../bench/results): change nothing
@@ -63,7 +63,8 @@ def readme(records: Sequence[Record]) -> str:
     """
     trained, no_training = _rows(records, "train", ("size", "B", "T", "dtype"), TRAINED,
                                  "{}, B={}, T={}, {}")  # fmt: skip
-    decoded, no_decoding = _rows(records, "decode", ("size", "dtype"), DECODED, "{}, batch 1, {}")
+    decoded, no_decoding = _rows(records, "decode", ("size", "dtype", "batch"), DECODED,
+                                  "{}, batch 1, {}")  # fmt: skip
     parts = [_summary("training", trained), _summary("decoding", decoded)]
     for what, names in (("training", no_training), ("decoding", no_decoding)):
         if names:

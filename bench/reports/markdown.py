@@ -98,6 +98,7 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "variant": variant,
         "tokens/s": _field("tokens_per_second", ",.1f"),
         "x eager": _field("over_eager", ".2f"),
+        "x nanogpt": _field("over_nanogpt", ".2f"),
         "of bandwidth floor": _field("of_floor", ".1%"),
         "first token ms": _first_token,
     },
@@ -159,8 +160,9 @@ def step_floor(run: Record, records: Sequence[Record]) -> dict[str, float]:
 def limits(run: Record, records: Sequence[Record]) -> str:
     """What the figures are held against, in a sentence; empty where that is not known."""
     if run["bench"] == "decode" and "floor_seconds" in run:
-        floor, bandwidth = run["floor_seconds"], run["copy_ceiling"]
-        return f"Floor: {1e3 * floor:.3g} ms a token at {bandwidth / 1e9:,.4g} GB/s."
+        floor, read = run["floor_seconds"], run.get("read_ceiling")
+        bandwidth = f"{(read or run['copy_ceiling']) / 1e9:,.4g} GB/s"
+        return f"Floor: {1e3 * floor:.3g} ms a token at {bandwidth}{'' if read else ' (a copy)'}."
     ceilings = ceilings_of(run, records)
     if ceilings is None or run["bench"] not in ("train", "ops"):
         return ""

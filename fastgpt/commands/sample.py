@@ -15,17 +15,23 @@ from torch import Tensor
 
 from fastgpt import checkpoint, data
 from fastgpt.commands.options import count, number, seed
+from fastgpt.decoding.lookup import MOST, PromptLookup
 from fastgpt.devices import DTYPES, autocast, pick_device, pick_dtype
 from fastgpt.model import GPT
 from fastgpt.storage import hf_tokenizer
 from fastgpt.storage.printable import printable
 from fastgpt.weights import SIZES
 
+WEIGHTS = DTYPES | {"int8": torch.int8}
+
 
 class Timer:
-    """Tokens a second and the time to the first token, over all samples."""
+    """Tokens a second and the time to the first token, over all samples; and what came of guessing
+    tokens, where that was asked for.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, lookup: PromptLookup | None = None) -> None:
+        self.lookup = lookup
         self.firsts: list[float] = []
         self.tokens, self.seconds = 0, 0.0
 
@@ -47,7 +53,8 @@ class Timer:
         first = f"{1000 * statistics.median(self.firsts):.0f} ms to the first token"
         if not self.seconds:
             return first
-        return f"{self.tokens / self.seconds:.1f} tokens/s after it, {first}"
+        rate = f"{self.tokens / self.seconds:.1f} tokens/s after it, {first}"
+        return rate if self.lookup is None else f"{rate}; {self.lookup.report()}"
 
 
 def write_sample(
@@ -61,7 +68,7 @@ def write_sample(
 ) -> None:
     """Print `prompt` and its continuation up to the text `stop`, each piece when it is sampled.
 
-    `sampling`: temperature, top_k, top_p and dtype as GPT.generate takes them.
+    `sampling`: temperature, top_k, top_p, dtype and prompt_lookup as GPT.generate takes them.
     """
     device = model.lm_head.weight.device
     ids = tokenizer.encode(prompt)
@@ -148,11 +155,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(float, 1e-6, 1),
         help="probability that the tokens kept add up to",
     )
+    parser.add_argument(
+        "--prompt-lookup", "--prompt_lookup", type=int, metavar="TOKENS",
+        help=f"guess up to so many (at most {MOST}) a step from what is repeated in the text: the "
+        "same tokens, faster where it repeats itself",
+    )  # fmt: skip
     parser.add_argument("--stop", help="text that ends a sample")
     parser.add_argument("--seed", type=seed, default=1337, help="(%(default)s)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights as they are read (a GPU: 16 bits)"
+        "--dtype", choices=WEIGHTS, help="of the weights as they are read (a GPU: 16 bits)"
     )
 
 
@@ -190,11 +202,12 @@ def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
 
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
+    lookup = None if args.prompt_lookup is None else PromptLookup(args.prompt_lookup)
     with contextlib.redirect_stdout(io.StringIO()):  # stdout is for text alone
         model, tokenizer = _loaded(args)
     model.to(device).eval()
 
-    prompt, timer = _prompt(args, tokenizer), Timer()
+    prompt, timer = _prompt(args, tokenizer), Timer(lookup)
     if not prompt:
         raise ValueError(f"{args.prompt_file or args.prompt} is empty; name a text to go on from")
     torch.manual_seed(args.seed)
@@ -209,7 +222,8 @@ def main(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            dtype=None if args.dtype is None else DTYPES[args.dtype],
+            dtype=None if args.dtype is None else WEIGHTS[args.dtype],
+            prompt_lookup=lookup,
         )
         print("---------------")
     print(timer.report(), file=sys.stderr)

@@ -15,31 +15,39 @@ from torch import Tensor
 from fastgpt import backend, ops, reference
 from fastgpt.decoding import eager
 from fastgpt.decoding.graphs import Graphs, capture_for
-from fastgpt.decoding.parameters import Parameters
+from fastgpt.decoding.parameters import Parameters, dense, hidden_size
 from fastgpt.fused.block import Weights
 
 
 class Decoder:
-    """`rows` sequences of up to `capacity` tokens; `parameters` as in_dtype gives them."""
+    """`rows` texts of up to `capacity` tokens; `parameters` as in_dtype gives them.
+
+    A step is of one token a text. Of a single text it may be of up to `width` tokens, one after the
+    other: each is a row that has the cache of all.
+    """
 
     @torch.inference_mode(False)  # whose tensors could not be written to outside it
-    def __init__(self, parameters: Parameters, rows: int, capacity: int):
+    def __init__(self, parameters: Parameters, rows: int, capacity: int, width: int = 1):
+        assert rows == 1 or width == 1
         self.parameters = parameters
-        C, L, head = parameters.wte.shape[1], len(parameters.blocks), parameters.head
+        (V, C), L, device = parameters.wte.shape, len(parameters.blocks), parameters.wte.device
         shape = (L, rows, parameters.n_head, capacity, C // parameters.n_head)
-        self.keys, self.values = (head.new_zeros(shape) for _ in range(2))
-        hidden = max((w.fc.shape[0] for w in parameters.blocks), default=0)
-        sizes = (C, 3 * C, hidden, head.shape[0])
-        wide = torch.promote_types(head.dtype, torch.float32)
-        self.x, self.qkv, self.hidden, self.logits = (
-            torch.empty(rows, size, dtype=wide, device=head.device) for size in sizes
+        self.keys, self.values = (
+            torch.zeros(shape, dtype=parameters.dtype, device=device) for _ in range(2)
         )
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=head.device)
-        # of each row's next token, and the largest of them
-        self.positions = torch.zeros(rows, dtype=torch.int32, device=head.device)
-        self.longest = 0
+        hidden = max((hidden_size(w) for w in parameters.blocks), default=0)
+        wide = torch.promote_types(parameters.dtype, torch.float32)
+        self.x, self.qkv, self.hidden, self.logits = (
+            torch.empty(rows * width, size, dtype=wide, device=device)
+            for size in (C, 3 * C, hidden, V)
+        )
+        self.ids = torch.zeros(rows * width, dtype=torch.int64, device=device)
+        self.ahead = torch.arange(width, dtype=torch.int32, device=device)
+        # of each text's next token, or of a text's next ones; and the largest of the next
+        self.positions = torch.zeros(rows * width, dtype=torch.int32, device=device)
+        self.last, self.longest = self.ahead + capacity - 1, 0
         self.run: Any = None  # chosen at the first step: a single token needs none
-        self.graphs = Graphs(self._forward, capture_for(head.device))
+        self.graphs = Graphs(self._forward, capture_for(device))
 
     def refresh(self, parameters: Parameters) -> None:
         """Take the values of `parameters`, where they are not the model's own already."""
@@ -57,7 +65,7 @@ class Decoder:
         """
         p, (B, T) = self.parameters, idx.shape
         if T == 1:  # a step reads the weights faster than GEMMs of one row
-            self.positions.zero_()
+            self.positions.copy_(self.ahead)
             self.longest = 0
             return self.step(idx[:, 0])
         x = F.embedding(idx, p.wte) + p.wpe[:T]
@@ -66,21 +74,22 @@ class Decoder:
             for keys, values, w in zip(self.keys, self.values, p.blocks, strict=True):
                 x = self._prefill_block(x, w, keys, values)
             if lengths is None:
-                self.positions.fill_(T)
+                self.positions.copy_(self.ahead + T)
                 last = x[:, -1]
             else:
-                self.positions.copy_(lengths).clamp_(max=self.keys.shape[-2] - 1)
+                self.positions.copy_(lengths.clamp(max=self.keys.shape[-2] - 1) + self.ahead)
                 last = x[torch.arange(B, device=x.device), lengths - 1]
             self.longest = T
             last = ops.layer_norm(last, p.ln_f, p.ln_f_bias)
-            return F.linear(last.to(p.head.dtype), p.head).to(x.dtype)
+            return F.linear(last.to(p.dtype), dense(p.head, p.dtype)).to(x.dtype)
 
     def _prefill_block(self, x: Tensor, w: Weights, keys: Tensor, values: Tensor) -> Tensor:
         """x (B, T, C) through one block, as training computes it; fills the layer's cache."""
-        T, dtype = x.shape[1], w.qkv.dtype
+        T, dtype = x.shape[1], self.parameters.dtype
 
-        def linear(t: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(t.to(dtype), weight, None if bias is None else bias.to(dtype))
+        def linear(t: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+            low = None if bias is None else bias.to(dtype)
+            return F.linear(t.to(dtype), dense(weight, dtype), low)
 
         qkv = linear(ops.layer_norm(x, w.ln_1, w.ln_1_bias), w.qkv, w.qkv_bias)
         _, k, v = reference.split_heads(qkv, self.parameters.n_head)
@@ -92,35 +101,50 @@ class Decoder:
         return x + linear(h, w.mlp_proj, w.mlp_proj_bias)
 
     def step(self, ids: Tensor) -> Tensor:
-        """One more token ids (B,) a row -> logits (B, V), which the next step overwrites.
+        """One more token ids (B,) a text -> logits (B, V), which the next step overwrites. Of a
+        single text ids (n,), n <= width and no more than `room`: the first is its next token, and
+        the others are only there for what comes after them, until `advance` makes them so.
 
-        A row that is full stays so, and its logits mean nothing.
+        A text that is full stays so, and its logits mean nothing.
         """
         if self.run is None:
-            head, head_dim = self.parameters.head, self.keys.shape[-1]
-            rows = len(self.x)
-            chosen = backend.choose("decode", head, head_dim=head_dim, rows=rows)
+            facts = dict(head_dim=self.keys.shape[-1], rows=len(self.x))
+            chosen = backend.choose("decode", self.parameters.like(), **facts)
             self.run = eager if chosen is reference else chosen
-        self.ids.copy_(ids)
-        self.graphs(min(max(64, 1 << self.longest.bit_length()), self.keys.shape[-2]))
-        self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
-        return self.logits
+        rows, capacity = len(ids), self.keys.shape[-2]
+        self.ids[:rows].copy_(ids)
+        furthest = self.longest + rows // self.keys.shape[1] - 1
+        self.graphs(min(max(64, 1 << furthest.bit_length()), capacity), rows)
+        self.longest = min(self.longest + 1, capacity - 1)
+        return self.logits[:rows]
 
-    def _forward(self, bucket: int) -> None:
+    def room(self) -> int:
+        """How many more tokens the longest text can have."""
+        return self.keys.shape[-2] - self.longest
+
+    def advance(self) -> None:
+        """The token after the last one is what the last step took for it."""
+        self._next_positions()
+        self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
+
+    def _next_positions(self) -> None:
+        torch.minimum(self.positions.add_(1), self.last, out=self.positions)
+
+    def _forward(self, bucket: int, rows: int) -> None:
         """All of a step that a device does, where every position is below `bucket`: the same calls
         on the same memory every time.
         """
-        p, run = self.parameters, self.run
-        run.embed(self.x, self.ids, self.positions, p.wte, p.wpe)
+        p, run, positions = self.parameters, self.run, self.positions[:rows]
+        x, qkv = self.x[:rows], self.qkv[:rows]
+        run.embed(x, self.ids[:rows], positions, p.wte, p.wpe)
         for keys, values, w in zip(self.keys, self.values, p.blocks, strict=True):
-            run.linear(self.qkv, self.x, w.qkv, w.qkv_bias, (w.ln_1, w.ln_1_bias))
+            run.linear(qkv, x, w.qkv, w.qkv_bias, (w.ln_1, w.ln_1_bias))
             run.attend_project(
-                self.x, self.qkv, keys, values, self.positions, bucket - 1,
-                w.attn_proj, w.attn_proj_bias,
-            )  # fmt: skip
-            width, norm = w.fc.shape[0], (w.ln_2, w.ln_2_bias)
-            hidden = self.hidden.flatten()[: len(self.x) * width].view(-1, width)
-            run.linear(hidden, self.x, w.fc, w.fc_bias, norm, None, p.approximate)
-            run.linear(self.x, hidden, w.mlp_proj, w.mlp_proj_bias, None, self.x)
-        run.linear(self.logits, self.x, p.head, None, (p.ln_f, p.ln_f_bias))
-        self.positions.add_(1).clamp_(max=self.keys.shape[-2] - 1)
+                x, qkv, keys, values, positions, bucket - 1, w.attn_proj, w.attn_proj_bias
+            )
+            width, norm = hidden_size(w), (w.ln_2, w.ln_2_bias)
+            hidden = self.hidden.flatten()[: rows * width].view(-1, width)
+            run.linear(hidden, x, w.fc, w.fc_bias, norm, None, p.approximate)
+            run.linear(x, hidden, w.mlp_proj, w.mlp_proj_bias, None, x)
+        run.linear(self.logits[:rows], x, p.head, None, (p.ln_f, p.ln_f_bias))
+        self._next_positions()

@@ -14,24 +14,24 @@ Capture = Callable[[Callable[[], None]], Replayable]  # notes what the function 
 
 
 class Graphs:
-    """`run(key)` for ints of which there are few.
+    """`run(*key)` for keys of which there are few.
 
     A key's first call runs as it is, which compiles its kernels; the second captures, and from
     there on it is a replay: one launch for the host. Without `capture` every call runs as it is.
     """
 
-    def __init__(self, run: Callable[[int], None], capture: Capture | None):
+    def __init__(self, run: Callable[..., None], capture: Capture | None):
         self.run, self.capture = run, capture
-        self.seen: set[int] = set()
-        self.graphs: dict[int, Replayable] = {}
+        self.seen: set[tuple[int, ...]] = set()
+        self.graphs: dict[tuple[int, ...], Replayable] = {}
 
-    def __call__(self, key: int) -> None:
+    def __call__(self, *key: int) -> None:
         if self.capture is None or key not in self.seen:
             self.seen.add(key)
-            self.run(key)
+            self.run(*key)
             return
         if key not in self.graphs:
-            self.graphs[key] = self.capture(lambda: self.run(key))
+            self.graphs[key] = self.capture(lambda: self.run(*key))
         self.graphs[key].replay()
 
 

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 static float from_bf16(uint16_t bits) {
     union { uint32_t bits; float value; } wide = {(uint32_t)bits << 16};
@@ -18,6 +19,7 @@ static uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays Na
     return (uint16_t)((wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16);
 }
 
+static float from_int8(int8_t value) { return value; }
 static float from_f32(float value) { return value; }
 static float to_f32(float value) { return value; }
 
@@ -33,11 +35,71 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         y[i] = (x[i] - mean) * rstd * weight[i] + (bias ? bias[i] : 0);
 }
 
-/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T + bias) */
-#define LINEAR(NAME, T, FROM)                                                                     \
-    void NAME(const float *x, const T *w, const float *bias, const float *norm_weight,            \
-              const float *norm_bias, const float *residual, float *y, int M, int N, int K,       \
-              int threads) {                                                                      \
+#define LANES 16
+#define LANES_OF(T) __attribute__((vector_size(sizeof(T) * LANES)))
+typedef float vec LANES_OF(float);
+typedef uint32_t words LANES_OF(uint32_t);
+typedef int32_t ints LANES_OF(int32_t);
+typedef uint16_t halves LANES_OF(uint16_t);
+typedef int16_t shorts LANES_OF(int16_t);
+typedef int8_t bytes LANES_OF(int8_t);
+
+static vec load_f32(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static vec load_bf16(const uint16_t *p) {
+    halves bits;
+    memcpy(&bits, p, sizeof bits);
+    return (vec)(__builtin_convertvector(bits, words) << 16);
+}
+
+static vec load_int8(const int8_t *p) { /* in steps that are instructions: GCC goes no other way */
+    bytes values;
+    memcpy(&values, p, sizeof values);
+    shorts wider = __builtin_convertvector(values, shorts);
+    return __builtin_convertvector(__builtin_convertvector(wider, ints), vec);
+}
+
+static float total(vec v) {
+    float lanes[LANES];
+    memcpy(lanes, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* sums[r] = w . x[r]. Of one weight at a time, which is how memory is read fastest; in two parts, so
+   that an addition need not wait for the last one. A row's are added up in one order whichever rows
+   are beside it. */
+#define DOTS(NAME, T, FROM, LOAD)                                                                 \
+    static inline __attribute__((always_inline)) void NAME(                                       \
+        const T *w, const float *const *x, float *sums, int rows, int K) {                        \
+        vec even[4] = {0}, odd[4] = {0};                                                          \
+        int k = 0;                                                                                \
+        for (; k + 2 * LANES <= K; k += 2 * LANES) {                                              \
+            vec first = LOAD(w + k), second = LOAD(w + k + LANES);                                \
+            _Pragma("GCC unroll 4")                                                               \
+            for (int r = 0; r < rows; r++) {                                                      \
+                even[r] += load_f32(x[r] + k) * first;                                            \
+                odd[r] += load_f32(x[r] + k + LANES) * second;                                    \
+            }                                                                                     \
+        }                                                                                         \
+        _Pragma("GCC unroll 4")                                                                   \
+        for (int r = 0; r < rows; r++) {                                                          \
+            sums[r] = total(even[r] + odd[r]);                                                    \
+            for (int j = k; j < K; j++) sums[r] += x[r][j] * FROM(w[j]);                          \
+        }                                                                                         \
+    }
+
+/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T [* scales] + bias) */
+#define LINEAR(NAME, T, FROM, LOAD)                                                               \
+    DOTS(NAME##_dots, T, FROM, LOAD)                                                              \
+    void NAME(const float *x, const T *w, const float *scales, const float *bias,                 \
+              const float *norm_weight, const float *norm_bias, const float *residual, float *y,  \
+              int M, int N, int K, int threads) {                                                 \
         float *normed = NULL;                                                                     \
         if (norm_weight) {                                                                        \
             normed = malloc(sizeof(float) * M * K);                                               \
@@ -49,33 +111,45 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
         for (int n = 0; n < N; n++) {                                                             \
             const T *row = w + (int64_t)n * K;                                                    \
-            for (int m = 0; m < M; m++) {                                                         \
-                const float *from = x + (int64_t)m * K;                                           \
-                int64_t to = (int64_t)m * N + n;                                                  \
-                float sum = 0;                                                                    \
-                _Pragma("omp simd reduction(+ : sum)")                                            \
-                for (int k = 0; k < K; k++) sum += from[k] * FROM(row[k]);                        \
-                sum += bias ? bias[n] : 0;                                                        \
-                y[to] = residual ? residual[to] + sum : sum;                                      \
+            for (int first = 0; first < M; first += 4) {                                          \
+                const float *xs[4];                                                               \
+                for (int r = 0; r < 4; r++)                                                       \
+                    xs[r] = x + (int64_t)(first + r < M ? first + r : first) * K;                 \
+                float sums[4];                                                                    \
+                if (M == 1)                                                                       \
+                    NAME##_dots(row, xs, sums, 1, K);                                             \
+                else                                                                              \
+                    NAME##_dots(row, xs, sums, 4, K);                                             \
+                for (int m = first; m < M && m < first + 4; m++) {                                \
+                    int64_t to = (int64_t)m * N + n;                                              \
+                    float sum = sums[m - first] * (scales ? scales[n] : 1) + (bias ? bias[n] : 0);\
+                    y[to] = residual ? residual[to] + sum : sum;                                  \
+                }                                                                                 \
             }                                                                                     \
         }                                                                                         \
         free(normed);                                                                             \
     }
 
-/* qkv (B, 3 H D): k and v go to positions[b] of the cache (B, H, S, D), and q attends to all up to
-   there -> y (B, H D) */
+/* qkv (R, 3 H D): k and v of row r go to positions[r] of the cache (B, H, S, D) of its text, which
+   R / B rows share, and q attends to all up to there -> y (R, H D) */
 #define ATTEND(NAME, T, FROM, TO)                                                                 \
-    void NAME(const float *qkv, T *keys, T *values, const int32_t *positions, float *y, int B,    \
-              int H, int S, int D, int threads) {                                                 \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
-        for (int bh = 0; bh < B * H; bh++) {                                                      \
-            int b = bh / H, h = bh % H, last = positions[b];                                      \
-            const float *q = qkv + ((int64_t)b * 3 * H + h) * D;                                  \
-            T *ks = keys + (int64_t)bh * S * D, *vs = values + (int64_t)bh * S * D;               \
+    void NAME(const float *qkv, T *keys, T *values, const int32_t *positions, float *y, int R,    \
+              int B, int H, int S, int D, int threads) {                                          \
+        for (int rh = 0; rh < R * H; rh++) { /* before any row of a text reads those before it */ \
+            int r = rh / H, h = rh % H;                                                           \
+            const float *k = qkv + ((int64_t)r * 3 * H + H + h) * D, *v = k + H * D;              \
+            int64_t at = (((int64_t)r / (R / B) * H + h) * S + positions[r]) * D;                 \
             for (int d = 0; d < D; d++) {                                                         \
-                ks[(int64_t)last * D + d] = TO(q[H * D + d]);                                     \
-                vs[(int64_t)last * D + d] = TO(q[2 * H * D + d]);                                 \
+                keys[at + d] = TO(k[d]);                                                          \
+                values[at + d] = TO(v[d]);                                                        \
             }                                                                                     \
+        }                                                                                         \
+        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
+        for (int rh = 0; rh < R * H; rh++) {                                                      \
+            int r = rh / H, h = rh % H, last = positions[r];                                      \
+            const float *q = qkv + ((int64_t)r * 3 * H + h) * D;                                  \
+            int64_t cache = ((int64_t)r / (R / B) * H + h) * S * D;                               \
+            const T *ks = keys + cache, *vs = values + cache;                                     \
             float *p = malloc(sizeof(float) * (last + 1 + D)), *sums = p + last + 1;              \
             float top = -INFINITY, total = 0, scale = 1 / sqrtf(D);                               \
             for (int t = 0; t <= last; t++) {                                                     \
@@ -93,12 +167,13 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
                 total += weight;                                                                  \
                 for (int d = 0; d < D; d++) sums[d] += weight * FROM(v[d]);                       \
             }                                                                                     \
-            for (int d = 0; d < D; d++) y[(int64_t)bh * D + d] = sums[d] / total;                 \
+            for (int d = 0; d < D; d++) y[(int64_t)rh * D + d] = sums[d] / total;                 \
             free(p);                                                                              \
         }                                                                                         \
     }
 
-LINEAR(linear_float32, float, from_f32)
-LINEAR(linear_bfloat16, uint16_t, from_bf16)
+LINEAR(linear_float32, float, from_f32, load_f32)
+LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16)
+LINEAR(linear_int8, int8_t, from_int8, load_int8)
 ATTEND(attend_float32, float, from_f32, to_f32)
 ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16)

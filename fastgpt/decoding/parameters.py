@@ -11,8 +11,15 @@ from fastgpt.fused.untouched import alike, block_weights, decodable, embeddings_
 _MATRICES = "qkv", "attn_proj", "fc", "mlp_proj"
 
 
+class Int8(NamedTuple):
+    """A matrix in 8 bits, rounded to what each of its rows allows: values * scales[:, None]."""
+
+    values: Tensor  # (N, K) int8
+    scales: Tensor  # (N,) fp32, which bfloat16 holds too: PyTorch's kernel takes them in that
+
+
 class Parameters(NamedTuple):
-    """A GPT's own tensors, or copies of them in other dtypes."""
+    """A GPT's own tensors, or copies of them in other dtypes; matrices may be Int8."""
 
     wte: Tensor  # (V, C)
     wpe: Tensor  # (block_size, C)
@@ -22,11 +29,17 @@ class Parameters(NamedTuple):
     head: Tensor  # (V, C)
     n_head: int
     approximate: str  # of GELU
+    dtype: torch.dtype  # of the cache
 
     def tensors(self) -> list[Tensor]:
         of_blocks = (t for block in self.blocks for t in block)
         found = (self.wte, self.wpe, *of_blocks, self.ln_f, self.ln_f_bias, self.head)
-        return [t for t in found if t is not None]
+        parts = (t if isinstance(t, Int8) else (t,) for t in found if t is not None)
+        return [t for several in parts for t in several]
+
+    def like(self) -> Tensor:
+        """A tensor of the cache's dtype and device, to choose an implementation by."""
+        return torch.empty(1, dtype=self.dtype, device=self.wte.device)
 
 
 def parameters(model: Any) -> Parameters | None:
@@ -43,7 +56,7 @@ def parameters(model: Any) -> Parameters | None:
         return None
     made = Parameters(
         parts.wte.weight, parts.wpe.weight, tuple(b for b in blocks if b is not None),
-        ln_f.weight, ln_f.bias, head, cfg.n_head, cfg.gelu,
+        ln_f.weight, ln_f.bias, head, cfg.n_head, cfg.gelu, head.dtype,
     )  # fmt: skip
     return made if alike(head, *made.tensors()) and head.is_contiguous() else None
 
@@ -74,4 +87,35 @@ def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
         ln_f=to(wide, parameters.ln_f),
         ln_f_bias=to(wide, parameters.ln_f_bias),
         head=to(dtype, parameters.head),
+        dtype=dtype,
     )
+
+
+def in_int8(parameters: Parameters) -> Parameters:
+    """The same with every matrix that a step multiplies by in 8 bits, a scale for each row."""
+
+    def block(weights: Weights) -> Weights:
+        return weights._replace(**{name: _int8(getattr(weights, name)) for name in _MATRICES})
+
+    blocks = tuple(map(block, parameters.blocks))
+    return parameters._replace(blocks=blocks, head=_int8(parameters.head))
+
+
+def _int8(weight: Tensor) -> Any:
+    largest = weight.detach().float().abs().amax(1)
+    scales = (largest / 127).to(torch.bfloat16).float()
+    scales = torch.where(scales == 0, 1.0, scales)
+    values = (weight.detach().float() / scales[:, None]).round_().clamp_(-127, 127)
+    return Int8(values.to(torch.int8), scales)
+
+
+def hidden_size(weights: Weights) -> int:
+    fc: Any = weights.fc
+    return len(fc.scales if isinstance(fc, Int8) else fc)
+
+
+def dense(weight: Any, dtype: torch.dtype) -> Tensor:
+    """For products of many rows, where reading it is not what takes the time."""
+    if isinstance(weight, Int8):
+        return weight.values.to(dtype) * weight.scales.to(dtype)[:, None]
+    return weight

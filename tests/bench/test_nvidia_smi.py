@@ -70,7 +70,7 @@ def test_without_nvidia_smi_nothing_is_read(monkeypatch, tmp_path):
 
 
 def test_a_record_has_the_clocks_before_and_after(fake_smi, tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "copy_ceiling", lambda device: 1e10)
+    monkeypatch.setattr(decode, "read_ceiling", lambda device: 1e10)
     monkeypatch.setattr(machine, "check", lambda **_: {"load": 0.0, "busy": 0.0, "spread": 0.0})
     fake_smi(f"echo x >> {tmp_path}/n; echo $((1000 + $(wc -l < {tmp_path}/n))), 2619, 45, 321.5")
     command = "--size char --device cpu --prompt 4 --new-tokens 2 --rounds 1 --variants eager"

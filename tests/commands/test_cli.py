@@ -256,8 +256,23 @@ class TestSample:
             assert cli.main([*command, "--max-new-tokens", tokens]) == 0
             assert re.fullmatch(words + "\n", capsys.readouterr().err)
 
+    def test_prompt_lookup(self, trained, capsys):
+        """The same text, and how many guesses were right."""
+        command = ["sample", "--out", f"{trained}/out", "--prompt", "The ", "--temperature", "0"]
+        texts = []
+        for more in ([], ["--prompt-lookup", "4"]):
+            assert cli.main([*command, "--max-new-tokens", "20", *more]) == 0
+            texts.append(capsys.readouterr())
+        assert texts[0].out == texts[1].out
+        words = r".*; prompt lookup guessed (\d+) tokens, (\d+).* of them right\n"
+        guessed, right = map(int, re.fullmatch(words, texts[1].err).groups())
+        assert 0 <= right <= guessed
+
     def test_refusals(self, trained, capsys, tmp_path):
         out = ("sample", "--out", trained / "out")
+        assert "prompt_lookup=9 must be from 1 to 7" in refused(
+            capsys, *out, "--prompt-lookup", "9"
+        )
         unknown = refused(capsys, *out, "--prompt", "naïve €")
         assert "'ï'" in unknown and "'€'" in unknown and "'n'" not in unknown
         assert "--prompt has an empty value" in refused(capsys, *out, "--prompt", "")

@@ -9,7 +9,7 @@ from fastgpt import GPT, GPTConfig, TrainStep, sampling, use_backend
 from fastgpt.decoding import native
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.graphs import Graphs
-from fastgpt.decoding.parameters import in_dtype, parameters
+from fastgpt.decoding.parameters import dense, in_dtype, in_int8, parameters
 from tests.close import DEVICE
 from tests.decoding import test_sampling
 from tests.decoding.test_sampling import BLOCK_SIZE, V, prompt
@@ -211,6 +211,30 @@ def test_weights_in_16_bits(dtype):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@torch.no_grad()
+def test_weights_in_8_bits(mode):
+    """Logits of a model whose matrices were rounded; PyTorch's kernel rounds x to 16 bits too."""
+    model, text = tiny(), prompt(2, BLOCK_SIZE)
+    rounded = tiny()
+    rounded.load_state_dict(model.state_dict())
+    low = in_int8(parameters(model))
+    for block, own in zip(rounded.transformer.h, low.blocks, strict=True):
+        block.attn.c_attn.weight.copy_(dense(own.qkv, torch.float32))
+        block.attn.c_proj.weight.copy_(dense(own.attn_proj, torch.float32))
+        block.mlp.c_fc.weight.copy_(dense(own.fc, torch.float32))
+        block.mlp.c_proj.weight.copy_(dense(own.mlp_proj, torch.float32))
+    head = dense(low.head, torch.float32)
+    assert 0 < (head - model.lm_head.weight).abs().max() <= low.head.scales.max() * 0.51
+    wide, ours = (sampling.NextLogits(m, [0, 0], BLOCK_SIZE, d)
+                  for m, d in ((rounded, None), (model, torch.int8)))  # fmt: skip
+    wide.parameters = wide.parameters._replace(head=head)
+    for T in range(3, BLOCK_SIZE + 1):
+        expected, found = wide(text[:, :T]), ours(text[:, :T])
+        assert (found - expected).abs().max() < (0.1 if mode == "torch" else 1e-5) * expected.std()
+    tokens = model.generate(text[:, :1], BLOCK_SIZE + 3, dtype=torch.int8)  # past block_size too
+    assert tokens.shape == (2, BLOCK_SIZE + 4)
+
+
 def test_steps_are_captured_once_per_bucket():
     """With a stand-in for CUDA's graphs, which notes what ran while it was captured."""
     ran, captured = [], []
@@ -270,7 +294,7 @@ def test_a_captured_step_is_the_step(monkeypatch):
         assert_close(logits(text[:, :T]), whole(model, text[:, :T]))
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
 def test_a_kept_decoder(monkeypatch, dtype):
     """As on CUDA: the next call has it, with the weights of then; two streams have one each."""
     made, init = [], Decoder.__init__

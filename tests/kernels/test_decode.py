@@ -39,6 +39,11 @@ def assert_close(ours: Tensor, truth: Tensor, low: torch.dtype, eager_rounds: bo
     assert error <= limit * scale, (error, scale)
 
 
+def rounds(run, rows: int) -> bool:
+    """Whether PyTorch's matmuls run."""
+    return run is eager or (run is decode and rows > decode.MAX_ROWS)
+
+
 def double(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
@@ -54,7 +59,9 @@ LINEARS = {  # norm, bias of both, residual, GELU
 
 
 @pytest.mark.parametrize("case", LINEARS)
-@pytest.mark.parametrize("M, N, K", [(1, 7, 5), (3, 33, 100), (1, 130, 257), (5, 16, 64)])
+@pytest.mark.parametrize(
+    "M, N, K", [(1, 7, 5), (3, 33, 100), (1, 130, 257), (8, 9, 300), (9, 20, 33)]
+)
 def test_linear(run, low, case, M, N, K):
     with_norm, with_bias, with_residual, approximate = LINEARS[case]
     x, weight = 3 + randn(M, K), randn(N, K, dtype=low, scale=K**-0.5)
@@ -69,39 +76,99 @@ def test_linear(run, low, case, M, N, K):
     given = [t.clone() for t in (x, weight)]
     run.linear(out, x, weight, bias, norm, residual, approximate)
     assert torch.equal(x, given[0]) and torch.equal(weight, given[1])
-    assert_close(out, truth, low, run is eager and low != torch.float32)
+    assert_close(out, truth, low, rounds(run, M) and low != torch.float32)
 
 
-@pytest.mark.parametrize(
-    "B, H, S, D",
-    # a wide head is read in several blocks a chunk
-    [
-        (1, 1, 1, 16),
-        (2, 3, 70, 20),
-        (3, 2, 200, 64),
-        (1, 2, 300, 7),
-        (1, 1, 150, 128),
-        (2, 1, 90, 200),
-    ],
-)
+def in_8_bits(N: int, K: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """A weight, and what it stands for."""
+    values = torch.randint(-127, 128, (N, K), device=DEVICE, dtype=torch.int8)
+    scales = randn(N, scale=0.01).abs().bfloat16().float()
+    return (values, scales), values.double() * scales.double()[:, None]
+
+
+@pytest.mark.parametrize("case", ["plain", "norm, gelu", "residual"])
+@pytest.mark.parametrize("M, N, K", [(1, 7, 5), (3, 33, 100), (5, 16, 64), (9, 16, 64)])
+def test_linear_of_int8(run, case, M, N, K):
+    with_norm, with_bias, with_residual, approximate = LINEARS[case]
+    x, (weight, dense) = 3 + randn(M, K), in_8_bits(N, K)
+    bias = randn(N) if with_bias else None
+    norm = (1 + randn(K, scale=0.1), randn(K)) if with_norm else None
+    residual = randn(M, N) if with_residual else None
+    wide = None if norm is None else tuple(double(*norm))
+    truth = reference.decode_linear(
+        x.double(), dense, *double(bias), wide, *double(residual), approximate
+    )
+    out = torch.full((M, N), math.nan, device=DEVICE) if residual is None else residual
+    run.linear(out, x, weight, bias, norm, residual, approximate)
+    assert_close(out, truth, torch.bfloat16, rounds(run, M))
+
+
+@pytest.mark.skipif("native" not in RUNS, reason="there is no C compiler")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_row_in_c_gives_the_same_bits_alone(kind):
+    """What prompt lookup's tokens being the same ones rests on."""
+    for N, K in ((7, 100), (9, 257), (1, 5)):
+        x, dense = randn(6, K), randn(N, K, dtype=getattr(torch, kind.replace("int8", "float32")))
+        weight = in_8_bits(N, K)[0] if kind == "int8" else dense
+        for rows in (2, 4, 6):
+            together, alone = torch.empty(rows, N), torch.empty(1, N)
+            native.linear(together, x[:rows], weight, None)
+            for row, found in zip(x[:rows], together, strict=True):
+                native.linear(alone, row[None], weight, None)
+                assert torch.equal(alone[0], found)
+
+
+def test_definition_of_int8():
+    (weight, dense), x, bias, residual = in_8_bits(6, 9), randn(2, 9), randn(6), randn(2, 6)
+    wide = double(x, bias, residual)
+    found = reference.decode_linear(wide[0], weight, wide[1], None, wide[2])
+    expected = reference.decode_linear(wide[0], dense, wide[1], None, wide[2])
+    torch.testing.assert_close(found, expected)
+
+
+def test_attention_projected_by_int8(run):
+    qkv, x, bias, (weight, dense) = randn(2, 3 * 32), randn(2, 32), randn(32), in_8_bits(32, 32)
+    keys, values = (randn(2, 2, 9, 16) for _ in range(2))
+    positions = torch.tensor([4, 8], device=DEVICE, dtype=torch.int32)
+    y = reference.decode_attention_(keys.double(), values.double(), qkv.double(), positions)
+    truth = x.double() + y @ dense.t() + bias.double()
+    run.attend_project(x, qkv, keys, values, positions, 8, weight, bias)
+    assert_close(x, truth, torch.bfloat16, run is eager)
+
+
+ATTENTIONS = [  # texts, heads, capacity, head dim, tokens of each text, one after the other
+    (1, 1, 1, 16, 1),
+    (1, 1, 4, 16, 4),
+    (1, 1, 65, 8, 1),  # full, its last chunk has one position
+    (2, 3, 70, 50, 3),  # its projection takes two turns
+    (3, 2, 140, 64, 1),
+    (1, 2, 300, 7, 5),
+    (1, 1, 150, 128, 1),  # a wide head is read in several blocks a chunk
+    (2, 1, 90, 200, 2),
+    (9, 1, 70, 8, 1),  # more rows than a program of the projection owns
+]
+
+
+@pytest.mark.parametrize("B, H, S, D, new", ATTENTIONS)
 @pytest.mark.parametrize("filled", ["nothing", "some", "all"])
-def test_attention_and_its_projection(run, low, B, H, S, D, filled):
+def test_attention_and_its_projection(run, low, B, H, S, D, new, filled):
     """Memory behind the positions is NaN: it must not be read, nor written to but at them."""
-    furthest = {"nothing": 0, "some": S // 2, "all": S - 1}[filled]
-    positions = torch.tensor([max(0, furthest - 3 * b) for b in range(B)], device=DEVICE).int()
-    qkv, C = 2 * randn(B, 3 * H * D), H * D
+    furthest = {"nothing": 0, "some": (S - new) // 2, "all": S - new}[filled]
+    first = torch.tensor([max(0, furthest - 3 * b) for b in range(B)], device=DEVICE)
+    positions = (first[:, None] + torch.arange(new, device=DEVICE)).flatten().int()
+    qkv, C = 2 * randn(B * new, 3 * H * D), H * D
     keys, values = (randn(B, H, S, D, dtype=low) for _ in range(2))
     for cache in (keys, values):
-        for b, position in enumerate(positions.tolist()):
+        for b, position in enumerate(first.tolist()):
             cache[b, :, position:] = math.nan
-    weight, bias, x = randn(C, C, dtype=low, scale=C**-0.5), randn(C), randn(B, C)
+    weight, bias, x = randn(C, C, dtype=low, scale=C**-0.5), randn(C), randn(B * new, C)
     wide_keys, wide_values = keys.double(), values.double()
     rounded = qkv.clone()
     rounded[:, C:] = qkv[:, C:].to(low)
     y = reference.decode_attention_(wide_keys, wide_values, rounded.double(), positions)
     truth = x.double() + y @ weight.double().t() + bias.double()
-    run.attend_project(x, qkv, keys, values, positions, furthest, weight, bias)
-    assert_close(x, truth, low, run is eager and low != torch.float32)
+    run.attend_project(x, qkv, keys, values, positions, furthest + new - 1, weight, bias)
+    assert_close(x, truth, low, rounds(run, len(x)) and low != torch.float32)
     torch.testing.assert_close(keys.double(), wide_keys, equal_nan=True)
     torch.testing.assert_close(values.double(), wide_values, equal_nan=True)
 

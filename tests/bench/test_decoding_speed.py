@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decode
-from bench.harness import machine, memory_budget
+from bench import decode, decode_goals
+from bench.harness import ceilings, machine, memory_budget
 from bench.peers import models
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ SHORT += ["--prompt", "40", "--new-tokens", "40", "--rounds", "1"]
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(decode, "copy_ceiling", lambda device: 1e10)
+    monkeypatch.setattr(decode, "read_ceiling", lambda device: 1e10)
     monkeypatch.setattr(machine, "check", lambda **_: {"load": 0.0, "busy": 0.0, "spread": 0.0})
     monkeypatch.setattr(models, "LOCAL_NANOGPT", Path("no such folder"))
     monkeypatch.delenv("NANOGPT_DIR", raising=False)
@@ -51,14 +51,60 @@ def test_record_and_table(tmp_path, capsys, dtype):
     assert printed.splitlines()[-1].startswith("record: ")
 
 
+def test_a_batch(tmp_path):
+    """Its tokens are of all texts, its floor of one reading of the weights and every cache."""
+    record = bench(tmp_path, "eager fastgpt", "--batch", "3")
+    assert record["settings"]["batch"] == 3
+    config = models.config_of("char")
+    three = decode.bytes_per_token(config, decode.Settings(**record["settings"]))
+    one = decode.bytes_per_token(config, decode.Settings(**record["settings"] | {"batch": 1}))
+    assert three - one == 2 * 2 * 4 * 128 * 60 * 4 and record["floor_seconds"] == three / 1e10
+    for row in record["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(3 / row["seconds"][0])
+        assert row["over_nanogpt"] is None
+
+
+def test_goals(tmp_path, monkeypatch):
+    """Every figure gets there; and what was not measured is no goal that was met."""
+
+    theirs = []
+
+    def measured(settings, out):
+        rate = {"float32": 50.0, "bfloat16": 95.0}[settings.dtype]
+        row = {"of_floor": 0.9, "tokens_per_second": rate, "over_nanogpt": 9.0}
+        rows = {"fastgpt": row | {"first_token_seconds": [0.02, 0.03, 0.02]}}
+        if settings.prompt > 1 or out is not None:
+            return rows
+        return rows | {"nanogpt": {"first_token_seconds": theirs}}
+
+    monkeypatch.setattr(decode_goals, "_measured", measured)
+    for seconds, met in (([0.03, 0.03, 0.04], True), ([0.01, 0.02, 0.01], False)):
+        theirs[:] = seconds
+        goals = {goal.name: goal for goal in decode_goals.on_cpu(tmp_path, "char", 4, 2)}
+        assert goals["1 token from 1, nanoGPT's time over ours"].met == met
+    assert goals["fp32, of the read bandwidth"].met and goals["bf16, of the read bandwidth"].met
+    assert goals["bf16 over fp32, tokens/s"].found == pytest.approx(1.9)
+    goal = decode_goals.Goal("speed", 0.9, 0.89, ".1%")
+    assert not goal.met and decode_goals.line(goal).split()[1:] == ["90.0%", "89.0%", "MISSED"]
+    assert decode_goals.line(goal._replace(found=0.9)).endswith("met")
+    unknown = goal._replace(found=None)
+    assert not unknown.met and decode_goals.line(unknown).endswith("NOT MEASURED")
+
+
+def test_the_read_ceiling(monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda n, device: torch.zeros(2**16, device=device))
+    assert 1e8 < ceilings.read_ceiling(CPU, seconds=0.01) < 1e13
+
+
 def test_against_users_choices(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     checkout = tmp_path / "nanoGPT"
     checkout.mkdir()
     (checkout / "model.py").write_text("from fastgpt.model import GPT, GPTConfig\n")
     monkeypatch.setenv("NANOGPT_DIR", str(checkout))
-    rows = bench(tmp_path / "out", "eager nanogpt hf fastgpt")["rows"]
-    assert [row["regret"] for row in rows] == [0.0] * 4
+    rows = bench(tmp_path / "out", "eager nanogpt hf hf-static fastgpt")["rows"]
+    assert [row.get("regret", row.get("problem")) for row in rows] == [0.0] * 5
+    assert rows[1]["over_nanogpt"] == 1.0
 
 
 def test_absent_peers_say_so_and_the_rest_runs(tmp_path):
@@ -106,6 +152,7 @@ def test_the_floor_counts_what_is_read():
     [
         ("--new-tokens 89", "add up to more than 128, the block size of char"),
         ("--new-tokens 1", "--new-tokens at least 2"),
+        ("--batch 0", "--batch must be at least 1"),
         ("--variants eager magic", "fastgpt"),
         ("--variants fastgpt", "ratios need eager first"),
         ("--dtype int8", "bfloat16"),
