@@ -115,14 +115,16 @@ def table(p: Prediction) -> str:
     lines = [f"{p.size}, B={p.B}, on {p.gpu.name} (sm_{p.gpu.arch}); us are of one launch"]
     for title, kernels in _sides(p):
         found = rows(kernels, p.gpu)
-        small = [r for r in found if r["registers"] is None and r["microseconds"] <= model.SMALLEST]
+        small = [r for r in found if r["registers"] is None and r["microseconds"] < 2 * model.START]
         shown = [_line(r) for r in found if r not in small]
         sums = by_component(kernels, p.gpu)
         lines += [
             "", title, _HEAD, *shown,
             f"and {sum(r['launches'] for r in small)} of PyTorch's smallest kernels",
             ", ".join(f"{name} {ms:.2f} ms" for name, ms in sums.items()),
-            f"step: {model.step_ms(kernels, p.gpu):.2f} ms in {model.launches(kernels)} launches",
+            f"step: {model.step_ms(kernels, p.gpu):.2f} ms in {model.launches(kernels)} launches, "
+            f"of which kernels {model.kernels_ms(kernels, p.gpu):.2f}; at the power limit "
+            f"{model.drawn_ms(kernels, p.gpu):.2f}",
         ]  # fmt: skip
     if p.ratio is None:
         known = ", ".join(f"{r['size']} at B={r['B']}" for r in inductor.records())
