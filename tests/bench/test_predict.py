@@ -30,6 +30,7 @@ H200 = GPUS["H200"]
 # Of 124M at B=16: GB that our kernels move, by component. Lower them when something was won.
 MOST_GIGABYTES = {"norm": 8.9, "mlp": 7.3, "loss": 3.3, "embedding": 0.16, "optimizer": 4.3}
 MOST_LAUNCHES = 364  # with those of PyTorch
+MOST_LIVE = 27e6  # bytes that wait in L2 for a second reading, of any kernel
 LEAST_RATIO = 1.07
 # In a process of its own: here the interpreter may have taken the compiler's place.
 SCRIPT = """
@@ -63,6 +64,9 @@ def test_what_was_won_is_kept(predicted):
         assert 0 < sum(row["launches"] * row["bytes"] for row in rows) <= 1e9 * most, component
     assert {row["component"] for row in own} == set(MOST_GIGABYTES)
     assert not any(row["spills"] for row in own)
+    assert max(row["live_bytes"] for row in own) <= MOST_LIVE
+    (loss,) = (row for row in own if row["component"] == "loss")
+    assert loss["live_bytes"] == 2 * 132 * 2 * 50304  # of bf16 rows, two on a multiprocessor
     assert sum(row["launches"] * row["parts"] for row in predicted["kernels"]) <= MOST_LAUNCHES
     assert predicted["ratio"] >= LEAST_RATIO
 
@@ -249,6 +253,22 @@ def test_a_loop_without_bytes_is_unrolled_as_far_as_its_counter_goes():
     body = list(machine_code.instructions(SASS)[2:6])
     assert machine_code._unrolled(body, 0, 1, frozenset({1024})) == 2
     assert machine_code._unrolled(body, 0, 1, frozenset({999})) == 1
+
+
+def test_a_tensor_is_read_again_in_whole_passes():
+    """A row in blocks and what lies beyond them, twice, and one of its elements."""
+    blocks, rest = ir.Site(0, 512, 256, (0,), False), ir.Site(0, 128, 64, (), False)
+    looked_up = ir.Site(0, 2, 1, (), False)
+    sites = (looked_up, blocks, rest, blocks, rest, blocks._replace(stores=True))
+    found = ir.read(TTIR)._replace(sites=sites)
+    code = machine_code.Code(found, machine_code.instructions(SASS), frozenset(), 8, 0)
+    row = 2 * 1044  # bytes: four blocks, 20 elements, and 44 masked lanes
+    made = machine_code.counted("k", "loss", code, 3, 1, [None, None, 1024], [3 * row, 0, 0])
+    assert made.again == 3 * row
+    assert made.bytes == 2 * 3 * row + 3 * 2048
+    once = code._replace(ir=found._replace(sites=(blocks, rest)))
+    made = machine_code.counted("k", "loss", once, 3, 1, [None, None, 1024], [3 * row, 0, 0])
+    assert (made.again, made.bytes) == (0, 3 * row)
 
 
 PASS = Kernel(
