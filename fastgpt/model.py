@@ -116,6 +116,7 @@ class GPT(nn.Module):
     transformer: Any  # a ModuleDict of wte, wpe, drop, h and ln_f
     # parameter -> its values in the matmuls' dtype, where somebody keeps them: TrainStep, in a step
     matmul_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
+    overlaps = False  # weight gradients on a second stream: TrainStep's `overlap`, in a step
 
     def __init__(self, config: GPTConfig):
         super().__init__()

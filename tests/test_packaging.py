@@ -33,6 +33,7 @@ LAYERS = """
     ops optim
     decoding.eager decoding.graphs
     decoding.native
+    fused.second_stream
     fused.launchers [kernels]
     fused.block fused.embedding
     fused.untouched

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend
+from fastgpt.fused.second_stream import InOrder
 from fastgpt.implementations import aten as on_aten
 from fastgpt.implementations import sdpa
 from fastgpt.implementations.sdpa import State
@@ -57,6 +58,7 @@ class Launchers(NamedTuple):
     # the loss of logits that are returned, inside torch.compile; elsewhere it is ops.cross_entropy
     cross_entropy: tuple[Loss, LossBackward] | None = None
     keeps_gelu: bool = False  # its output too, where making it again costs more than memory does
+    weight_gradients: type[InOrder] = InOrder
 
 
 class PackedAttention(NamedTuple):

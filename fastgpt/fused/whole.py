@@ -19,6 +19,7 @@ from fastgpt.fused import block as block_unit
 from fastgpt.fused import embedding
 from fastgpt.fused.block import Settings, Weights
 from fastgpt.fused.launchers import Launchers
+from fastgpt.fused.second_stream import Beside
 from fastgpt.fused.untouched import (
     alike,
     block_weights,
@@ -58,7 +59,10 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     chosen = backend.choose("compiled" if torch.compiler.is_compiling() else "block", qkv, **facts)
     if chosen is reference:
         return None
-    return FusedModel(model, chosen.launchers(qkv, **facts), settings, weight, dtype)
+    run = chosen.launchers(qkv, **facts)
+    if model.overlaps:
+        run = run._replace(weight_gradients=Beside)
+    return FusedModel(model, run, settings, weight, dtype)
 
 
 def _is_little(idx: Tensor, C: int) -> bool:
