@@ -28,8 +28,8 @@ class TrainStep:
 
     `capture` records forward and backward of a batch in a CUDA graph at the first call and replays
     it from then on, for batches of that shape: no Python between kernels, which is what small
-    batches wait for. `overlap` puts weight gradients on a second stream of that graph, beside passes
-    over memory: the same bits. `compile` runs the model under torch.compile.
+    batches wait for. `overlap` puts weight gradients on a second stream of that graph, beside
+    passes over memory: the same bits. `compile` runs the model under torch.compile.
 
     `data_parallel` averages the gradients of all processes of torch.distributed's group, which each
     call it with as many batches of their own. The loss that it returns is this process's.
