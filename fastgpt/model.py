@@ -158,7 +158,8 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets (B, T) int64:
         logits (B, T, V), or None under `return_logits=False`, and the mean cross entropy over the
-        targets other than -1, an fp32 scalar.
+        targets other than -1, an fp32 scalar. On a GPU rows of logits may lie a bit further apart
+        than V, if that is no multiple of 64.
         """
         self._check_tokens(idx, self.config.block_size)
         if targets is None:

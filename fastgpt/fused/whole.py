@@ -29,7 +29,7 @@ from fastgpt.fused.untouched import (
     plain_matmul,
     untouched,
 )
-from fastgpt.linear_cross_entropy import logits_and_loss, mean_loss
+from fastgpt.linear_cross_entropy import is_padded, logits_and_loss, mean_loss, padded_linear
 
 # tokens * C**2 from which the fused path is worth it inside torch.compile: nanoGPT's own batch.
 # Python launches our operators, and fewer tokens are done before it is. On an H200 with a slow host
@@ -131,7 +131,12 @@ class FusedModel(NamedTuple):
                 return logits.view(*x.shape[:-1], -1), loss
         if not returned and plain_matmul(head):
             return None, ops.linear_cross_entropy(rows, head.weight, targets)
-        logits = head(x) if weight is None else F.linear(x, weight)
+        if weight is None:
+            logits = head(x)
+        elif x.dtype == self.dtype and is_padded(x, len(weight)):
+            logits = padded_linear(x, weight, self._low(head.weight))
+        else:
+            logits = F.linear(x, weight)
         loss = ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets)
         return (logits if returned else None), loss
 
