@@ -13,7 +13,7 @@ import torch
 
 from bench.harness import roofline
 from bench.harness.roofline import shape_of
-from bench.prediction import inductor, ir, machine_code, model, step
+from bench.prediction import inductor, ir, machine_code, model, no_gpu, step
 from bench.prediction.kernel import ATTENTION, GEMM, TRITON, Kernel
 from bench.prediction.model import GPUS
 from fastgpt import GPTConfig, use_backend
@@ -160,6 +160,47 @@ def test_inductors_record_is_of_the_same_model():
         by_hand = [op for op in ops if (op.group == "attention") == attends]
         assert flops == sum(op.times * op.work.flops for op in by_hand)
     assert inductor.recorded("124M", 3) is None
+
+
+def test_what_cannot_be_generated_is_the_record(monkeypatch, capsys):
+    monkeypatch.setattr(no_gpu, "problem", lambda: "no compiler")
+    with pytest.raises(ValueError, match="no compiler"):
+        inductor.generated("124M", 16)
+    record = inductor.recorded("124M", 16)
+    monkeypatch.setattr(predict.torch, "__version__", record["torch"])
+    assert predict._compiled("124M", 16, generate=True) == record and not capsys.readouterr().err
+    monkeypatch.setattr(predict.torch, "__version__", "another")
+    assert predict._compiled("124M", 16, generate=True) == record
+    assert "not generated here: no compiler" in capsys.readouterr().err
+
+
+GENERATED = """
+import json
+from dataclasses import asdict
+from bench.prediction import inductor
+
+made = inductor.generated("char", 2)
+print(json.dumps(made | {"kernels": [asdict(kernel) for kernel in made["kernels"]]}))
+"""
+cannot = no_gpu.problem() or inductor._no_nanogpt()
+
+
+@pytest.mark.skipif(cannot is not None, reason=str(cannot))
+def test_inductors_kernels_are_generated_without_a_gpu():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", GENERATED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout)
+    assert made["torch"] == torch.__version__
+    found = [Kernel(**row) for row in made["kernels"]]
+    shape = shape_of("char", 2, 128, "bfloat16")
+    for kind, attends in ((GEMM, False), (ATTENTION, True)):
+        flops = sum(k.launches * k.flops for k in found if k.kind == kind)
+        ops = [op for op in roofline.training_step(shape) if op.work.flops]
+        by_hand = [op for op in ops if (op.group == "attention") == attends]
+        assert flops == sum(op.times * op.work.flops for op in by_hand)
+    assert sum(k.launches for k in found if k.kind == TRITON) > 20
 
 
 TTIR = """
