@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import predict
 from bench.harness import roofline
 from bench.harness.roofline import shape_of
 from bench.prediction import inductor, ir, machine_code, model, no_gpu, step
