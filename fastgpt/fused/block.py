@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fastgpt.fused.launchers import Launchers
+from fastgpt.fused.second_stream import Beside
 from fastgpt.implementations.aten import dgrad, linear
+from fastgpt.implementations.aten import wgrad as in_order
 from fastgpt.kernels._autograd import differentiable_once
 
 
@@ -96,7 +98,8 @@ class _Block(torch.autograd.Function):
         needs = Weights(*ctx.needs_input_grad[5:])
         (B, T, C), dtype = dm.shape, n1.dtype
 
-        wgrad = run.weight_gradients()  # each before a pass that leaves room beside it
+        beside = Beside() if run.overlaps else None
+        wgrad = beside or in_order  # each before a pass that leaves room beside it
         dm = _dropout_backward(dm.reshape(-1, C), mask2, p)
         again = needs.mlp_proj and kept is None
         dh, g, db_fc = run.gelu_dgrad(dm, w_mlp_proj, h, tanh, needs.fc_bias, again)
@@ -120,7 +123,8 @@ class _Block(torch.autograd.Function):
         ds1, ddelta, dln_1, dln_1_bias = run.norm_backward(
             dn1, ds2, s1, ln_1, mean1, rstd1, needs.ln_1_bias, dtype
         )
-        wgrad.join()
+        if beside is not None:
+            beside.join()
         ddelta = (ddelta if len(ddelta) else ds1).view(B, T, C) if ctx.has_delta else None
         return (
             None, None, None, ddelta, ds1.view(B, T, C),

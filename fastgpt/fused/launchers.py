@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend
-from fastgpt.fused.second_stream import InOrder
 from fastgpt.implementations import aten as on_aten
 from fastgpt.implementations import sdpa
 from fastgpt.implementations.sdpa import State
@@ -58,7 +57,7 @@ class Launchers(NamedTuple):
     # the loss of logits that are returned, inside torch.compile; elsewhere it is ops.cross_entropy
     cross_entropy: tuple[Loss, LossBackward] | None = None
     keeps_gelu: bool = False  # its output too, where making it again costs more than memory does
-    weight_gradients: type[InOrder] = InOrder
+    overlaps: bool = False  # weight gradients go on a second stream (second_stream.py)
 
 
 class PackedAttention(NamedTuple):

@@ -1,4 +1,4 @@
-"""Where a block's weight gradients are computed: in order, or on a second stream of the GPU.
+"""A block's weight gradients on a second stream of the GPU.
 
 Nothing in the backward reads a weight gradient, and beside its passes over memory the units that
 multiply stand idle: there a product on a second stream costs less time than in front of them. Same
@@ -14,18 +14,8 @@ from torch import Tensor
 from fastgpt.implementations.aten import wgrad
 
 
-class InOrder:
-    """dw = dy.T @ x at once; `join` has nothing to do."""
-
-    def __call__(self, dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return wgrad(dy, x, dtype)
-
-    def join(self) -> None:
-        pass
-
-
-class Beside(InOrder):
-    """dw on the second stream, once what was asked of the first is done."""
+class Beside:
+    """dw = dy.T @ x on the second stream, once what was asked of the first is done."""
 
     def __init__(self) -> None:
         self.first = torch.cuda.current_stream()
@@ -36,7 +26,7 @@ class Beside(InOrder):
         self.second.wait_stream(self.first)
         self.read += dy, x
         with torch.cuda.stream(self.second):
-            return super().__call__(dy, x, dtype)
+            return wgrad(dy, x, dtype)
 
     def join(self) -> None:
         self.first.wait_stream(self.second)

@@ -19,7 +19,6 @@ from fastgpt.fused import block as block_unit
 from fastgpt.fused import embedding
 from fastgpt.fused.block import Settings, Weights
 from fastgpt.fused.launchers import Launchers
-from fastgpt.fused.second_stream import Beside
 from fastgpt.fused.untouched import (
     alike,
     block_weights,
@@ -61,7 +60,7 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
         return None
     run = chosen.launchers(qkv, **facts)
     if model.overlaps:
-        run = run._replace(weight_gradients=Beside)
+        run = run._replace(overlaps=True)
     return FusedModel(model, run, settings, weight, dtype)
 
 
