@@ -5,8 +5,10 @@
 
 Needs triton and no GPU. Our launches and ops are counted by running the step on meta tensors; each
 kernel is compiled for the GPU, and its bytes, instructions, registers and widths are read from what
-came out. torch.compile's side is a recorded count of what inductor generated for nanoGPT's model.
-Microseconds are a model (bench/prediction/model.py). docs/prediction.md says how good it is.
+came out. torch.compile's side is what inductor generates for nanoGPT's model: a recorded count, or
+where that is of another PyTorch, and this one has a CUDA build, generated and counted here, which
+takes a minute. Microseconds are a model (bench/prediction/model.py); docs/prediction.md says how
+good it is.
 """
 
 import argparse
@@ -16,6 +18,8 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+import torch
 
 from bench.peers.models import SIZES, config_of
 from bench.prediction import inductor, machine_code, model, token
@@ -30,7 +34,7 @@ class Prediction(NamedTuple):
     B: int
     gpu: Gpu
     ours: list[Kernel]
-    recorded: dict[str, Any] | None  # inductor.recorded()
+    recorded: dict[str, Any] | None  # inductor.recorded() or generated()
 
     @property
     def ours_ms(self) -> float:
@@ -46,8 +50,10 @@ class Prediction(NamedTuple):
         return None if self.compile_ms is None else self.compile_ms / self.ours_ms
 
 
-def predict(size: str, B: int, gpu: Gpu) -> Prediction:
-    """ValueError where the kernels cannot be compiled."""
+def predict(size: str, B: int, gpu: Gpu, generate: bool = False) -> Prediction:
+    """ValueError where the kernels cannot be compiled. With `generate` torch.compile's are of the
+    PyTorch that is installed, where they can be.
+    """
     from fastgpt.kernels import _launch
 
     if _launch.INTERPRETED:
@@ -58,7 +64,18 @@ def predict(size: str, B: int, gpu: Gpu) -> Prediction:
         launches, ops = training_step(config_of(size), B, gpu.arch, gpu.processors)
     kernels = Counter(machine_code.kernel_of(name, l, gpu.arch) for name, l in launches)
     ours = [replace(kernel, launches=n) for kernel, n in kernels.items()] + ops
-    return Prediction(size, B, gpu, ours, inductor.recorded(size, B))
+    return Prediction(size, B, gpu, ours, _compiled(size, B, generate))
+
+
+def _compiled(size: str, B: int, generate: bool) -> dict[str, Any] | None:
+    recorded = inductor.recorded(size, B)
+    if not generate or (recorded and recorded["torch"] == torch.__version__):
+        return recorded
+    try:
+        return inductor.generated(size, B)
+    except ValueError as problem:
+        print(f"torch.compile's kernels are not generated here: {problem}", file=sys.stderr)
+        return recorded
 
 
 def row(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
@@ -116,14 +133,16 @@ def table(p: Prediction) -> str:
     lines = [f"{p.size}, B={p.B}, on {p.gpu.name} (sm_{p.gpu.arch}); us are of one launch"]
     for title, kernels in _sides(p):
         found = rows(kernels, p.gpu)
-        small = [r for r in found if r["registers"] is None and r["microseconds"] <= model.SMALLEST]
+        small = [r for r in found if r["registers"] is None and r["microseconds"] < 2 * model.START]
         shown = [_line(r) for r in found if r not in small]
         sums = by_component(kernels, p.gpu)
         lines += [
             "", title, _HEAD, *shown,
             f"and {sum(r['launches'] for r in small)} of PyTorch's smallest kernels",
             ", ".join(f"{name} {ms:.2f} ms" for name, ms in sums.items()),
-            f"step: {model.step_ms(kernels, p.gpu):.2f} ms in {model.launches(kernels)} launches",
+            f"step: {model.step_ms(kernels, p.gpu):.2f} ms in {model.launches(kernels)} launches, "
+            f"of which kernels {model.kernels_ms(kernels, p.gpu):.2f}; at the power limit "
+            f"{model.drawn_ms(kernels, p.gpu):.2f}",
         ]  # fmt: skip
     if p.ratio is None:
         known = ", ".join(f"{r['size']} at B={r['B']}" for r in inductor.records())
@@ -137,7 +156,7 @@ def _sides(p: Prediction) -> list[tuple[str, list[Kernel]]]:
     sides = [("fastgpt-step-graph, counted now", p.ours)]
     if p.recorded:
         r = p.recorded
-        title = f"nanogpt-compile, recorded {r['date']} with torch {r['torch']}: {r['source']}"
+        title = f"nanogpt-compile, counted {r['date']} with torch {r['torch']}: {r['source']}"
         sides.append((title, r["kernels"]))
     return sides
 
@@ -190,7 +209,7 @@ def main() -> int:
     try:
         if args.token is not None:
             return _token(args.size, args.token, GPUS[args.gpu], args.json)
-        p = predict(args.size, args.batch_size, GPUS[args.gpu])
+        p = predict(args.size, args.batch_size, GPUS[args.gpu], generate=True)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     print(json.dumps(as_json(p), indent=1) if args.json else table(p))

@@ -28,6 +28,10 @@ LossBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, 
 # fewer would not fill a GPU, while a CPU is soon filled and its memory less.
 CHUNKS = {"cuda": (2**31, 4096), "cpu": (2**28, 1024)}
 
+# Rows of logits begin at multiples of this many elements: where V is odd, as GPT-2's 50257 is,
+# cuBLAS has its slowest kernels for them, and ours load them element by element.
+ROW_MULTIPLE = {"cuda": 64}
+
 
 def mean_loss(
     cross_entropy_: InPlace,
@@ -47,6 +51,50 @@ def mean_loss(
         return apply(cross_entropy_, x, weight, low, targets, ignore_index)
     except IndexError as error:
         raise with_limits(error, weight.shape[0], ignore_index) from None
+
+
+def padded_linear(x: Tensor, w: Tensor, low: Tensor) -> Tensor:
+    """x (B, T, C) @ w.T, w (V, C) -> logits (B, T, V), which are not contiguous where rows are
+    padded; `low` as in mean_loss.
+    """
+    return _PaddedLinear.apply(x, w, low)
+
+
+def is_padded(x: Tensor, V: int) -> bool:
+    """Whether rows of x's logits are further apart than V. A compiler pads for itself."""
+    return _row(x, V) != V
+
+
+def _row(x: Tensor, V: int) -> int:
+    multiple = 1 if torch.compiler.is_compiling() else ROW_MULTIPLE.get(x.device.type, 1)
+    return -(-V // multiple) * multiple
+
+
+def _logits(x: Tensor, w: Tensor) -> Tensor:
+    """x (N, C) @ w.T -> (N, V)."""
+    V = w.shape[0]
+    if not is_padded(x, V):
+        return linear(x, w, None)
+    logits = x.new_empty_strided((len(x), V), (_row(x, V), 1))
+    return torch.mm(x, w.t(), out=logits)
+
+
+class _PaddedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, low_w):
+        ctx.save_for_backward(x, low_w)
+        ctx.dtype = w.dtype
+        return _logits(x.flatten(0, 1), low_w).unflatten(0, x.shape[:2])
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        differentiable_once()
+        x, low_w = ctx.saved_tensors
+        needs_x, needs_w, _ = ctx.needs_input_grad
+        dlogits = dlogits.flatten(0, 1)
+        dx = dgrad(dlogits, low_w).view_as(x) if needs_x else None
+        dw = wgrad(dlogits, x.flatten(0, 1), ctx.dtype) if needs_w else None
+        return dx, dw, None
 
 
 def with_limits(error: IndexError, V: int, ignore_index: int) -> IndexError:
@@ -118,7 +166,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(min_rows, max_bytes // (w.shape[0] * x.element_size()))
         ctx.chunked = len(x) > rows
         if not ctx.chunked:
-            logits = linear(x, low_w, None)
+            logits = _logits(x, low_w)
             losses = cross_entropy_(logits, targets, ignore_index, factor)
             ctx.save_for_backward(logits, x, low_w, count)
             return losses.sum() / count
@@ -128,7 +176,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         losses = []
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            logits = linear(x[part], low_w, None)
+            logits = _logits(x[part], low_w)
             losses.append(cross_entropy_(logits, targets[part], ignore_index, factor))
             if dx is not None:
                 dx[part] = _dx(logits, low_w, ctx.wide)

@@ -116,6 +116,7 @@ class GPT(nn.Module):
     transformer: Any  # a ModuleDict of wte, wpe, drop, h and ln_f
     # parameter -> its values in the matmuls' dtype, where somebody keeps them: TrainStep, in a step
     matmul_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
+    overlaps = False  # weight gradients on a second stream: TrainStep's `overlap`, in a step
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -157,7 +158,8 @@ class GPT(nn.Module):
 
         Without targets: logits (B, 1, V) of the last position, and None. With targets (B, T) int64:
         logits (B, T, V), or None under `return_logits=False`, and the mean cross entropy over the
-        targets other than -1, an fp32 scalar.
+        targets other than -1, an fp32 scalar. On a GPU rows of logits may lie a bit further apart
+        than V, if that is no multiple of 64.
         """
         self._check_tokens(idx, self.config.block_size)
         if targets is None:

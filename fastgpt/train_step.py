@@ -29,7 +29,8 @@ class TrainStep:
 
     `capture` records forward and backward of a batch in a CUDA graph at the first call and replays
     it from then on, for batches of that shape: no Python between kernels, which is what small
-    batches wait for. `compile` runs the model under torch.compile.
+    batches wait for. `overlap` puts weight gradients on a second stream of that graph, beside
+    passes over memory: the same bits. `compile` runs the model under torch.compile.
 
     `data_parallel` averages the gradients of all processes of torch.distributed's group, which each
     call it with as many batches of their own. The loss that it returns is this process's.
@@ -50,6 +51,7 @@ class TrainStep:
         compile: bool = False,
         max_skipped: int = 100,
         data_parallel: bool = False,
+        overlap: bool = False,
     ):
         self.model, self.dtype = model, dtype
         # not the head's: a fork's may have no weight of its own
@@ -59,6 +61,9 @@ class TrainStep:
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
         if capture and data_parallel:
             raise ValueError("capture=True records one process's step; leave data_parallel or it")
+        if overlap and (compile or not capture):
+            raise ValueError("overlap=True needs capture=True, and not compile=True")
+        self.overlap = overlap
         self.forward: Forward = torch.compile(model) if compile else model
         if data_parallel:  # makes the weights those of process 0, before they are copied
             devices_used = [self.device] if self.device.type == "cuda" else None
@@ -108,13 +113,14 @@ class TrainStep:
     def micro_step(self, x: Tensor, y: Tensor, count: int) -> Tensor:
         """Add the gradients of one of `count` batches -> its share of the loss."""
         self.model.matmul_copies = self.copies  # within a step only: others may change the weights
+        self.model.overlaps = self.overlap
         try:
             with autocast(self.device, self.dtype):
                 loss = self.forward(x, y)[1] / count
             with autocast(self.device, torch.float32):  # none, whatever the caller is in
                 self.scaler.scale(loss).backward()
         finally:
-            del self.model.matmul_copies
+            del self.model.matmul_copies, self.model.overlaps
         return loss.detach()
 
 

@@ -54,6 +54,21 @@ def test_ratio(a, b, expected):
     assert equivalence.ratio(a, b) == expected
 
 
+def test_what_is_larger_on_most_inputs_is_no_chance(rows):
+    def row(larger, smaller):
+        result = rows[0].results[0]
+        errors = [2.0] * larger + [0.5] * smaller
+        each = [result._replace(found=result.found._replace(error=e, eager_error=1.0))
+                for e in errors]  # fmt: skip
+        return rows[0]._replace(results=each)
+
+    assert (row(14, 11).larger, row(14, 11).why[:6]) == (14, "chance")
+    assert row(2, 23).why.startswith("chance")
+    assert row(23, 2).why == "not known"
+    text = equivalence.in_short([row(14, 11)], [])
+    assert "| 2.00 | 14 of 25 | chance" in text
+
+
 def test_a_nan_is_the_largest_error():
     x = randn(4, 8)
     found = compare(lambda x: x * math.nan, lambda x: x, x, grads=[x])

@@ -33,6 +33,7 @@ LAYERS = """
     ops optim
     decoding.eager decoding.graphs
     decoding.native
+    fused.second_stream
     fused.launchers [kernels]
     fused.block fused.embedding
     fused.untouched
@@ -58,7 +59,8 @@ KERNELS = """
     mlp
 """
 OTHERS = {"bench": ["bench", "fastgpt"], "tests": ["tests", "fastgpt"]}
-OTHERS["tests/bench"] = ["tests", "fastgpt", "bench"]  # bench is no part of the package
+for name in ("tests/bench", "tests/model"):  # bench is no part of the package
+    OTHERS[name] = ["tests", "fastgpt", "bench"]
 
 
 def ranks(layers: str) -> dict[str, int]:

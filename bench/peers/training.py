@@ -52,6 +52,7 @@ VARIANTS: dict[str, Callable[[Run], Step]] = {
     "fastgpt-compile-ops": lambda run: _compiled_around_kernels(run),
     "fastgpt-step": lambda run: _own_step(run),
     "fastgpt-step-graph": lambda run: _own_step(run, capture=True),
+    "fastgpt-step-overlap": lambda run: _own_step(run, capture=True, overlap=True),
 }
 
 
@@ -115,12 +116,12 @@ def _compiled_around_kernels(run: Run) -> Step:
     return _step(run, _gpt(run), own_adamw, "auto", compiled=True, chosen=chosen)
 
 
-def _own_step(run: Run, capture: bool = False) -> Step:
+def _own_step(run: Run, **how: bool) -> Step:
     """fastgpt's: weights kept in the matmuls' dtype, one pass of its optimizer, a CUDA graph."""
     model = models.gpt(run.config, run.weights, run.device, return_logits=False)
     dtype = matmul_dtype(run.dtype)
     with models.quietly():
-        own = TrainStep(model, WEIGHT_DECAY, LEARNING_RATE, BETAS, CLIP, dtype, capture)
+        own = TrainStep(model, WEIGHT_DECAY, LEARNING_RATE, BETAS, CLIP, dtype, **how)
 
     def step(idx: Tensor, targets: Tensor) -> Tensor:
         with use_backend("auto"):

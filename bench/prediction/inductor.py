@@ -1,13 +1,14 @@
 """torch.compile's side: what inductor generated for nanoGPT's step, read and recorded.
 
-    python -m bench.prediction.inductor FORWARD.py BACKWARD.py --size 124M --batch-size 16
+    python -m bench.prediction.inductor --size 124M --batch-size 16
 
-The two files are inductor's output code of nanoGPT's model.py under bf16 autocast, which
-TORCH_COMPILE_DEBUG=1 leaves as output_code.py in two folders on a machine with a GPU. Every
-generated kernel is compiled in the first configuration that inductor would try, by the torch and
-Triton installed (they must be those that generated it), and counted like one of ours. Products and
-attention are counted from their calls. What the step runs outside of the graph stands in `outside`.
-The record, inductor.json, is what predictions compare with, on any machine.
+Where torch has a CUDA build, inductor's code for nanoGPT's model.py under bf16 autocast is made as
+for an H200, which need not be there (no_gpu.py). On a machine with a GPU TORCH_COMPILE_DEBUG=1
+leaves it as output_code.py in two folders: then name these two. Every generated kernel is compiled
+in the first configuration that inductor would try, by the torch and Triton installed (they must be
+those that generated it), and counted like one of ours. Products and attention are counted from
+their calls. What the step runs outside of the graph stands in `outside`. The record, inductor.json,
+is what predictions compare with, on any machine.
 """
 
 import argparse
@@ -29,8 +30,9 @@ import torch
 
 from bench.harness.roofline import Shape, attention, shape_of
 from bench.harness.timeline import OTHER, by_words, matmul_groups
+from bench.peers import models
 from bench.peers.models import SIZES
-from bench.prediction import ir, machine_code
+from bench.prediction import ir, machine_code, no_gpu
 from bench.prediction.kernel import ATEN, ATTENTION, GEMM, Kernel
 
 RECORDS = Path(__file__).with_name("inductor.json")
@@ -45,6 +47,48 @@ def recorded(size: str, B: int) -> dict[str, Any] | None:
         if (record["size"], record["B"]) == (size, B):
             return record | {"kernels": [Kernel(**row) for row in record["kernels"]]}
     return None
+
+
+def generated(size: str, B: int) -> dict[str, Any]:
+    """The same as `recorded`, of the torch and Triton that are installed, in a minute or more.
+    ValueError says why it cannot be.
+    """
+    if problem := no_gpu.problem() or _no_nanogpt():
+        raise ValueError(problem)
+    with tempfile.TemporaryDirectory() as folder:
+        done = no_gpu.run("bench.prediction.generate", folder, size, str(B))
+        if done.returncode:
+            raise ValueError(f"inductor's code cannot be generated: {done.stderr[-1000:]}")
+        files = [Path(folder) / f"{name}.py" for name in ("forward", "backward")]
+        source = f"output code for nanoGPT's {models.versions()['nanogpt']} under bf16 autocast, "
+        return record(files, size, B, f"{source}generated without a GPU: {_STUBS}")
+
+
+_STUBS = "stubs answered for the CUDA of an H200"
+
+
+def _no_nanogpt() -> str | None:
+    try:
+        models.load_nanogpt()
+    except models.Absent as absent:
+        return str(absent)
+    return None
+
+
+def record(files: list[Path], size: str, B: int, source: str) -> dict[str, Any]:
+    import triton
+
+    shape = shape_of(size, B, SIZES[size][4], "bfloat16")
+    return {
+        "size": size,
+        "B": B,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "arch": ARCH,
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "source": source,
+        "kernels": kernels(files, shape),
+    }
 
 
 def records() -> list[dict[str, Any]]:
@@ -205,27 +249,22 @@ def _text(found: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.prediction.inductor",
                                      description=__doc__)  # fmt: skip
-    parser.add_argument("files", nargs=2, type=Path, metavar="FILE", help="forward, backward")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="forward, backward")
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--source", required=True, help="how the files came to be, in a line")
+    parser.add_argument("--source", default="", help="how given files came to be, in a line")
     args = parser.parse_args()
-    import triton
-
-    shape = shape_of(args.size, args.batch_size, SIZES[args.size][4], "bfloat16")
-    record = {
-        "size": args.size,
-        "B": args.batch_size,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "arch": ARCH,
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "source": args.source,
-        "kernels": [_told(kernel) for kernel in kernels(args.files, shape)],
-    }
-    others = [r for r in records() if (r["size"], r["B"]) != (args.size, args.batch_size)]
-    RECORDS.write_text(_text([*others, record]))
-    print(f"{len(record['kernels'])} kernels of {args.size}, B={args.batch_size}, in {RECORDS}")
+    if len(args.files) not in (0, 2) or (args.files and not args.source):
+        parser.error("give none, or two files, forward and backward, and their --source")
+    how = args.size, args.batch_size
+    try:
+        made = record(args.files, *how, args.source) if args.files else generated(*how)
+    except ValueError as error:
+        parser.error(str(error))
+    made["kernels"] = [_told(kernel) for kernel in made["kernels"]]
+    others = [r for r in records() if (r["size"], r["B"]) != how]
+    RECORDS.write_text(_text([*others, made]))
+    print(f"{len(made['kernels'])} kernels of {args.size}, B={args.batch_size}, in {RECORDS}")
     return 0
 
 

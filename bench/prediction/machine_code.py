@@ -47,20 +47,25 @@ def counted(
 ) -> Kernel:
     """`given`: the kernel's arguments, of which integers count. `room`: bytes behind each."""
     turns = ir.turns(code.ir, given, grid)
-    moved: dict[int | None, float] = defaultdict(float)
-    again, elements = 0.0, 0.0
+    loaded: dict[int | None, float] = defaultdict(float)
+    stored: dict[int | None, float] = defaultdict(float)
+    elements = 0.0
     for site in code.ir.sites:
         size = float(site.bytes * grid * math.prod(turns[loop] for loop in site.loops))
         if site.argument is not None and room[site.argument]:
             size = min(size, room[site.argument])
-        before = moved[site.argument] if site.argument is not None else 0.0
-        if before and not site.stores and before >= size / 2:  # else a few elements were looked up
-            again += size
-        moved[site.argument] += size
+        (stored if site.stores else loaded)[site.argument] += size
         elements = max(elements, size / site.bytes * site.elements)
+    again = 0.0
+    for moved in (loaded, stored):
+        for argument, size in moved.items():
+            if argument is not None and 0 < room[argument] < size:
+                # whole passes: beyond them are masked lanes, or a few elements that are looked up
+                moved[argument] = size // room[argument] * room[argument]
+                again += moved[argument] - room[argument] if moved is loaded else 0.0
     way = _way(code, turns, warps)
     return Kernel(
-        name, component, TRITON, 1, float(sum(moved.values())),
+        name, component, TRITON, 1, sum(loaded.values()) + sum(stored.values()),
         elements=elements,
         instructions=grid * warps * sum(times for _, times in way),
         grid=grid, warps=warps, registers=code.registers,

@@ -26,6 +26,7 @@ SAID = {  # of variants, for who does not know their names
     "fastgpt-compile": "fastgpt, torch.compile",
     "fastgpt-step": "fastgpt.TrainStep",
     "fastgpt-step-graph": "fastgpt.TrainStep, capture=True",
+    "fastgpt-step-overlap": "fastgpt.TrainStep, overlap=True",
 }
 
 

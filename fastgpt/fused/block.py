@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fastgpt.fused.launchers import Launchers
-from fastgpt.implementations.aten import dgrad, linear, wgrad
+from fastgpt.fused.second_stream import Beside
+from fastgpt.implementations.aten import dgrad, linear
+from fastgpt.implementations.aten import wgrad as in_order
 from fastgpt.kernels._autograd import differentiable_once
 
 
@@ -96,28 +98,33 @@ class _Block(torch.autograd.Function):
         needs = Weights(*ctx.needs_input_grad[5:])
         (B, T, C), dtype = dm.shape, n1.dtype
 
+        beside = Beside() if run.overlaps else None
+        wgrad = beside or in_order  # each before a pass that leaves room beside it
         dm = _dropout_backward(dm.reshape(-1, C), mask2, p)
         again = needs.mlp_proj and kept is None
         dh, g, db_fc = run.gelu_dgrad(dm, w_mlp_proj, h, tanh, needs.fc_bias, again)
         g = kept if kept is not None else g
+        dn2 = dgrad(dh, w_fc)
         dw_mlp_proj = wgrad(dm, g, ln_1.dtype) if needs.mlp_proj else None
         db_mlp_proj = dm.sum(0) if needs.mlp_proj_bias else None
-        del h, g, kept, dm
         dw_fc = wgrad(dh, n2, ln_1.dtype) if needs.fc else None
+        del h, g, kept, dm, dh
         ds2, da, dln_2, dln_2_bias = run.norm_backward(
-            dgrad(dh, w_fc), ds2.reshape(-1, C), s2, ln_2, mean2, rstd2, needs.ln_2_bias, dtype
+            dn2, ds2.reshape(-1, C), s2, ln_2, mean2, rstd2, needs.ln_2_bias, dtype
         )
-        del dh
         da = _dropout_backward(da if len(da) else ds2, mask1, p)
+        dy = dgrad(da, w_attn_proj).view(B, T, C)
         dw_attn_proj = wgrad(da, y.view(-1, C), ln_1.dtype) if needs.attn_proj else None
         db_attn_proj = da.sum(0) if needs.attn_proj_bias else None
-        dy = dgrad(da, w_attn_proj).view(B, T, C)
         dqkv = run.attention_backward(dy, qkv, y, state, n_head, p).view(-1, 3 * C)
+        dn1 = dgrad(dqkv, w_qkv)
         dw_qkv = wgrad(dqkv, n1, ln_1.dtype) if needs.qkv else None
         db_qkv = dqkv.sum(0) if needs.qkv_bias else None
         ds1, ddelta, dln_1, dln_1_bias = run.norm_backward(
-            dgrad(dqkv, w_qkv), ds2, s1, ln_1, mean1, rstd1, needs.ln_1_bias, dtype
+            dn1, ds2, s1, ln_1, mean1, rstd1, needs.ln_1_bias, dtype
         )
+        if beside is not None:
+            beside.join()
         ddelta = (ddelta if len(ddelta) else ds1).view(B, T, C) if ctx.has_delta else None
         return (
             None, None, None, ddelta, ds1.view(B, T, C),

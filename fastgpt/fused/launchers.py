@@ -57,6 +57,7 @@ class Launchers(NamedTuple):
     # the loss of logits that are returned, inside torch.compile; elsewhere it is ops.cross_entropy
     cross_entropy: tuple[Loss, LossBackward] | None = None
     keeps_gelu: bool = False  # its output too, where making it again costs more than memory does
+    overlaps: bool = False  # weight gradients go on a second stream (second_stream.py)
 
 
 class PackedAttention(NamedTuple):

@@ -28,7 +28,7 @@ from fastgpt.fused.untouched import (
     plain_matmul,
     untouched,
 )
-from fastgpt.linear_cross_entropy import logits_and_loss, mean_loss
+from fastgpt.linear_cross_entropy import is_padded, logits_and_loss, mean_loss, padded_linear
 
 # tokens * C**2 from which the fused path pays inside torch.compile: nanoGPT's own batch. Python
 # launches fastgpt's operators, and with fewer tokens the GPU waits for it. On an H200 with a slow
@@ -59,7 +59,10 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     chosen = backend.choose("compiled" if torch.compiler.is_compiling() else "block", qkv, **facts)
     if chosen is reference:
         return None
-    return FusedModel(model, chosen.launchers(qkv, **facts), settings, weight, dtype)
+    run = chosen.launchers(qkv, **facts)
+    if model.overlaps:
+        run = run._replace(overlaps=True)
+    return FusedModel(model, run, settings, weight, dtype)
 
 
 def _is_little(idx: Tensor, C: int) -> bool:
@@ -128,7 +131,12 @@ class FusedModel(NamedTuple):
                 return logits.view(*x.shape[:-1], -1), loss
         if not returned and plain_matmul(head):
             return None, ops.linear_cross_entropy(rows, head.weight, targets)
-        logits = head(x) if weight is None else F.linear(x, weight)
+        if weight is None:
+            logits = head(x)
+        elif x.dtype == self.dtype and is_padded(x, len(weight)):
+            logits = padded_linear(x, weight, self._low(head.weight))
+        else:
+            logits = F.linear(x, weight)
         loss = ops.cross_entropy(logits.view(-1, logits.shape[-1]), targets)
         return (logits if returned else None), loss
 

@@ -33,6 +33,7 @@ BOUNDS = {
     "cross entropy": Bound(64, 128, loops=(3, 10, 7), blocks=(2, 2)),
     "cross entropy, odd": Bound(64, 16, loops=(4, 12, 11), blocks=(2, 2)),
     # 7 programs of 2 warps are launched on a multiprocessor
+    "cross entropy, padded": Bound(64, 128, loops=(3, 10, 7), blocks=(2, 2)),
     "norm backward": Bound(128, 128, loops=(25,), blocks=(7, 32)),
     "squares": Bound(64, 128),
     "adamw": Bound(128, 128),

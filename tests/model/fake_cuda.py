@@ -10,7 +10,6 @@ import contextlib
 import io
 import itertools
 import json
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.fx import GraphModule
 
+from bench.prediction import no_gpu
 from fastgpt import GPT, GPTConfig, backend, use_backend
 from fastgpt.implementations import sdpa
 from fastgpt.kernels import _launch
 
 SMALL = dict(block_size=32, vocab_size=64, n_layer=1, n_head=2, n_embd=64)
-H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
 KERNELS: dict[str, dict[str, str]] = {  # op -> implementation, as use_backend takes them
     "none chosen": {},
     "left to inductor": {"compiled": "torch"},
@@ -35,38 +34,16 @@ KERNELS: dict[str, dict[str, str]] = {  # op -> implementation, as use_backend t
 
 
 def pretend() -> None:
-    """Answer for torch.cuda, in this process for good."""
-    answers: dict[str, Any] = {
-        "is_available": True,
-        "is_initialized": True,
-        "is_bf16_supported": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": H200,
-        "get_device_capability": (9, 0),
-        "get_device_name": H200.name,
-        "is_current_stream_capturing": False,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": None,
-        "_lazy_init": None,
-    }
-    for name, answer in answers.items():
-        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    torch._C._ensureCUDADeviceGuardSet()  # one that does nothing, as there is no device
-    torch.accelerator.is_available = lambda: False  # of streams
+    """Answer for torch.cuda and for what fastgpt asks of it, in this process for good."""
+    no_gpu.pretend()
     sdpa._would_run = lambda *_: "CUDNN_ATTENTION"
     _launch._device_problems[torch.device("cuda", 0)] = None  # it would launch a kernel to find out
-    fake_tensor.init_gpu_context = lambda *_: None  # it would allocate there
 
 
-def model(**changes: Any) -> GPT:
+def model(**changes: Any) -> nn.Module:
     with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
         made = GPT(GPTConfig(**SMALL | changes))
-    moved = {p: nn.Parameter(torch.empty(p.shape, device="cuda")) for p in made.parameters()}
-    for module in made.modules():
-        for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, moved[p])  # tied ones stay tied
-    return made
+    return no_gpu.on_cuda(made)
 
 
 MANY = 2**17  # rows, for which the operators of a model as small as this are worth their launches

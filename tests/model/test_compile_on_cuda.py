@@ -4,32 +4,17 @@ On a CPU "auto" decides before it asks what it asks on CUDA, so tests there see 
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-HERE = Path(__file__).parent
-pytestmark = [
-    pytest.mark.skipif(
-        torch.version.cuda is None or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
-        reason="this PyTorch knows no CUDA, or cannot pretend to have a device",
-    ),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="it pretends that there is a GPU"),
-]
+from bench.prediction import no_gpu
+
+pytestmark = pytest.mark.skipif(no_gpu.problem() is not None, reason=str(no_gpu.problem()))
 
 
-def report(script: str, **environment: str) -> dict[str, Any]:
-    environment |= {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", f"tests.model.{script}"]
-    run = subprocess.run(
-        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True
-    )
+def report(script: str) -> dict[str, Any]:
+    run = no_gpu.run(f"tests.model.{script}")
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -50,13 +35,9 @@ def test_one_graph_without_a_break():
         assert fused != left, case
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="it compiles a driver of its own")
-@pytest.mark.skipif(sys.platform != "linux", reason="which is preloaded")
-def test_inductor_keeps_our_operators_and_adds_little(tmp_path):
+def test_inductor_keeps_our_operators_and_adds_little():
     """For nanoGPT's model.py it writes 217 kernels that move 27.6 GB (prediction/inductor.json)."""
-    driver = tmp_path / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", driver, HERE / "no_gpu.c"], check=True)
-    cases = report("inductor_graph", LD_PRELOAD=str(driver), LD_LIBRARY_PATH=str(tmp_path))
+    cases = report("inductor_graph")
     whole = cases["124M"]
     assert 0 < whole["kernels"] <= 120
     assert 1e9 < whole["bytes"] <= 3e9
