@@ -74,10 +74,10 @@ def _start(
 
 def _specialization(arg: Any) -> Any:
     """At least what Triton compiles another kernel for: see its documentation of `triton.jit`."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
     if type(arg) is int:
         return arg == 1, arg % 16 == 0, arg.bit_length() >> 5
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
     return type(arg)  # a float is fp32, whatever it is
 
 
