@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgpt import reference
-from fastgpt.implementations import native
+from fastgpt.implementations import native, sdpa
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, randn
 
 pytestmark = pytest.mark.skipif(
@@ -89,6 +89,18 @@ def test_the_future_never_leaks_and_nan_is_not_swallowed(dtype):
     poisoned, _ = native.attention(qkv, 2, 0.0)
     assert torch.equal(poisoned[:, :33], clean[:, :33])
     assert poisoned[:, 33:].isnan().all()
+
+
+def test_where_there_is_no_compiler():
+    """SDPA's backward takes short bf16 in fp32."""
+    qkv, dy = randn(2, 40, 96, dtype=torch.bfloat16), randn(2, 40, 32, dtype=torch.bfloat16)
+    y, state = sdpa.cpu.packed_forward(qkv, 2, 0.0)
+    found = sdpa.cpu.packed_backward(dy, qkv, y, state, 2, 0.0)
+    exact = qkv.double().requires_grad_()
+    reference.packed_causal_attention(exact, 2).backward(dy.double())
+    assert found.dtype == torch.bfloat16
+    top = exact.grad.abs().max()
+    assert (found.double() - exact.grad).abs().max() < 2 * torch.finfo(found.dtype).eps * top
 
 
 def test_threads_change_no_bit():
