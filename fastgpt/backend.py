@@ -267,7 +267,7 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
         name = OPS[op].on_cpu if tensor.device.type == "cpu" else "torch"
         reasons = {
             "torch": _needs_cuda(tensor),
-            "aten": "PyTorch's ops under fastgpt's backward",
+            "aten": "PyTorch's ops, and C, under fastgpt's backward",
             "native": "loops in C at the rate of memory",
         }
         return name, reasons[name]

@@ -1,7 +1,8 @@
 """What a kernel file needs around its kernels: where they run, how they start, how torch sees them.
 
-`launch` is the one place a kernel starts. It runs on its tensors' device, not the current one; and
-inside `record` it starts nothing, but notes what would have been launched, which is how `fastgpt
+`launch` is the one place a kernel starts. It runs on its tensors' device, not the current one, and
+past the first time without the Python that Triton puts in front of every launch; inside `record` it
+starts nothing, but notes what would have been launched, which is how `fastgpt
 inspect` compiles exactly the kernels that the launchers launch, ahead of time and without a GPU.
 """
 
@@ -39,8 +40,45 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, options, grid))
         return
-    with torch.cuda.device_of(args[0]):
-        kernel[(grid,)](*args, **options)
+    index = args[0].get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        _start(index, kernel, grid, args, options)
+        return
+    with torch.cuda.device(index):
+        _start(index, kernel, grid, args, options)
+
+
+# what a launch was specialized for -> the compiled kernel and its constants, which are its last
+# parameters; None where Triton must be asked again
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]] | None] = {}
+
+
+def _start(
+    index: int, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    key = (id(kernel), index, *options.items(), *map(_specialization, args))
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, constants = found
+        try:
+            compiled[grid, 1, 1](*args, *constants)
+            return
+        except TypeError:  # Triton 3.2's launchers take no constants, and say so before they launch
+            _compiled[key] = None
+    compiled = kernel[(grid,)](*args, **options)
+    if key not in _compiled:
+        rest = getattr(kernel, "arg_names", ())[len(args) :]
+        known = compiled is not None and all(name in options for name in rest)
+        _compiled[key] = (compiled, tuple(options[name] for name in rest)) if known else None
+
+
+def _specialization(arg: Any) -> Any:
+    """At least what Triton compiles another kernel for: see its documentation of `triton.jit`."""
+    if type(arg) is int:
+        return arg == 1, arg % 16 == 0, arg.bit_length() >> 5
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    return type(arg)  # a float is fp32, whatever it is
 
 
 @contextmanager

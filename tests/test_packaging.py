@@ -26,8 +26,9 @@ FILES = sorted(
 LAYERS = """
     storage
     reference kernels._tuned kernels._autograd timing init devices data weights
-    implementations.interception
+    implementations.interception implementations.compiled
     checks implementations.sdpa implementations.flash_attn implementations.aten
+    implementations.native
     linear_cross_entropy [kernels]
     backend
     ops optim

@@ -8,12 +8,6 @@ activations, fp32, bf16 or int8 weights, and fp32 or bf16 caches, contiguous.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +16,9 @@ from torch import Tensor
 
 from fastgpt.decoding import eager
 from fastgpt.decoding.eager import Norm, Weight
+from fastgpt.implementations.compiled import library
 
 _SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _CACHES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _WEIGHTS = _CACHES | {torch.int8: "int8"}
 MAX_ROWS = 8
@@ -62,7 +56,7 @@ def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> st
         return f"{rows} rows are more than {MAX_ROWS}: a GEMM reuses the weights better"
     if like.device.type != "cpu" or like.dtype not in _CACHES:
         return f"{like.dtype} on {like.device.type} is neither float32 nor bfloat16 on a CPU"
-    made = library()
+    made = library(_SOURCE)
     return made if isinstance(made, str) else None
 
 
@@ -73,46 +67,8 @@ def _address(t: Tensor | None) -> int | None:
 @functools.cache
 def _functions(name: str) -> dict[torch.dtype, Any]:
     pointers, sizes, words = (8, 4, _WEIGHTS) if name == "linear" else (5, 6, _CACHES)
-    found = {dtype: getattr(library(), f"{name}_{word}") for dtype, word in words.items()}
+    found = {dtype: getattr(library(_SOURCE), f"{name}_{word}") for dtype, word in words.items()}
     for function in found.values():
         function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * sizes
         function.restype = None
     return found
-
-
-@functools.cache
-def library() -> ctypes.CDLL | str:
-    """native.c compiled for this CPU, kept in the user's cache; or why there is none."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
-        return "there is no C compiler (cc, gcc, clang) and $CC names none"
-    made_of = (_SOURCE.read_bytes(), compiler, *_FLAGS, platform.machine(), _cpu())
-    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastgpt"
-    path /= f"native-{key}.so"
-    try:
-        if not path.exists():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"compiling {_SOURCE.name} failed: {getattr(error, 'stderr', None) or error}"
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """Under another name first: several processes may be at it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(made, path)
-
-
-def _cpu() -> str:
-    """What -march=native looks at: a home folder may be on several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = ("model name", "flags", "Features")
-    return "".join(next((line for line in lines if line.startswith(name)), "") for name in names)

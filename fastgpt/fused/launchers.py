@@ -1,4 +1,5 @@
-"""What the fused units are made of: our kernels around cuBLAS on CUDA, PyTorch's ops on a CPU.
+"""What the fused units are made of: our kernels around cuBLAS on CUDA; on a CPU PyTorch's ops, and
+attention and GELU in C where there is a compiler.
 
 A launcher is a function on tensors without autograd; the units (block.py, embedding.py,
 linear_cross_entropy.py) own the backward. Both sets take the same arguments and give the same
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastgpt import backend
 from fastgpt.implementations import aten as on_aten
-from fastgpt.implementations import sdpa
+from fastgpt.implementations import native, sdpa
 from fastgpt.implementations.sdpa import State
 from fastgpt.linear_cross_entropy import InPlace, Loss, LossBackward
 
@@ -30,7 +31,7 @@ NormBackward = Callable[
     [Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, bool, torch.dtype],
     tuple[Tensor, Tensor, Tensor, Tensor | None],
 ]
-# x, w, b, tanh -> h = x @ w.T + b; gelu(h)
+# x, w, b, tanh -> h = x @ w.T + b, or what else gelu_dgrad takes for h; gelu(h)
 LinearGelu = Callable[[Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
 # dy, w, h, tanh, with_bias, with_output -> dh = gelu'(h) * (dy @ w); gelu(h); db
 GeluDgrad = Callable[
@@ -108,7 +109,7 @@ def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
     on_aten.keep_freed_memory()
     attention = sdpa.choice(qkv, n_head, dropout_p)
     assert attention is not None  # as _aten_unsupported found
-    return Launchers(
+    made = Launchers(
         norm=on_aten.norm,
         add_norm=on_aten.add_norm,
         norm_backward=on_aten.norm_backward,
@@ -120,6 +121,18 @@ def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
         cross_entropy_=on_aten.cross_entropy_,
         keeps_gelu=True,
     )
+    return made if native.unsupported(qkv, dropout_p) else _in_c(made)
+
+
+def _in_c(made: Launchers) -> Launchers:
+    """The same with native.c for what nobody wants from PyTorch."""
+    if backend.asked_for(_ATTENTION) is None:
+        made = made._replace(
+            attention=native.attention, attention_backward=native.attention_backward
+        )
+    if backend.asked_for("mlp") is None:
+        made = made._replace(linear_gelu=native.linear_gelu, gelu_dgrad=native.gelu_dgrad)
+    return made
 
 
 def _kernels_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float) -> str | None:

@@ -137,10 +137,15 @@ def gelu_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, wi
 def cross_entropy_(
     logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | float
 ) -> Tensor:
-    """logits (M, V) become factor * dlosses/dlogits, 0 in ignored rows -> losses (M,) fp32.
+    """logits (M, V) become factor * dlosses/dlogits, 0 in ignored rows -> losses (M,) fp32."""
+    return _cross_entropy_into(logits, logits, targets, ignore_index, factor)
 
-    In strips of rows that stay in the cache. The loss is (max - picked) - log max(p), which is as
-    exact as logsumexp and needs no second pass over the exponentials.
+
+def _cross_entropy_into(
+    dlogits: Tensor, logits: Tensor, targets: Tensor, ignore_index: int, factor: Tensor | float
+) -> Tensor:
+    """In strips of rows that stay in the cache. The loss is (max - picked) - log max(p), which is
+    as exact as logsumexp and needs no second pass over the exponentials.
     """
     keep_freed_memory()
     counted = (targets != ignore_index)[:, None]
@@ -150,10 +155,10 @@ def cross_entropy_(
     rows = max(1, STRIP // logits.shape[1])
     for start in range(0, logits.shape[0], rows):
         part = slice(start, start + rows)
-        strip, ids_here = logits[part], ids[part]
-        p = strip.float()
-        top, picked = p.amax(-1, keepdim=True), _picked(p, ids_here)
-        torch.softmax(p, -1, out=p)
+        x, strip, ids_here = logits[part].float(), dlogits[part], ids[part]
+        p = strip if strip.dtype == torch.float32 else x
+        top, picked = x.amax(-1, keepdim=True), _picked(x, ids_here)
+        torch.softmax(x, -1, out=p)
         losses[part] = top - picked - p.amax(-1, keepdim=True).log()
         p.scatter_add_(1, ids_here, torch.full_like(picked, -1.0))
         p *= factors[part]
@@ -163,10 +168,10 @@ def cross_entropy_(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient is made with the loss, while the logits are in the cache, in a copy of them.
+    """The gradient is made with the loss, while the logits are in the cache.
 
-    fp16 would flush most of it to zero before the loss scale arrives: there the copy is larger by
-    a power of two, so that scaling it down rounds no second time where dloss is one too.
+    fp16 would flush most of it to zero before the loss scale arrives: there it is larger by a
+    power of two, so that scaling it down rounds no second time where dloss is one too.
     """
 
     @staticmethod
@@ -174,8 +179,8 @@ class _CrossEntropy(torch.autograd.Function):
         count = (targets != ignore_index).sum()
         n = max(count.item(), 1)
         ctx.unit = 2.0 ** (14 + math.floor(math.log2(n))) if logits.dtype == torch.float16 else 1.0
-        dlogits = logits.clone(memory_format=torch.contiguous_format)
-        losses = cross_entropy_(dlogits, targets, ignore_index, ctx.unit / n)
+        dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        losses = _cross_entropy_into(dlogits, logits, targets, ignore_index, ctx.unit / n)
         ctx.save_for_backward(dlogits)
         return losses.sum() / count
 
@@ -186,7 +191,7 @@ class _CrossEntropy(torch.autograd.Function):
         scale = dloss / ctx.unit
         if scale != 1:
             return scaled(dlogits, scale, dlogits.dtype), None, None
-        # as after loss.backward(): the copy is the gradient, and the caller's, who may write to it;
+        # as after loss.backward(): what was made is the caller's, who may write to it;
         # unless the graph is kept for another backward
         return dlogits.clone() if graph_is_kept() else dlogits, None, None
 

@@ -304,7 +304,7 @@ def test_a_tensor_is_read_again_in_whole_passes():
     looked_up = ir.Site(0, 2, 1, (), False)
     sites = (looked_up, blocks, rest, blocks, rest, blocks._replace(stores=True))
     found = ir.read(TTIR)._replace(sites=sites)
-    code = machine_code.Code(found, machine_code.instructions(SASS), frozenset(), 8, 0)
+    code = machine_code.Code(found, sass.instructions(SASS), frozenset(), 8, 0)
     row = 2 * 1044  # bytes: four blocks, 20 elements, and 44 masked lanes
     made = machine_code.counted("k", "loss", code, 3, 1, [None, None, 1024], [3 * row, 0, 0])
     assert made.again == 3 * row

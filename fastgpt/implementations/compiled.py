@@ -1,0 +1,54 @@
+"""C compiled for this CPU at first use by the machine's own compiler: optional wherever it is used.
+
+Kept in the user's cache, under a name that says what it was made of.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from fastgpt.devices import cpu_info
+
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL | str:
+    """A C file as a library, or why there is none."""
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
+    if compiler is None:
+        return "there is no C compiler (cc, gcc, clang) and $CC names none"
+    made_of = (source.read_bytes(), compiler, *_FLAGS, platform.machine(), _cpu())
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastgpt"
+    path /= f"{source.stem}-{key}.so"
+    try:
+        if not path.exists():
+            _compile(source, compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"compiling {source.name} failed: {getattr(error, 'stderr', None) or error}"
+
+
+def _compile(source: Path, compiler: str, path: Path) -> None:
+    """Under another name first: several processes may be at it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [*compiler.split(), *_FLAGS, str(source), "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, path)
+
+
+def _cpu() -> str:
+    """What -march=native looks at: a home folder may be on several machines."""
+    names = ("model name", "flags", "Features")
+    lines = cpu_info().splitlines()
+    said = (next((line for line in lines if line.startswith(name)), "") for name in names)
+    return "".join(said) or platform.processor()
