@@ -22,8 +22,11 @@ FAST = tests/test_packaging.py tests/docs/test_workflow.py tests/commands/test_d
 test-fast: $(VENV) ## in under a minute, for while you work
 	$(PYTHON) -m pytest $(PARALLEL) $(FAST)
 
-test-deep: $(VENV) ## with the slowest: every inspection, 20 times the drawn cases, 200 training steps
-	FASTGPT_DEEP=1 $(PYTHON) -m pytest $(PARALLEL)
+test-slow: $(VENV) ## what `make test` leaves to CI: every page's commands, kernels of every GPU
+	$(PYTHON) -m pytest $(PARALLEL) -m slow
+
+test-deep: $(VENV) ## both, with 20 times the drawn cases, 200 training steps, a GPU session rehearsed
+	FASTGPT_DEEP=1 $(PYTHON) -m pytest $(PARALLEL) -m ''
 
 test-gpu: $(VENV) ## on a CUDA device, 8 minutes at most: kernels compiled, and what a CPU can't show
 	$(PYTHON) -m tests.gpu
@@ -69,4 +72,4 @@ profile: $(VENV) ## where a training step's time goes, against the roofline; ARG
 	.venv/bin/pip install -c constraints.txt -e '.[dev,data,hf]'
 	touch $@
 
-.PHONY: help demo test test-fast test-deep test-gpu gpu test-versions equivalence lint bench bench-ops bench-compare bench-report profile
+.PHONY: help demo test test-fast test-slow test-deep test-gpu gpu test-versions equivalence lint bench bench-ops bench-compare bench-report profile

@@ -13,15 +13,15 @@ def patch_once() -> None:
     """Where a jitted function calls another, the interpreter goes through triton.language again, to
     put its own functions in the place of each: 5 ms a call. Only the launch needs to do that.
     """
-    scope = getattr(interpreter, "_LangPatchScope", None)
-    if scope is None:  # an older interpreter, or none
+    if interpreter is None:
         return
     patch = interpreter._patch_lang
+    nothing_to_restore = getattr(interpreter, "_LangPatchScope", lambda: None)
 
     def unless_patched(function: Any) -> Any:
         modules = [m for m in function.__globals__.values() if m is tl or m is tl.core]
         if modules and not any(tl.core.is_builtin(m.load) for m in modules):
-            return scope()
+            return nothing_to_restore()
         return patch(function)
 
     interpreter._patch_lang = unless_patched

@@ -64,7 +64,7 @@ def tested(name: str, pair: Pair, pytest_args: list[str]) -> tuple[bool, str]:
     code = "import sys, torch, triton; print('Python', sys.version.split()[0], 'torch',"
     code += "torch.__version__, 'triton', triton.__version__)"
     versions = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
-    command = [python, "-m", "pytest", "-v", "-rs", *pytest_args]
+    command = [python, "-m", "pytest", "-n", "auto", "-m", "", "-rs", *pytest_args]
     with log.open("a") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     summary = log.read_text().rstrip().rsplit("\n", 1)[-1].strip("= ")

@@ -30,6 +30,7 @@ _ATTENTION = {
     "SDPA efficient": r"scaled_dot_product_efficient|fmha_cutlass",
     "SDPA math": r"scaled_dot_product_attention_math",
     "fastgpt kernel": r"^_dkdv_kernel",  # of kernels/attention_backward.py
+    "fastgpt C": r"^native_attention",  # of fastgpt/implementations/native.c
 }
 
 

@@ -85,11 +85,10 @@ class Progress:
             logged[-1]["mfu"] = used
         self.log(logged)
         if not self.quiet:
-            share = "n/a" if math.isnan(used) else f"{used:.1%}"
-            peak = readable(peak_memory(self.device))
+            share = "" if math.isnan(used) else f"  MFU {used:.1%}"
             self._write(
-                f"step {last.number:,}  loss {losses[-1]:.4f}  ETA {clock(eta)}  "
-                f"{rate:,.0f} tok/s  lr {last.lr:.2e}  MFU {share}  peak {peak}",
+                f"step {last.number:,}  loss {losses[-1]:.4f}  ETA {clock(eta)}  {thousands(rate)} "
+                f"tok/s  lr {last.lr:.1e}{share}  {readable(peak_memory(self.device))}",
                 fraction,
             )
 
@@ -134,6 +133,10 @@ def clock(seconds: float) -> str:
         return "-:--:--"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def thousands(rate: float) -> str:
+    return f"{rate / 1000:,.1f}k" if rate >= 10_000 else f"{rate:,.0f}"
 
 
 def peak_memory(device: torch.device) -> int:

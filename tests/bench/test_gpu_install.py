@@ -153,6 +153,7 @@ def test_a_tar_that_reaches_out_is_refused(tmp_path):
             list(store.members(tmp_path / "t"))
 
 
+@pytest.mark.slow
 def test_records_tables_and_docs_are_put_in_their_places(tree, tmp_path):
     short = train(date="2026-12-01T11:00:00+00:00")
     short["rows"] = short["rows"][:1] + [{"variant": "fastgpt", "problem": "cut off"}]

@@ -92,6 +92,7 @@ def test_rehearsal_of_everything(tmp_path):
     assert set(_ended(store.read(tmp_path / store.STATE)).values()) == {"done"}, done.stdout
 
 
+@pytest.mark.slow
 def test_rehearsal_and_then_more_of_it(tmp_path):
     """The real preflight and real stages, at toy sizes; the second call keeps the first's."""
     command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--out", str(tmp_path), "--only"]

@@ -116,6 +116,7 @@ def pytest_benchmark(folder: Path, *args: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_times_calls_saves_and_compares_them(tmp_path):
     pytest.importorskip("pytest_benchmark")
     only = ("-k", "test_op[layer_norm-forward", "--rounds=5")

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="what is predicted are its kernels")
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_launches_and_bytes():
     """Of 124M: at most 62 launches, and within a tenth of the weights and the cache."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -45,7 +45,6 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
 }
 TMA = {name for name in KERNELS if name.startswith("gemm_tma.")}  # sm_90 on, 16-bit operands
 NEW = [arch for arch in ("sm_100",) if arch in compilable()]  # none for Triton 3.2
-DEEP = os.environ.get("FASTGPT_DEEP") == "1"  # `make test-deep`: every dtype, and other GPUs
 
 
 def inspect(*args: str, root: Path = ROOT) -> list[dict]:
@@ -57,25 +56,24 @@ def inspect(*args: str, root: Path = ROOT) -> list[dict]:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def hopper():
-    fewer = [] if DEEP else ["--dtype", "bfloat16", "--dtype", "tf32"]
-    return inspect("--arch", "sm_90", *fewer)
+EVERYWHERE = pytest.param("every dtype and GPU", marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def others():
-    """None but in a deep test. sm_80 gets sm_89's instructions and has more shared memory: there a
-    sample will do.
-    """
-    if not DEEP:
-        return []
+@pytest.fixture(scope="module", params=["bf16 on sm_90", EVERYWHERE])
+def compiled(request):
+    """Every kernel. Of sm_80, which gets sm_89's instructions and has more shared memory, some."""
     bf16 = "--dtype", "bfloat16"
-    sample = inspect("--arch", "sm_80", *bf16, "--kernel", "gemm")
-    return sample + inspect("--arch", "sm_89", *(f"--arch={arch}" for arch in NEW), *bf16)
+    if request.param == "bf16 on sm_90":
+        return inspect("--arch", "sm_90", *bf16)
+    everywhere = inspect("--arch", "sm_90") + inspect("--arch", "sm_80", *bf16, "--kernel", "gemm")
+    return everywhere + inspect("--arch", "sm_89", *(f"--arch={arch}" for arch in NEW), *bf16)
 
 
-def test_every_kernel_is_compiled(hopper, others):
+def on_hopper(compiled):
+    return [row for row in compiled if row["arch"] == "sm_90"]
+
+
+def test_every_kernel_is_compiled(compiled):
     """The list above is complete: it is every @triton.jit function that ends in _kernel."""
     sources = {
         f"{path.stem}.{line.split('(')[0].removeprefix('def _')}"
@@ -84,13 +82,13 @@ def test_every_kernel_is_compiled(hopper, others):
         if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
     }
     assert sources == set(KERNELS)
-    for arch in ("sm_89", "sm_90", *NEW) if DEEP else ("sm_90",):
+    for arch in {row["arch"] for row in compiled} - {"sm_80"}:
         expected = set(KERNELS) - (TMA if arch == "sm_89" or not DESCRIPTORS else set())
-        assert {row["kernel"] for row in hopper + others if row["arch"] == arch} == expected
+        assert {row["kernel"] for row in compiled if row["arch"] == arch} == expected
 
 
-def test_shared_memory_fits(hopper, others):
-    for row in hopper + others:
+def test_shared_memory_fits(compiled):
+    for row in compiled:
         limit = SHARED_LIMITS[int(row["arch"].removeprefix("sm_"))]
         assert row["shared_bytes"] <= limit, row
 
@@ -105,18 +103,20 @@ def may_spill(row: dict) -> bool:
     return with_dropout and triton.__version__.startswith("3.6.") and row["spills"] < 10
 
 
-def test_hopper_code_does_not_spill(hopper):
-    assert [row for row in hopper if row["spills"] and not may_spill(row)] == []
+def test_hopper_code_does_not_spill(compiled):
+    assert [row for row in on_hopper(compiled) if row["spills"] and not may_spill(row)] == []
 
 
-def test_tf32_runs_on_tensor_cores(hopper):
-    rows = [row for row in hopper if row["config"].get("PRECISION") == "tf32"]
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["every dtype and GPU"], indirect=True)
+def test_tf32_runs_on_tensor_cores(compiled):
+    rows = [row for row in on_hopper(compiled) if row["config"].get("PRECISION") == "tf32"]
     assert {row["kernel"] for row in rows} == {n for n, dots in KERNELS.items() if dots} - TMA
     assert all(row["tensor_core"] in ("mma", "wgmma") for row in rows)
 
 
-def test_offsets_hold_more_than_32_bits(hopper, others):
-    assert [row for row in hopper + others if row["narrow_offsets"]] == []
+def test_offsets_hold_more_than_32_bits(compiled):
+    assert [row for row in compiled if row["narrow_offsets"]] == []
 
 
 def test_an_offset_of_32_bits_is_noticed(tmp_path):
@@ -134,9 +134,9 @@ def test_an_offset_of_32_bits_is_noticed(tmp_path):
     assert all(row["narrow_offsets"] for row in rows)
 
 
-def test_matrix_products_run_on_tensor_cores(hopper, others):
+def test_matrix_products_run_on_tensor_cores(compiled):
     """In 16 bits; fp32 is IEEE by default and stays off them."""
-    for row in hopper + others:
+    for row in compiled:
         if not KERNELS[row["kernel"]] or row["config"]["dtypes"].startswith("fp32"):
             continue
         if row["arch"] != "sm_90":

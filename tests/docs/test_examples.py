@@ -22,6 +22,7 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SHOWN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_it_runs(name, tmp_path):
     package, said = SHOWN[name]

@@ -221,44 +221,48 @@ def test_auto_on_a_cpu_is_pytorch(op):
     assert launches == []
 
 
-@pytest.fixture
-def devices_entered(monkeypatch) -> list[Tensor]:
-    """The tensors whose device was made the current one; the last is None outside of that."""
-    entered: list[Any] = []
-    device_of = torch.cuda.device_of
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_kernel_starts_on_the_device_of_its_first_tensor(monkeypatch, index):
+    entered, started = [], []
 
     @contextmanager
-    def recorded(t):
-        with device_of(t):
-            entered.append(t)
-            yield
-            entered.append(None)
+    def device(index):
+        entered.append(index)
+        yield
+        entered.append(None)
 
-    monkeypatch.setattr(torch.cuda, "device_of", recorded)
-    return entered
-
-
-def test_a_kernel_starts_on_the_device_of_its_first_tensor(devices_entered):
-    started = []
+    class On(Tensor):
+        def get_device(self):
+            return index
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda *args, **options: started.append((devices_entered[-1], grid, args))
+            return lambda *args, **options: started.append((entered[-1:], grid, args))
 
-    x, y = torch.ones(2, device=DEVICE), torch.ones(3, device=DEVICE)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    x, y = torch.ones(2).as_subclass(On), torch.ones(3)
     _launch.launch(Kernel(), 7, x, y, BLOCK=8)
-    assert len(started) == 1 and started[0][0] is x and started[0][1] == (7,)
+    ((where, grid, args),) = started
+    assert args[0] is x and grid == (7,)
+    assert where == ([index] if index else [])  # the current device is entered by nobody
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_every_kernel_starts_that_way(op, devices_entered):
+def test_every_kernel_starts_that_way(op, monkeypatch):
     torch.manual_seed(0)
+    start, started = _launch._start, []
+
+    def noted(index, kernel, grid, args, options):
+        started.append(args[0])
+        start(index, kernel, grid, args, options)
+
+    monkeypatch.setattr(_launch, "_start", noted)
     with use_backend("triton"):
         CALLS[op]().sum().backward()
-        entered = [t for t in devices_entered if t is not None]
         with _launch.record() as launches:
             CALLS[op]().sum().backward()
-    assert len(entered) == len(launches) > 0 and all(isinstance(t, Tensor) for t in entered)
+    assert len(started) == len(launches) > 0 and all(isinstance(t, Tensor) for t in started)
 
 
 def small_gpt(**changes) -> GPT:

@@ -50,6 +50,7 @@ def test_any_number_of_processes_trains_the_same_model(folder, processes):
     assert said.count("number of parameters") == 1  # one process prints
 
 
+@pytest.mark.slow
 def test_resumes_on_another_number_of_processes(folder):
     out = folder / "resumed"
     shorter = ("--grad-accum", 6, "--eval-every", 4, "--steps", 4, "--lr-decay-steps", 8)
@@ -173,6 +174,7 @@ def test_a_lost_process_is_named_and_costs_nothing(folder):
     assert len(losses(out)) >= step  # one a step, and those of the validation at step 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 def test_torchruns_restart_goes_on_where_the_lost_run_was(folder):
     out = folder / "elastic"
