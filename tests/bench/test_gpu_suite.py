@@ -21,6 +21,7 @@ def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_collects_with_torch_triton_and_pytest_only():
     files = [HUGE, RACES, *SHARED, *(f"tests/{name}.py" for name in KERNELS)]
     code = f"import sys, pytest; sys.modules.update(dict.fromkeys({OPTIONAL}))\n"
@@ -30,6 +31,7 @@ def test_collects_with_torch_triton_and_pytest_only():
     assert all(f"{name}::" in done.stdout for name in files)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="this machine has a GPU")
 def test_without_a_gpu_nothing_passes():
     whole = run("-m", "tests.gpu", FASTGPT_REHEARSAL="0")
@@ -63,6 +65,7 @@ def test_layer_norm(i):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="a rehearsal")
 def test_a_crash_or_a_hang_costs_one_test(tmp_path, monkeypatch, capfd):
     """The first run finds them all; with --resume nothing is run again."""

@@ -136,6 +136,7 @@ def test_pytest_benchmark_times_calls_saves_and_compares_them(tmp_path):
     assert second.returncode != 0 and "Performance has regressed" in second.stdout + second.stderr
 
 
+@pytest.mark.slow
 def test_pytest_benchmark_fails_what_computes_something_else(tmp_path):
     pytest.importorskip("pytest_benchmark")
     wrong = tmp_path / "wrong.py"

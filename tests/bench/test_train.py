@@ -177,6 +177,7 @@ def test_a_wrong_loss_flags_the_time(tmp_path, monkeypatch, capsys, wrong, why):
     assert f"(!) hf: {flagged['flag']}" in said
 
 
+@pytest.mark.slow
 def test_absent_peers_say_so_and_the_rest_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     eager, nanogpt, liger, hf, ours = bench(tmp_path, "eager nanogpt liger hf fastgpt")["rows"]
@@ -208,6 +209,7 @@ def test_the_estimate_of_parameters():
     assert memory_budget.parameters(config) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_two_passes_where_the_variants_do_not_fit_together(tmp_path, monkeypatch):
     in_turns = bench(tmp_path / "a", "eager fastgpt")
     monkeypatch.setattr(memory_budget, "all_at_once", lambda *_: False)
@@ -225,6 +227,7 @@ def test_two_passes_where_the_variants_do_not_fit_together(tmp_path, monkeypatch
         assert alone["loss_gap"] < 1e-3
 
 
+@pytest.mark.slow
 def test_without_memory_for_all_it_starts_again_one_at_a_time(tmp_path, monkeypatch):
     """The estimate was too low, and one that fits alone ran out of memory among the others."""
     build, alive = training_variant.Variant.build, []
@@ -286,6 +289,7 @@ def test_a_folder_that_is_no_checkout(tmp_path, monkeypatch, capsys, content):
     assert f"NANOGPT_DIR={tmp_path} is not a checkout of nanoGPT" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_peak_memory_in_processes_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     variants = ("--variants", "eager", "nanogpt", "fastgpt-nologits")

@@ -119,6 +119,7 @@ def test_offsets_hold_more_than_32_bits(compiled):
     assert [row for row in compiled if row["narrow_offsets"]] == []
 
 
+@pytest.mark.slow
 def test_an_offset_of_32_bits_is_noticed(tmp_path):
     """In a copy of the kernels whose rows and program ids are never widened."""
     shutil.copytree(ROOT / "fastgpt", tmp_path / "fastgpt", symlinks=True)

@@ -104,8 +104,19 @@ def changed_after(change: Callable[[GPT], Any]) -> tuple[list[Tensor], list[Tens
     return before, step(compiled, model), model, compiled
 
 
+def dynamo_sees_another_class() -> bool:
+    """PyTorch 2.11's goes on with the graph of the module's former class."""
+    module = nn.GELU()
+    compiled, x = torch.compile(lambda x: module(x), backend="eager"), torch.ones(3)
+    compiled(x)
+    module.__class__ = _Relu
+    return torch.equal(compiled(x), F.relu(x))
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_after_compiling(name):
+    if name == "class" and not dynamo_sees_another_class():
+        pytest.skip("this PyTorch compiles no second graph for another class, whatever the model")
     with use_backend("triton"):
         before, after, model, _ = changed_after(CHANGES[name])
     with use_backend("torch"):

@@ -181,7 +181,14 @@ def test_step_is_nanogpts_loop(dtype, count):
 
 @pytest.mark.parametrize("mode", ["auto", "triton"])
 @pytest.mark.parametrize("returned", [True, False], ids=["logits", "no logits"])
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "default",
+    [
+        torch.float64,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16)),
+    ],
+    ids=str,
+)
 def test_the_default_dtype_changes_nothing(mode, returned, default):
     results = []
     for dtype in (torch.float32, default):

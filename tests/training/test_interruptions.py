@@ -25,7 +25,12 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    "number, code",
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_at_once(data, tmp_path, number, code):
     process = start("--data", data, "--out", tmp_path, *ENDLESS)
@@ -76,6 +81,7 @@ def test_two_in_a_validation_lose_nothing(data, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["iter_num"] == 4
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_in_words(data, tmp_path, capsys):
     process = start("--data", data, "--out", tmp_path, *ENDLESS)
     wait_for(process, "step 1 ")
@@ -112,6 +118,7 @@ def test_an_unusable_out_is_found_before_training(data, tmp_path, capsys, monkey
     assert message in said.err and str(out) in said.err and "step" not in said.out
 
 
+@pytest.mark.slow
 def test_data_shortened_meanwhile_is_an_error(tmp_path):
     data = prepared(tmp_path / "data")
     process = start("--data", data, "--out", tmp_path / "out", *ENDLESS)

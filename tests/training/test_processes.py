@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_processes_trains_the_same_model(folder, processes):
     out = folder / f"of-{processes}"
     said = finished(start("--data", folder / "data", "--out", out, *SETTINGS, processes=processes))
@@ -60,6 +60,7 @@ def test_resumes_on_another_number_of_processes(folder):
     finished(start("--out", out, "--resume", "--steps", 9))
 
 
+@pytest.mark.slow
 def test_a_number_that_does_not_divide_grad_accum_is_refused(folder):
     process = start("--data", folder / "data", "--out", folder / "odd", *SETTINGS, processes=4)
     said, _ = process.communicate(timeout=100)
@@ -68,6 +69,7 @@ def test_a_number_that_does_not_divide_grad_accum_is_refused(folder):
     assert said.count("cannot be shared evenly") == 1 and "--grad-accum 8" in said
 
 
+@pytest.mark.slow
 @needs_fsdp_on_cpus
 def test_sharded_trains_the_same_model_resumes_and_becomes_one_file(folder, capsys):
     out = folder / "sharded"
