@@ -279,8 +279,10 @@ def attend_project(
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
     (R, H, P, D), N = o.shape, values.shape[0]
     block_k = min(power_of_2(H * D), max(64, 1024 // power_of_2(R)))
+    # 4 warps would hold 16 chunks' loads in more registers than there are
     launch(_project_kernel, cdiv(N, 4), o, sums, tops, values, scales, bias, out, R, N, H,
-           D=D, P=P, BLOCK_M=power_of_2(R), BLOCK_N=4, BLOCK_K=block_k, num_warps=4)  # fmt: skip
+           D=D, P=P, BLOCK_M=power_of_2(R), BLOCK_N=4, BLOCK_K=block_k,
+           num_warps=8 if P > 8 else 4)  # fmt: skip
 
 
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
