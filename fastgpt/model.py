@@ -8,7 +8,6 @@ that. The modules here are what runs otherwise, and what a fork changes.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -115,7 +114,7 @@ class GPTConfig:
 class GPT(nn.Module):
     transformer: Any  # a ModuleDict of wte, wpe, drop, h and ln_f
     # parameter -> its values in the matmuls' dtype, where somebody keeps them: TrainStep, in a step
-    matmul_copies: Mapping[Tensor, Tensor] = MappingProxyType({})
+    matmul_copies: Mapping[Tensor, Tensor] | None = None
     overlaps = False  # weight gradients on a second stream: TrainStep's `overlap`, in a step
 
     def __init__(self, config: GPTConfig):
@@ -165,7 +164,7 @@ class GPT(nn.Module):
         if targets is None:
             checks.check_last_position(idx)
         if fused := fused_model(self, idx):
-            return fused(idx, targets)
+            return fused.forward(idx, targets)
 
         pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
         tok_emb = self.transformer.wte(idx)  # (B, T, C)

@@ -170,7 +170,8 @@ def _fit(weights: Weights, C: int) -> bool:
     hidden = weights.fc.shape[0] if weights.fc is not None else 0
     outputs = (C, 3 * C, C, C, hidden, C)  # of ln_1, qkv, attn_proj, ln_2, fc, mlp_proj
     inputs = (None, C, C, None, C, hidden)
-    pairs = zip(weights[::2], weights[1::2], outputs, inputs, strict=True)
+    flat = list(weights)  # PyTorch 2.6's Dynamo takes no slices of a NamedTuple
+    pairs = zip(flat[::2], flat[1::2], outputs, inputs, strict=True)
     return all(
         weight is not None
         and weight.shape == ((n,) if k is None else (n, k))

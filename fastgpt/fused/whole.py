@@ -46,7 +46,7 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     if torch.compiler.is_compiling() and _recomputes(model):
         return None  # up to PyTorch 2.11 checkpointing keeps what an autograd.Function saves
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
-    if not idx.numel() or not calls_untouched():
+    if idx.numel() == 0 or not calls_untouched():
         return None
     if weight is None or not plain(weight) or weight.dim() != 2 or weight.shape[1] % cfg.n_head:
         return None
@@ -77,7 +77,7 @@ class FusedModel(NamedTuple):
     weight: Tensor  # the head's: a unit's tensors must have its dtype, device and width
     dtype: torch.dtype  # of the matmuls
 
-    def __call__(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What GPT.forward returns."""
         parts = self.model.transformer
         again = _recomputes(self.model)
@@ -157,7 +157,8 @@ class FusedModel(NamedTuple):
     def _low(self, p: Tensor) -> Tensor:
         """A parameter in the matmuls' dtype, outside autograd: TrainStep's copy, or a cast."""
         copies = self.model.matmul_copies
-        return copies[p] if p in copies else p.detach().to(self.dtype)
+        copy = None if copies is None else copies.get(p)
+        return p.detach().to(self.dtype) if copy is None else copy
 
 
 def _recomputes(model: Any) -> bool:
