@@ -37,6 +37,15 @@ def test_add_layer_norm(M, N, bias, dtype):
     )
 
 
+def test_the_sum_is_normalised_as_it_is_returned():
+    """Rounded: the backward has nothing else to go by."""
+    delta, residual = (randn(5, 97, dtype=torch.float16) for _ in range(2))
+    w, b = weights(97, True, torch.float16)
+    with use_backend("triton"):
+        y, s = ops.add_layer_norm(delta, residual, w, b)
+        assert torch.equal(y, ops.layer_norm(s, w, b))
+
+
 def test_rows_of_one_element(dtype):
     """Normalised it is 0, and so is its gradient but for a rounding of dy * w, which a fused
     multiply-add leaves out on one side of a difference, times rstd.
