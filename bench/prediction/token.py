@@ -12,6 +12,7 @@ from bench.prediction.model import Gpu
 from fastgpt import GPT, GPTConfig
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.parameters import in_dtype, parameters
+from fastgpt.weights import count_parameters
 
 DTYPE = torch.bfloat16
 
@@ -35,7 +36,7 @@ def least_bytes(config: GPTConfig, context: int, dtype: torch.dtype = DTYPE) -> 
     """Read for one new token: the weights, without the embeddings that are only looked up, and the
     keys and values."""
     C, L = config.n_embd, config.n_layer
-    weights = L * 12 * C * C + config.vocab_size * C + (2 * L + 1) * C
+    weights = count_parameters(L, C, config.vocab_size, block_size=0)
     return (weights + 2 * L * C * context) * dtype.itemsize
 
 

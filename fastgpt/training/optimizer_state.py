@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastgpt.checkpoint import LARGEST_COUNT
-from fastgpt.training.sharded import MOMENTS
+from fastgpt.optim import MOMENTS
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], stepped: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgpt import checkpoint, data
 from fastgpt.devices import autocast, pick_device, pick_dtype
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.optim import MOMENTS
 from fastgpt.storage.printable import first_line
 from fastgpt.train_step import TrainStep
 from fastgpt.training import optimizer_state, start
@@ -26,7 +27,7 @@ from fastgpt.training.batches import Batches, moved, seed_of, windows
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.saved_run import saved_run
 from fastgpt.training.schedule import learning_rate
-from fastgpt.training.sharded import MOMENTS, ShardedStep
+from fastgpt.training.sharded import ShardedStep
 from fastgpt.training.world import World
 
 
