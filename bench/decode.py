@@ -8,13 +8,14 @@
 
 A variant is timed once its tokens are found to be the best ones, or as good as rounding can tell,
 by eager's float32 logits. The floor is what must be read for one token, every weight and the cached
-keys and values, at the rate at which this device reads a large tensor.
+keys and values, at the rate at which this device reads a large tensor, measured in every round.
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
+import operator
 import statistics
 import sys
 import time
@@ -147,17 +148,18 @@ VARIANTS: dict[str, Callable[[Run], Generate]] = {
 def measure(settings: Settings, device: torch.device, variants: list[str]) -> record.Record:
     host, before = machine.check(device=device), nvidia_smi.reading()
     set_precision(settings.dtype)
-    bandwidth = read_ceiling(device)
     config = models.config_of(settings.size)
-    floor = bytes_per_token(config, settings) / bandwidth
+    read = bytes_per_token(config, settings)
     needed = (
         4 * memory_budget.parameters(config) * (len(variants) + 3)
     )  # with judge, weights and a spare
     if problem := memory_budget.missing(needed, device):
         rows = [{"variant": variant, "problem": problem} for variant in variants]
+        rates = [read_ceiling(device)]
     else:
-        decoders = _decode(config, settings, device, variants)
-        rows = [_row(decoder, decoders, floor, settings.batch) for decoder in decoders]
+        decoders, rates = _decode(config, settings, device, variants)
+        floors = [read / rate for rate in rates]
+        rows = [_row(decoder, decoders, floors, settings.batch) for decoder in decoders]
     return record.new(
         "decode",
         settings.recorded(),
@@ -165,14 +167,15 @@ def measure(settings: Settings, device: torch.device, variants: list[str]) -> re
         nvidia_smi.since(before),
         machine=host,
         peers=models.versions(),
-        read_ceiling=bandwidth,
-        floor_seconds=floor,
+        read_ceiling=(rate := statistics.median(rates)),
+        floor_seconds=read / rate,
     )
 
 
 def _decode(
     config: GPTConfig, settings: Settings, device: torch.device, variants: list[str]
-) -> list[Decoder]:
+) -> tuple[list[Decoder], list[float]]:
+    """What each variant took, and at how many bytes/s this device read, in the same rounds."""
     run = Run(config, _attentive(models.initial_weights(config, device)), device, settings.dtype)
     decoders = [Decoder(variant, run) for variant in variants]
     draw = torch.Generator().manual_seed(0)
@@ -183,11 +186,13 @@ def _decode(
     for decoder in decoders:
         if not decoder.problem:
             decoder.check(judge, prompt, settings.new_tokens, MAX_REGRET[settings.dtype])
+    rates = []
     for _ in range(settings.rounds):
         for decoder in decoders:
             if not decoder.problem:
                 decoder.round(prompt, settings.new_tokens)
-    return decoders
+        rates.append(read_ceiling(device))
+    return decoders, rates
 
 
 def _attentive(weights: models.Weights) -> models.Weights:
@@ -216,7 +221,8 @@ def bytes_per_token(config: GPTConfig, settings: Settings) -> int:
     return token.least_bytes(config, context * settings.batch, matmul_dtype(settings.dtype))
 
 
-def _row(decoder: Decoder, decoders: list[Decoder], floor: float, batch: int) -> Row:
+def _row(decoder: Decoder, decoders: list[Decoder], floors: list[float], batch: int) -> Row:
+    """`floors`: seconds for a token at the rate of each round."""
     peers = {peer.variant: peer for peer in decoders if not peer.problem}
     row: Row = {"variant": decoder.variant}
     if decoder.problem:
@@ -227,7 +233,7 @@ def _row(decoder: Decoder, decoders: list[Decoder], floor: float, batch: int) ->
         "tokens_per_second": batch / seconds,
         "over_eager": _ratio(peers.get("eager"), decoder),
         "over_nanogpt": _ratio(peers.get("nanogpt"), decoder),
-        "of_floor": floor / seconds,
+        "of_floor": statistics.median(map(operator.truediv, floors, decoder.seconds)),
         "first_token_seconds": decoder.first,
         "regret": decoder.regret,
     }

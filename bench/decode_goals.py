@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     if torch.cuda.is_available():
         goals = on_gpu(args.out, "124M", 224, 256)
     else:
-        goals = on_cpu(args.out, "124M", 224, 16)
+        goals = on_cpu(args.out, "124M", 224, 32)
     goals += by_count()
     print(f"{'goal':42} {'least':>7} {'measured':>9}")
     print("\n".join(map(line, goals)))
