@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import slow
+
 # What everyone does with a model, on a CPU.
 TRAIN_AND_SAMPLE = """
 import torch
@@ -48,7 +50,9 @@ def run_python(code: str) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("missing", ["triton", "flash_attn", "tiktoken", "transformers", "numpy"])
+@pytest.mark.parametrize(
+    "missing", ["triton", *map(slow, ("flash_attn", "tiktoken", "transformers", "numpy"))]
+)
 def test_trains_and_samples_without(missing):
     out = run_python(WITHOUT.format(missing=missing) + TRAIN_AND_SAMPLE)
     assert out.endswith("trained and sampled\n")
@@ -100,6 +104,7 @@ print("/proc/cpuinfo" in seen)
 def test_a_missing_triton_is_the_reason_that_is_given():
     code = """
 import torch, fastgpt
+from tests.marks import slow
 fastgpt.use_backend("triton")
 print(fastgpt.backend_report()["mlp"].reason)
 """

@@ -27,6 +27,7 @@ from fastgpt.weights import to_hugging_face
 
 SIZES = {  # n_layer, n_head, n_embd, vocab_size, block_size
     "char": (4, 4, 128, 65, 128),
+    "char-384": (6, 6, 384, 65, 256),  # nanoGPT's for characters on a GPU
     "124M": (12, 12, 768, 50304, 1024),
     "350M": (24, 16, 1024, 50304, 1024),
     "774M": (36, 20, 1280, 50304, 1024),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt.commands.inspect import SHARED_LIMITS, compilable
+from tests.marks import slow
 
 triton = pytest.importorskip("triton", reason="the compiler under test")
 
@@ -56,10 +57,7 @@ def inspect(*args: str, root: Path = ROOT) -> list[dict]:
     return json.loads(done.stdout)
 
 
-EVERYWHERE = pytest.param("every dtype and GPU", marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=["bf16 on sm_90", EVERYWHERE])
+@pytest.fixture(scope="module", params=["bf16 on sm_90", slow("every dtype and GPU")])
 def compiled(request):
     """Every kernel. Of sm_80, which gets sm_89's instructions and has more shared memory, some."""
     bf16 = "--dtype", "bfloat16"
@@ -149,6 +147,7 @@ def test_matrix_products_run_on_tensor_cores(compiled):
             assert row["tensor_core"] == "wgmma", row
 
 
+@pytest.mark.slow
 def test_the_page_fits_60_columns():
     """Without --json; a row is a few lines."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

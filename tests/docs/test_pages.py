@@ -21,6 +21,7 @@ from fastgpt.commands.options import Parser
 from fastgpt.commands.prepare import prepare
 from tests.docs import pages, shims
 from tests.docs.pages import ALSO, PAGES, ROOT, Block
+from tests.marks import slow
 
 EVERY = [*PAGES, *ALSO]
 NAMES = {page: page.relative_to(ROOT).as_posix() for page in EVERY}
@@ -50,7 +51,7 @@ OUTSIDE, INSIDE = ([p for p in PAGES if shell_blocks(p, inside)] for inside in (
 
 def readme_first(found: list[Path]) -> list:
     """Parameters; the commands of other pages are left to CI."""
-    return [p if p.name == "README.md" else pytest.param(p, marks=pytest.mark.slow) for p in found]
+    return [p if p.name == "README.md" else slow(p) for p in found]
 
 
 def run(block: str, folder: Path, tools: dict[str, str]) -> None:
@@ -98,6 +99,7 @@ def test_what_takes_several_machines_or_gpus_parses(tools):
             parser.parse_args(options.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [".", "git+$REPOSITORY"])
 def test_what_pip_is_told_to_install(source, tools, tmp_path):
     """From the same source, without its dependencies and without a network."""

@@ -26,6 +26,7 @@ from tests.forks.changes.patches import Doubling, DoublingBelow
 from tests.forks.changes.sizes import SIZES, C
 from tests.forks.changes.tensors import Subclass
 from tests.forks.changes.wrappers import Doubled
+from tests.marks import slow
 
 IDX = torch.zeros(2, 8, dtype=torch.int64)
 MATH = SDPBackend.MATH
@@ -187,18 +188,21 @@ def test_sdpa_without_one_of_its_backends(name):
     assert not sdpa_is_restricted()
 
 
-def test_what_was_assigned_before_fastgpt_was_imported():
+@pytest.mark.parametrize(
+    "assignment",
+    ["F.gelu = torch.relu", slow("F.gelu = F.silu"), slow("F.gelu = lambda x: x")],
+)
+def test_what_was_assigned_before_fastgpt_was_imported(assignment):
     """As at the top of a training script: functions of its own, and others of PyTorch's."""
-    for assignment in ("F.gelu = torch.relu", "F.gelu = F.silu", "F.gelu = lambda x: x"):
-        code = (
-            f"import torch, torch.nn.functional as F; {assignment}; "
-            "torch.nn.Linear.forward = lambda self, x: x @ self.weight.T; "
-            "from fastgpt.fused import untouched, whole; "
-            "from fastgpt.implementations.interception import interception; "
-            "print(untouched.calls_untouched(), interception())"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.startswith("False torch.nn.functional.gelu"), done.stdout + done.stderr
+    code = (
+        f"import torch, torch.nn.functional as F; {assignment}; "
+        "torch.nn.Linear.forward = lambda self, x: x @ self.weight.T; "
+        "from fastgpt.fused import untouched, whole; "
+        "from fastgpt.implementations.interception import interception; "
+        "print(untouched.calls_untouched(), interception())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("False torch.nn.functional.gelu"), done.stdout + done.stderr
 
 
 # Of a block: its weights or attributes are not those that the unit computes with.

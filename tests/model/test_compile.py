@@ -19,6 +19,7 @@ from fastgpt import GPT, GPTConfig, backend, ops, use_backend
 from fastgpt.implementations.interception import interception
 from fastgpt.kernels import attention, cross_entropy, embedding, gelu, gemm_gelu, layer_norm
 from tests.close import DEVICE, randn
+from tests.marks import slow
 
 
 def operator_samples():
@@ -119,9 +120,12 @@ CASES = [
     for choice in ("PyTorch", "kernels")
     for way, dynamic in (("train", False), ("train", True), ("train", None), ("eval", None))
 ] + [("by choice", "train", None)]
+QUICK = ("kernels", "train", True), ("kernels", "eval", None), ("PyTorch", "train", None)
 
 
-@pytest.mark.parametrize("choice, way, dynamic", CASES)
+@pytest.mark.parametrize(
+    "choice, way, dynamic", [case if case in QUICK else slow(*case) for case in CASES]
+)
 def test_one_graph_that_computes_the_same(choice, way, dynamic):
     """fullgraph forbids breaks; dispatch is traced, and leaves the kernels in the graph by name."""
     mode, implementations, kernels = CHOICES[choice]
@@ -165,7 +169,7 @@ def test_an_mlp_in_one_graph(implementation):
     assert any("gelu" in name for name in compiler.operators)
 
 
-@pytest.mark.parametrize("mode", ["auto", "triton"])
+@pytest.mark.parametrize("mode", [slow("auto"), "triton"])
 def test_a_third_batch_or_length_compiles_nothing(mode):
     """The second makes the graph dynamic, as it does for any model."""
     model = small()
@@ -191,7 +195,7 @@ def embeddings_compile() -> bool:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("mode", ["auto", "triton"])
+@pytest.mark.parametrize("mode", [slow("auto"), "triton"])
 def test_through_inductor(mode):
     if not embeddings_compile():
         pytest.skip("this PyTorch's compiled embeddings lose gradients of repeated ids")

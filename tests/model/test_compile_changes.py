@@ -15,6 +15,7 @@ from torch.nn.modules import module as nn_module
 
 from fastgpt import GPT, GPTConfig, use_backend
 from tests.close import DEVICE
+from tests.marks import slow
 
 WIDTH = 32
 
@@ -113,7 +114,10 @@ def dynamo_sees_another_class() -> bool:
     return torch.equal(compiled(x), F.relu(x))
 
 
-@pytest.mark.parametrize("name", CHANGES)
+QUICK = "forward", "weights", "dropout"
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in CHANGES])
 def test_a_change_after_compiling(name):
     if name == "class" and not dynamo_sees_another_class():
         pytest.skip("this PyTorch compiles no second graph for another class, whatever the model")
@@ -138,7 +142,7 @@ def test_a_change_before_compiling(name):
     assert (found[0] - unchanged).abs() > 1e-3
 
 
-@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("name", ["hook", slow("pre-hook"), slow("hook on the head")])
 def test_a_hook_after_compiling(name):
     """PyTorch looks for new hooks where it is told to: for any model, and so for this."""
     guarded = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)

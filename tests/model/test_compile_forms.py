@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgpt import GPT, GPTConfig, use_backend
 from fastgpt.linear_cross_entropy import CHUNKS
 from tests.close import DEVICE
+from tests.marks import slow
 from tests.model.test_compile import Compiler, graphs
 
 
@@ -50,8 +51,15 @@ def one_process(tmp_path_factory):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("logits", [True, False])
-@pytest.mark.parametrize("order", ["compile(DDP)", "DDP(compile)"])
+@pytest.mark.parametrize(
+    "order, logits",
+    [
+        ("DDP(compile)", True),
+        slow("DDP(compile)", False),
+        slow("compile(DDP)", True),
+        ("compile(DDP)", False),
+    ],
+)
 def test_distributed(one_process, order, logits, monkeypatch):
     """Buckets smaller than the model, between which Dynamo splits a graph that it finds in DDP."""
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 20_000)
@@ -70,7 +78,7 @@ def test_distributed(one_process, order, logits, monkeypatch):
     assert "fastgpt.add_layer_norm_forward.default" in compiler.operators
 
 
-@pytest.mark.parametrize("way", [{}, dict(return_logits=False)], ids=["logits", "no logits"])
+@pytest.mark.parametrize("way", [slow({}), dict(return_logits=False)], ids=["logits", "no logits"])
 def test_for_cuda_graphs(way):
     """mode="reduce-overhead": that nothing keeps the graphs from it is in test_compile_on_cuda.py;
     here, that it computes the same.

@@ -15,6 +15,7 @@ from fastgpt.fused import block, second_stream
 from fastgpt.fused.second_stream import Beside
 from fastgpt.train_step import TrainStep
 from tests.close import DEVICE
+from tests.marks import slow
 
 SIZES = dict(block_size=16, vocab_size=41, n_layer=3, n_head=2, n_embd=32)
 played = pytest.mark.skipif(DEVICE == "cuda", reason="there the stream is a real one")
@@ -86,7 +87,7 @@ def gradients(overlaps, mode, **changes):
 
 
 @played
-@pytest.mark.parametrize("streams", [False, True], indirect=True, ids=["at once", "late"])
+@pytest.mark.parametrize("streams", [slow(False), True], indirect=True, ids=["at once", "late"])
 @pytest.mark.parametrize("mode", ["auto", "triton"])
 @pytest.mark.parametrize("changes", [{}, dict(bias=False, dropout=0.5)], ids=["plain", "dropout"])
 def test_the_bits_are_those_of_one_stream(streams, mode, changes):

@@ -8,6 +8,7 @@ from fastgpt import GPT, GPTConfig, use_backend
 from fastgpt.optim import AdamW
 from fastgpt.train_step import TrainStep, _explained
 from tests.close import DEVICE
+from tests.marks import slow
 
 IMPLEMENTATIONS = ["torch", "triton"]
 BETAS = (0.9, 0.95)
@@ -180,12 +181,12 @@ def test_step_is_nanogpts_loop(dtype, count):
 
 
 @pytest.mark.parametrize("mode", ["auto", "triton"])
-@pytest.mark.parametrize("returned", [True, False], ids=["logits", "no logits"])
+@pytest.mark.parametrize("returned", [True, slow(False)], ids=["logits", "no logits"])
 @pytest.mark.parametrize(
     "default",
     [
         torch.float64,
-        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16)),
+        *map(slow, (torch.bfloat16, torch.float16)),
     ],
     ids=str,
 )

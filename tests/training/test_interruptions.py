@@ -14,6 +14,7 @@ from fastgpt.storage import files
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.loop import train
 from fastgpt.training.trainer import Trainer
+from tests.marks import slow
 from tests.training.runs import finished, losses, prepared, start, wait_for
 
 ENDLESS = ("--steps", 10**6, "--eval-every", 10**6)
@@ -28,8 +29,8 @@ def data(tmp_path_factory) -> Path:
     "number, code",
     [
         (signal.SIGTERM, 143),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+        slow(signal.SIGINT, 130),
+        slow(signal.SIGHUP, 129),
     ],
 )
 def test_a_signal_saves_at_once(data, tmp_path, number, code):

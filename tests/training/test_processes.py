@@ -13,6 +13,7 @@ import torch
 
 from fastgpt import checkpoint, cli
 from fastgpt.training.trainer import Losses, Trainer
+from tests.marks import slow
 from tests.training.runs import (
     SMALL,
     assert_same_losses,
@@ -41,7 +42,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, slow(3)])
 def test_any_number_of_processes_trains_the_same_model(folder, processes):
     out = folder / f"of-{processes}"
     said = finished(start("--data", folder / "data", "--out", out, *SETTINGS, processes=processes))

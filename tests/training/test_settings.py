@@ -22,6 +22,7 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.progress import clock
 from fastgpt.training.schedule import learning_rate
 from fastgpt.training.trainer import Trainer
+from tests.marks import slow
 from tests.training.runs import ROOT, SMALL, finished, losses, prepared, start
 
 
@@ -119,7 +120,7 @@ def test_the_clock():
     ]
 
 
-@pytest.mark.parametrize("columns", [20, 200])
+@pytest.mark.parametrize("columns", [20, slow(200)])
 def test_the_line_fits_the_terminal(run, tmp_path, columns):
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
