@@ -30,8 +30,8 @@ def step_bytes(config: GPTConfig, batch_size: int, dtype: str) -> int:
     """At the peak of a step of eager nanoGPT, all in all."""
     C, tokens = config.n_embd, batch_size * config.block_size
     # per layer: residual stream before each norm, norms' outputs, qkv, attention, fc, GELU
-    kept = 64 * C if matmul_dtype(dtype) == torch.float32 else 36 * C
-    activations = tokens * (config.n_layer * kept + 16 * config.vocab_size)
+    per_layer = 64 * C if matmul_dtype(dtype) == torch.float32 else 36 * C
+    activations = tokens * (config.n_layer * per_layer + 16 * config.vocab_size)
     return 16 * parameters(config) + activations
 
 

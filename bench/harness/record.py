@@ -118,8 +118,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        found = git("rev-parse", "HEAD")
+        head = git("rev-parse", "HEAD")
         dirty = git("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:  # no git on this machine
         return "unknown"
-    return (found or "unknown") + ("-dirty" if dirty else "")
+    return (head or "unknown") + ("-dirty" if dirty else "")

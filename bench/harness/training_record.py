@@ -157,6 +157,6 @@ def _quantile(samples: list[float], q: float) -> float:
 
 def _ratio(eager: Variant, other: Variant) -> float | None:
     """How many times as fast as eager, turn by turn."""
-    ours = other.timed()
-    ratios = [eager.samples[turn] / ours[turn] for turn in ours if turn in eager.samples]
+    times = other.timed()
+    ratios = [eager.samples[turn] / times[turn] for turn in times if turn in eager.samples]
     return statistics.median(ratios) if ratios else None

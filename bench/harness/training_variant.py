@@ -132,12 +132,12 @@ class Variant:
 
 def attention_in(names: set[str]) -> str:
     """The attention that left `names` in a profile."""
-    found = [
+    attentions = [
         attention
         for attention, pattern in _ATTENTION.items()
         if any(re.search(pattern, name) for name in names)
     ]
-    return " + ".join(found) or "not seen"
+    return " + ".join(attentions) or "not seen"
 
 
 def _on_device(event: FunctionEvent) -> bool:
