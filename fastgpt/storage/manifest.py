@@ -43,10 +43,10 @@ class Manifest:
             )
         for name, count in self.tokens.items():
             path = folder / name
-            found = path.stat().st_size if path.is_file() else 0
-            if found != 2 * count:
+            size = path.stat().st_size if path.is_file() else 0
+            if size != 2 * count:
                 raise ValueError(
-                    f"{path} has {found} bytes, and was written with {2 * count}; run `fastgpt "
+                    f"{path} has {size} bytes, and was written with {2 * count}; run `fastgpt "
                     "prepare` again"
                 )
             if verify and file_sha256(path) != self.sha256[name]:

@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases, by flag, beside a run's own log.
 
-What keeps one from its beginning is said before training. From then on training needs neither: one
-that fails is told of and left out.
+One that cannot begin is an error before training. Once training runs it needs neither: one that
+fails is reported and left out.
 """
 
 import sys
