@@ -3,8 +3,7 @@
     NANOGPT_DIR=... python -m bench.decode_goals
 
 Decodes with 124M from 224 tokens in fp32 and bf16, and one token from one, beside nanoGPT; writes
-the records of bench.decode. Exits with 1 if a goal is missed, and a figure that could not be had is
-no goal that was met.
+the records of bench.decode. Exits with 1 if a goal is missed or could not be measured.
 """
 
 import argparse

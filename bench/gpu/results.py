@@ -43,8 +43,8 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The results of two tries: the second's, and of the first what the second has not measured, or
-    what lies on another machine."""
+    """The results of two tries: the second's, and those of the first that the second has not
+    measured, or that lie on another machine."""
     files = {record["file"] for record in after.get("records", [])}
     old = [record for record in before.get("records", []) if record["file"] not in files]
     both = {**before, **after}

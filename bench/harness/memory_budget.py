@@ -45,8 +45,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def missing(needed: int, device: torch.device) -> str:
-    """Why `needed` bytes cannot fit; empty if they may. On a GPU only trying tells: it fails there
-    cleanly, where a CPU's system would end the process."""
+    """Why `needed` bytes cannot fit; empty if they may. On a GPU it is tried instead: it fails
+    cleanly there, where on a CPU the system would end the process."""
     free = free_bytes(device)
     if device.type == "cuda" or needed <= free:
         return ""

@@ -107,8 +107,8 @@ def slug(device: str) -> str:
 
 
 def commit() -> str:
-    """What FASTGPT_COMMIT says, for a copy sent to another machine knows its own no better; else
-    git's, with "-dirty" where files have changed since."""
+    """FASTGPT_COMMIT, by which a copy sent to another machine is told its commit; else git's, with
+    "-dirty" where files have changed since."""
     if told := os.environ.get("FASTGPT_COMMIT"):
         return told
     here = Path(__file__).parents[2]

@@ -76,7 +76,7 @@ class TrainingRecord:
         self.path = record.save(self.record, results)
 
     def update(self, order: str, variants: list[Variant]) -> None:
-        """What has nothing to show yet keeps the row that an earlier attempt left."""
+        """A variant that has nothing to show yet keeps the row of an earlier attempt."""
         self.record["settings"]["order"] = order
         for i, variant in enumerate(variants):
             if variant.samples or variant.problem:

@@ -35,7 +35,7 @@ def peers(op: str) -> dict[str, Peer]:
 
 
 def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call, for only to ask for it takes seconds of imports."""
+    """Compiled at its first call: torch.compile imports for seconds before it compiles."""
     function: Callable[..., Any] | None = None
 
     def call(*inputs: Any, **options: Any) -> Any:
@@ -95,7 +95,7 @@ def _torch_linear_cross_entropy(
 
 
 def _own_gemm(op: str) -> dict[str, Peer]:
-    """Beside "fastgpt", which is cuBLAS with our kernels around it."""
+    """Beside "fastgpt", which is cuBLAS with fastgpt's kernels around it."""
     return {"fastgpt, own GEMM": Peer(functools.partial(_fused, getattr(ops, op), {op: "triton"}))}
 
 

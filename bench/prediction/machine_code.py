@@ -1,7 +1,7 @@
 """What one launch of a Triton kernel does, read from what it was compiled to.
 
 Bytes come from Triton's IR (ir.py): each load and store, times the programs, times its loops'
-turns, but of a tensor never more than there is. Instructions come from the machine code: those on
+turns, but never more of a tensor than it holds. Instructions come from the machine code: those on
 the way through it that moves most bytes in fewest instructions, those of a loop as often as it
 turns. So what is seldom done, such as the ends of ranges, is left out.
 """
@@ -134,7 +134,7 @@ def _heaviest(instructions: tuple[Instruction, ...], times: list[float]) -> list
 
 
 def _next(instructions: tuple[Instruction, ...], i: int, places: dict[int, int]) -> list[int]:
-    """Where it goes on after the i-th, forwards: nowhere from the end."""
+    """The instructions that may follow the i-th, forwards; none after the end."""
     kind, conditional = instructions[i].name.split(".")[0], instructions[i].conditional
     target = sass.target(instructions[i], places)
     forward = [target] if target is not None and target > i else []

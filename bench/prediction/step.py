@@ -1,4 +1,4 @@
-"""Our training step without a GPU: its kernels and PyTorch ops, from a run on meta tensors.
+"""fastgpt's training step without a GPU: its kernels and PyTorch ops, from a run on meta tensors.
 
 The units of fastgpt.fused, the launchers under them and the optimizer run as in TrainStep, forward,
 backward and update. Nothing is computed: launches are recorded (`_launch.record`), and every other
@@ -95,7 +95,7 @@ def _forward(model: Any, copies: dict[Any, Tensor], counted: "_Counted", B: int)
     for module in parts.h:
         weights = block_weights(module, settings, cfg.n_embd)
         assert weights is not None  # of a GPT just built
-        # with the norms', which nobody reads there
+        # the norms' copies are among them, and nobody reads those
         low = Weights(*(w if w is None else copies[w] for w in weights))  # type: ignore[arg-type]
         delta, x = block_unit.block(run, settings, delta, x, weights, low)
     x = block_unit.norm(run, delta, x, parts.ln_f.weight, parts.ln_f.bias, LOW)
@@ -104,7 +104,7 @@ def _forward(model: Any, copies: dict[Any, Tensor], counted: "_Counted", B: int)
 
 
 def launchers(labelled: Callable[[str, Any], Any] = lambda component, run: run) -> Launchers:
-    """Those of an unmeasured GPU: our kernels, with the GEMMs of cuBLAS and cuDNN's attention."""
+    """On an unmeasured GPU: fastgpt's kernels, with the GEMMs of cuBLAS and cuDNN's attention."""
     from fastgpt.kernels import cross_entropy, embedding, gelu, layer_norm
 
     def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ def least_bytes(config: GPTConfig, context: int, dtype: torch.dtype = DTYPE) -> 
 
 
 def summary(kernels: list[Kernel], config: GPTConfig, context: int, gpu: Gpu) -> dict[str, float]:
-    """`over_least`: bytes moved over those that must be. Microseconds without those between
-    launches, of which a replayed graph has few."""
+    """`over_least`: the bytes moved over the least that a token needs. `microseconds`: without the
+    gaps between launches, which are short in a replayed graph."""
     moved = sum(kernel.launches * model.moved(kernel, gpu) for kernel in kernels)
     return {
         "launches": sum(kernel.launches for kernel in kernels),

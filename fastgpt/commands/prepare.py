@@ -54,7 +54,7 @@ def prepare_documents(
 ) -> Tokenizer:
     """The same for many. FileExistsError, unless `force`, if other data are there.
 
-    Documents are separated by end-of-text, for characters by a new line. `named` in errors.
+    Documents are separated by end-of-text, for characters by a new line. Errors call them `named`.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val-fraction {val_fraction} must be above 0 and below 1")

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _kind_of(name: str, hints: Mapping[str, Any]) -> Any:
-    """Of a value by nanoGPT's name."""
+    """The type of a setting by nanoGPT's name."""
     hint = hints[nanogpt.SAME[name]] if name in nanogpt.SAME else nanogpt.OTHER[name]
     kind = next(iter(typing.get_args(hint)), hint)
     return true_or_false if kind is bool else kind
@@ -62,7 +62,7 @@ def _kind_of(name: str, hints: Mapping[str, Any]) -> Any:
 
 def main(args: argparse.Namespace) -> int:
     process = world.rank()
-    if process:  # the first prints
+    if process:  # only process 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     output = Output(sys.stdout, _told_of_lost_output)
     try:
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
             return _main(args)
     except Exception as error:
         if process and not sys.flags.dev_mode:
-            # the first is likely to say the same soon, and to end all by that
+            # process 0 is likely to report the same soon, which ends them all
             time.sleep(5)
             error.args = (f"process {process}: {error}",)
         if isinstance(error, LostProcess):  # the group is beyond an orderly end
@@ -142,7 +142,7 @@ def settings(
 
 @contextlib.contextmanager
 def _from(source: str) -> Iterator[None]:
-    """ValueError names where a setting is from that no run can have."""
+    """A block whose ValueError is raised again with the source of the bad setting."""
     try:
         yield
     except ValueError as error:
@@ -150,7 +150,7 @@ def _from(source: str) -> Iterator[None]:
 
 
 def _is_sharded(out: Path) -> bool:
-    """Whether the checkpoint to go on from is, if nobody says which."""
+    """Whether the checkpoint to resume from is sharded, where no option says so."""
     return not (out / LATEST).exists() and bool(sharded(out))
 
 
