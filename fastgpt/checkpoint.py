@@ -178,7 +178,7 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Any]) -> None:
         _check_tensor(name, stored[name], shape)
     if not torch.equal(stored["lm_head.weight"], stored["transformer.wte.weight"]):
         raise ValueError(
-            "lm_head.weight differs from transformer.wte.weight, which a GPT makes one"
+            "lm_head.weight differs from transformer.wte.weight, which are one tensor in a GPT"
         )
     if extra := sorted(set(stored) - set(expected)):
         raise ValueError(f"`model` has {extra[0]!r:.60}, which a GPT of its sizes does not have")
@@ -188,7 +188,7 @@ def _check_tensor(name: str, t: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(t, Tensor):
         raise ValueError(f"{name} is a {type(t).__name__}, not a tensor")
     if tuple(t.shape) != shape:
-        raise ValueError(f"{name} is {tuple(t.shape)}, and `model_args` make it {shape}")
+        raise ValueError(f"{name} is {tuple(t.shape)}, and `model_args` need {shape}")
     if t.layout != torch.strided or t.is_quantized or not t.is_floating_point():
         raise ValueError(f"{name} is {t.dtype} in layout {t.layout}, no plain floating point")
     # a tensor may claim more elements than the file holds, by strides of 0

@@ -83,7 +83,7 @@ def check_lengths(lengths: Tensor | None, idx: Tensor) -> list[int] | None:
 def check_decoding_dtype(dtype: torch.dtype | None) -> None:
     known = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
     if dtype is not None and dtype not in known:
-        raise ValueError(f"dtype={dtype} is none to decode in; use one of {known} or None")
+        raise ValueError(f"dtype={dtype} is no dtype to decode in; use one of {known} or None")
 
 
 def check_count(max_new_tokens: int) -> None:

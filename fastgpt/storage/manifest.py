@@ -57,8 +57,8 @@ class Manifest:
         meta = folder / "meta.pkl"
         if meta.name in self.sha256 and not meta.is_file():
             raise ValueError(
-                f"no {meta}, but {folder} is character data, which it is the vocabulary of; put it "
-                "back, or run `fastgpt prepare` again"
+                f"no {meta}, the vocabulary of the characters in {folder}; put it back, or run "
+                "`fastgpt prepare` again"
             )
         if meta.is_file() and file_sha256(meta) != self.sha256.get(meta.name):
             raise ValueError(

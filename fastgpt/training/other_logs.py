@@ -29,7 +29,9 @@ class OtherLogs:
         try:
             self.writers[name] = writer()
         except ImportError as error:
-            raise ImportError(f"--{name} needs it ({error}); pip install {name}") from None
+            raise ImportError(
+                f"--{name} needs the package {name} ({error}); pip install {name}"
+            ) from None
         except Exception as error:  # of an account, a network, a disk, a name that is refused
             raise OSError(f"--{name} cannot begin: {_reason(error)}; or leave it out") from None
 

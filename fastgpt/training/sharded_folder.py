@@ -85,8 +85,8 @@ def _check_newest(
     if one != two or other.get("iter_num", 0) > saved.get("iter_num", 0):
         flag = "--shard" if other_path.name != LATEST else "--no-shard"
         raise ValueError(
-            f"{path} is of another run than {other_path}, or older: {flag} goes on with the "
-            "latter; to go on with the former, move the latter away"
+            f"{path} is of another run than {other_path}, or older: {flag} goes on with "
+            f"{other_path}; to go on with {path}, move {other_path} away"
         )
 
 
@@ -121,7 +121,7 @@ def whole(path: Path) -> dict[str, Any]:
         kind, _, weight = name.partition(".")
         if kind == "model" and tuple(shape) != expected.get(weight):
             raise ValueError(
-                f"{path}: {weight} is {tuple(shape)}, which `model_args` do not make it"
+                f"{path}: {weight} is {tuple(shape)}, which does not fit its `model_args`"
             )
     if sum(name.startswith("model.") for name in sizes) != len(expected) - 1:  # two are tied
         raise ValueError(f"{path}: its weights are not those of a GPT of its `model_args`")

@@ -2,7 +2,7 @@
 
 Every process sets a key of its own in the rendezvous's store twice a second, and reads that of the
 process before it. One that has stood still for `PATIENCE` seconds is lost, which is written where
-all look. So it is found wherever the others wait, in NCCL too, and on other machines.
+all look. So the loss is noticed wherever the others wait, in NCCL too, and on other machines.
 """
 
 import os
