@@ -119,8 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     settings = {"size": args.size, "B": args.batch_size, "T": config.block_size}
     settings |= {"dtype": args.dtype, "steps": args.steps}
-    found = measure(settings, tokens, args.variants, device)
-    print(f"\n{terminal.text(found)}\nrecord: {record.save(found, args.out)}")
+    run = measure(settings, tokens, args.variants, device)
+    print(f"\n{terminal.text(run)}\nrecord: {record.save(run, args.out)}")
     return 0
 
 

@@ -55,8 +55,8 @@ class Settings:
 
     def recorded(self) -> dict[str, Any]:
         """Without a batch of 1, which older records do not name."""
-        found = dataclasses.asdict(self)
-        return found if self.batch > 1 else {k: v for k, v in found.items() if k != "batch"}
+        fields = dataclasses.asdict(self)
+        return fields if self.batch > 1 else {k: v for k, v in fields.items() if k != "batch"}
 
 
 class Decoder:
@@ -283,9 +283,9 @@ def main(argv: list[str] | None = None) -> int:
             )
     for size, dtype, batch in itertools.product(args.size, args.dtype, args.batch):
         settings = Settings(size, args.prompt, args.new_tokens, dtype, args.rounds, batch)
-        found = measure(settings, device, args.variants)
-        path = record.save(found, args.out)
-        print(f"\n{terminal.text(found)}\nrecord: {path}", flush=True)
+        run = measure(settings, device, args.variants)
+        path = record.save(run, args.out)
+        print(f"\n{terminal.text(run)}\nrecord: {path}", flush=True)
     return 0
 
 

@@ -3,8 +3,7 @@
     NANOGPT_DIR=... python -m bench.decode_goals
 
 Decodes with 124M from 224 tokens in fp32 and bf16, and one token from one, beside nanoGPT; writes
-the records of bench.decode. Exits with 1 if a goal is missed, and a figure that could not be had is
-no goal that was met.
+the records of bench.decode. Exits with 1 if a goal is missed or could not be measured.
 """
 
 import argparse
@@ -29,12 +28,12 @@ VARIANTS = ["eager", "nanogpt", "fastgpt"]
 class Goal(NamedTuple):
     name: str
     least: float | None  # None: shown beside the goals
-    found: float | None  # None: not measured
+    measured: float | None  # None: not measured
     form: str = ".2f"
 
     @property
     def met(self) -> bool:
-        return self.least is None or (self.found is not None and self.found >= self.least)
+        return self.least is None or (self.measured is not None and self.measured >= self.least)
 
 
 def on_cpu(out: Path, size: str, prompt: int, new_tokens: int) -> list[Goal]:
@@ -49,10 +48,10 @@ def on_cpu(out: Path, size: str, prompt: int, new_tokens: int) -> list[Goal]:
     return [
         Goal("fp32, of the read bandwidth", 0.90, fp32.get("of_floor"), ".1%"),
         Goal("bf16, of the read bandwidth", 0.85, bf16.get("of_floor"), ".1%"),
-        Goal("1 token from 1, nanoGPT's time over ours", 1.0, _first(one)),
+        Goal("1 token from 1, times as fast as nanoGPT", 1.0, _first(one)),
         Goal("bf16 over fp32, tokens/s", None, twice),
-        Goal("fp32, nanoGPT's time over ours", None, fp32.get("over_nanogpt")),
-        Goal("bf16, nanoGPT's time over ours", None, bf16.get("over_nanogpt")),
+        Goal("fp32, times as fast as nanoGPT", None, fp32.get("over_nanogpt")),
+        Goal("bf16, times as fast as nanoGPT", None, bf16.get("over_nanogpt")),
     ]
 
 
@@ -61,11 +60,11 @@ def on_gpu(out: Path, size: str, prompt: int, new_tokens: int) -> list[Goal]:
         _measured(decode.Settings(size, prompt, new_tokens, "bfloat16", ROUNDS, batch), out)
         for batch in (1, 64)
     )
-    ours = one.get("fastgpt", {})
+    row = one.get("fastgpt", {})
     return [
-        Goal("batch 1, tokens/s", 5000, ours.get("tokens_per_second"), ",.0f"),
-        Goal("batch 1, nanoGPT's time over ours", 10, ours.get("over_nanogpt")),
-        Goal("batch 1, of the read bandwidth", None, ours.get("of_floor"), ".1%"),
+        Goal("batch 1, tokens/s", 5000, row.get("tokens_per_second"), ",.0f"),
+        Goal("batch 1, times as fast as nanoGPT", 10, row.get("over_nanogpt")),
+        Goal("batch 1, of the read bandwidth", None, row.get("of_floor"), ".1%"),
         Goal("batch 64, tokens/s", None, many.get("fastgpt", {}).get("tokens_per_second"), ",.0f"),
     ]
 
@@ -75,8 +74,8 @@ def by_count() -> list[Goal]:
     command = [sys.executable, "-m", "bench.predict", "--token", "512", "--json"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    found = json.loads(done.stdout) if done.returncode == 0 else {}
-    launches, over = (found.get(key) for key in ("launches", "over_least"))
+    counts = json.loads(done.stdout) if done.returncode == 0 else {}
+    launches, over = (counts.get(key) for key in ("launches", "over_least"))
     return [
         Goal("62 over launches a token", 1.0, 62 / launches if launches else None),
         Goal("weights and cache, of bytes moved", 1 / 1.1, 1 / over if over else None, ".1%"),
@@ -86,27 +85,29 @@ def by_count() -> list[Goal]:
 def _measured(settings: decode.Settings, out: Path | None) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variants = [*VARIANTS, "hf-static"] if device.type == "cuda" else VARIANTS
-    found = decode.measure(settings, device, variants)
+    run = decode.measure(settings, device, variants)
     if out is not None:
-        record.save(found, out)
-    print(f"{terminal.text(found)}\n", flush=True)
-    return {row["variant"]: row for row in found["rows"] if "problem" not in row}
+        record.save(run, out)
+    print(f"{terminal.text(run)}\n", flush=True)
+    return {row["variant"]: row for row in run["rows"] if "problem" not in row}
 
 
 def _first(rows: dict[str, Any]) -> float | None:
-    """nanoGPT's time to the first token over ours."""
+    """How many times as fast as nanoGPT to the first token."""
     if "nanogpt" not in rows or "fastgpt" not in rows:
         return None
-    theirs, ours = (rows[name]["first_token_seconds"] for name in ("nanogpt", "fastgpt"))
-    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+    nanogpt, fastgpt = (rows[name]["first_token_seconds"] for name in ("nanogpt", "fastgpt"))
+    return statistics.median(a / b for a, b in zip(nanogpt, fastgpt, strict=True))
 
 
 def line(goal: Goal) -> str:
-    found, least = ("-" if x is None else format(x, goal.form) for x in (goal.found, goal.least))
+    measured, least = (
+        "-" if x is None else format(x, goal.form) for x in (goal.measured, goal.least)
+    )
     verdict = "" if goal.least is None else "met" if goal.met else "MISSED"
-    if goal.least is not None and goal.found is None:
+    if goal.least is not None and goal.measured is None:
         verdict = "NOT MEASURED"
-    return f"{goal.name:42} {least:>7} {found:>9}  {verdict}".rstrip()
+    return f"{goal.name:42} {least:>7} {measured:>9}  {verdict}".rstrip()
 
 
 def main(argv: list[str] | None = None) -> int:

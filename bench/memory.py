@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     args, device = checked(parser, argv)
     for size, B, dtype in itertools.product(args.size, args.batch_size, args.dtype):
         T = models.config_of(size, args.block_size).block_size
-        found = measure({"size": size, "B": B, "T": T, "dtype": dtype}, device, args.variants)
-        path = record.save(found, args.out)
-        print(f"\n{terminal.text(found)}\nrecord: {path}", flush=True)
+        run = measure({"size": size, "B": B, "T": T, "dtype": dtype}, device, args.variants)
+        path = record.save(run, args.out)
+        print(f"\n{terminal.text(run)}\nrecord: {path}", flush=True)
     return 0
 
 

@@ -50,8 +50,8 @@ class Checked:
         if name != "eager" and not self.eager_errors:
             self.calls("eager")
         peer = peers(self.case.op)[name]
-        found, timed = _prepare(self.case, peer, self.inputs, self.grads)
-        errors = [_errors(a, b) for a, b in zip(found, self.truth, strict=True)]
+        results, timed = _prepare(self.case, peer, self.inputs, self.grads)
+        errors = [_errors(a, b) for a, b in zip(results, self.truth, strict=True)]
         self.eager_errors = self.eager_errors or errors
         _refuse_wrong(errors, self.eager_errors, self.truth, self.inputs[0].dtype)
         return {way: call for way, call in timed.items() if way in self.case.work}
@@ -116,15 +116,15 @@ def _prepare(
     inputs = [_leaf(t, t.dtype) for t in shared] if peer.whole else shared
     wanted = [t for t in inputs if t.requires_grad]
     outs = _outputs(peer.call, inputs, case.options)
-    given = [g.to(out.dtype) for g, out in zip(grads, outs, strict=True)]
+    out_grads = [g.to(out.dtype) for g, out in zip(grads, outs, strict=True)]
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(_outputs(peer.call, inputs, case.options), wanted, given)
+        return torch.autograd.grad(_outputs(peer.call, inputs, case.options), wanted, out_grads)
 
     if peer.whole:
-        return [*outs, *torch.autograd.grad(outs, wanted, given)], {"both": both}
+        return [*outs, *torch.autograd.grad(outs, wanted, out_grads)], {"both": both}
     forward = functools.partial(_outputs, peer.call, inputs, case.options)
-    backward = functools.partial(torch.autograd.grad, outs, wanted, given, retain_graph=True)
+    backward = functools.partial(torch.autograd.grad, outs, wanted, out_grads, retain_graph=True)
     return [*outs, *backward()], {"forward": forward, "backward": backward, "both": both}
 
 
@@ -133,9 +133,9 @@ def _outputs(function: Callable, inputs: list[Tensor], options: dict[str, Any]) 
     return list(out) if isinstance(out, tuple) else [out]
 
 
-def _errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
-    """(largest, norm of all) |found - truth|; NaN stays NaN."""
-    gap = found.detach().to(truth.dtype) - truth
+def _errors(result: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(largest, norm of all) |result - truth|; NaN stays NaN."""
+    gap = result.detach().to(truth.dtype) - truth
     return gap.abs().max().item(), gap.norm().item()
 
 
@@ -165,7 +165,7 @@ def _refuse_wrong(
 
 def _figures(samples: list[float], eager: list[float], work: Work, limits: Ceilings | None) -> Row:
     median = statistics.median(samples)
-    found: Row = {
+    row: Row = {
         "microseconds": 1e6 * median,
         "over_eager": statistics.median(e / s for e, s in zip(eager, samples, strict=True)),
         "flops": work.flops,
@@ -174,10 +174,10 @@ def _figures(samples: list[float], eager: list[float], work: Work, limits: Ceili
         "gigabytes_per_second": work.bytes / median / 1e9,
     }
     if limits is not None:
-        found["of_ceiling"] = work.seconds(limits) / median
+        row["of_ceiling"] = work.seconds(limits) / median
     # every so many rounds, the same ones of every variant: the samples stay paired
-    kept = range(0, len(samples), -(-len(samples) // SAMPLES))
-    return found | {"rounds": len(samples), "seconds": [samples[i] for i in kept]}
+    rounds = range(0, len(samples), -(-len(samples) // SAMPLES))
+    return row | {"rounds": len(samples), "seconds": [samples[i] for i in rounds]}
 
 
 class OpsRecord:
@@ -190,9 +190,9 @@ class OpsRecord:
             raise ValueError(f"--seconds {args.seconds} must be above 0")
         self.results, self.seconds = args.results, args.seconds
         self.settings = {"M": M, "C": C, "V": V, "dtype": str(self.dtype).removeprefix("torch.")}
-        found = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
-        self.cases = {op: case for op, case in found.items() if op in (args.op or found)}
-        if len(self.cases) < len(found):
+        all_cases = {case.op: case for case in cases(self.device, self.dtype, M, C, V)}
+        self.cases = {op: case for op, case in all_cases.items() if op in (args.op or all_cases)}
+        if len(self.cases) < len(all_cases):
             self.settings["only"] = sorted(self.cases)
         self.without = args.without or ()
         self.machine, self.gpu = machine.check(device=self.device), nvidia_smi.reading()
@@ -215,8 +215,8 @@ class OpsRecord:
         # a part is no run to compare all ops with
         part = {} if len(self._rows) == len(self.cases) else {"only": sorted(self._rows)}
         more = {"machine": self.machine, "ceilings": self.ceilings._asdict()}
-        found = record.new("ops", self.settings | part, rows, nvidia_smi.since(self.gpu), **more)
-        return str(record.save(found, self.results))
+        run = record.new("ops", self.settings | part, rows, nvidia_smi.since(self.gpu), **more)
+        return str(record.save(run, self.results))
 
 
 def sizes_of(args: argparse.Namespace, device: torch.device) -> tuple[torch.dtype, int, int, int]:

@@ -55,11 +55,11 @@ def report(
 ) -> str:
     """The tables of `count` profiled steps."""
     floors = roofline.by_group(list(roofline.training_step(shape)), ceilings)
-    found = {group: seconds / count for group, seconds in timeline.by_group(spans).items()}
+    by_group = {group: seconds / count for group, seconds in timeline.by_group(spans).items()}
     wall = (max(span.end for span in spans) - spans[0].start) / count
     lines = [f"{'ms per step':<16}{'time':>10}{'floor':>10}{'above':>10}{'x floor':>9}"]
-    for group in [*found, *(g for g in floors if g not in found)]:
-        time, floor = 1e3 * found.get(group, 0.0), 1e3 * floors.get(group, 0.0)
+    for group in [*by_group, *(g for g in floors if g not in by_group)]:
+        time, floor = 1e3 * by_group.get(group, 0.0), 1e3 * floors.get(group, 0.0)
         times = f"{time / floor:9.1f}" if floor else " " * 9
         lines.append(f"{group:<16}{time:10.3f}{floor:10.3f}{time - floor:10.3f}{times}")
     idle = timeline.gaps(spans)

@@ -34,7 +34,7 @@ def device(pytestconfig) -> torch.device:
 
 @pytest.fixture(scope="session")
 def checked(pytestconfig, device) -> Callable[[str], ops.Checked]:
-    """Of an op, at the sizes that were asked for. Only the last one is kept, for its memory."""
+    """op -> its Checked at the sizes of the options. Only the last one is kept, to save memory."""
     dtype, *sizes = ops.sizes_of(pytestconfig.option, device)
     cases = {case.op: case for case in op_cases.cases(device, dtype, *sizes)}
     return functools.lru_cache(maxsize=1)(lambda op: ops.Checked(cases[op]))

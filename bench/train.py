@@ -111,13 +111,13 @@ def _one_at_a_time(variants: list[Variant], rounds: int, growing: TrainingRecord
 
 
 def say(what: str) -> None:
-    """On the one line of progress, where somebody watches."""
+    """Rewrite the one line of progress, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What bench.memory asks for too."""
+    """bench.memory has them too."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["124M" if on_gpu else "char"])
     parser.add_argument("--batch-size", nargs="+", type=int, default=[16], metavar="B")
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _in_a_new_process(settings: Settings, args: argparse.Namespace, variants: list[str]) -> None:
-    """Where a fault has made this one's device useless. It takes a record of its own."""
+    """Called where a fault made this process's device useless. The new one has its own record."""
     options = {"size": settings.size, "batch-size": settings.B, "block-size": settings.T}
     options |= {"dtype": settings.dtype, "rounds": settings.rounds, "steps": settings.steps}
     options |= {"device": args.device, "out": args.out}

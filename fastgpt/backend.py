@@ -99,7 +99,7 @@ def _mode_at_start() -> str:
     try:
         return _checked_mode(os.environ.get("FASTGPT_BACKEND", "auto"), "FASTGPT_BACKEND")
     except ValueError as error:
-        # the command line has not got as far as where it turns errors into a line
+        # raised while fastgpt is imported, before cli.py can turn an error into one line
         if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "fastgpt":
             print(f"fastgpt: {error}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -138,7 +138,7 @@ class use_backend:
 
     def __enter__(self) -> "use_backend":
         global _mode, _overrides
-        _mode, _overrides = self._chosen  # once more, for an object used twice
+        _mode, _overrides = self._chosen  # again, for an object used twice
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -151,14 +151,14 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
 
     `facts` are what else its implementations ask about, such as `width` and `head_dim`.
     """
-    given = tuple(t for t in tensors if t is not None)
+    operands = tuple(t for t in tensors if t is not None)
     alone = op != "compiled" and op not in _overrides
     if alone and _mode == "auto" and torch.compiler.is_compiling():
         return reference  # one by one our ops are slower than what torch.compile makes of PyTorch's
-    choice = explain(op, given, facts)
+    choice = explain(op, operands, facts)
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)
-    if given[0].is_cuda and _mode == "auto":
+    if operands[0].is_cuda and _mode == "auto":
         _warn_once(op, choice.reason)
     return reference
 
@@ -167,7 +167,7 @@ def implementation(op: str, name: str) -> Any:
     """The module or object of OPS; what importing it raised is raised again."""
     path = OPS[op].implementations[name]
     if torch.compiler.is_compiling():
-        load_all()  # before the first look into _loaded, of which a trace has but one
+        load_all()  # before _loaded is read: a trace sees only its first state
     elif path not in _loaded:
         _loaded[path] = _imported(path)
     if isinstance(_loaded[path], Exception):
@@ -176,7 +176,7 @@ def implementation(op: str, name: str) -> Any:
 
 
 def load_for_start() -> None:
-    """For fastgpt/__init__.py, when all it imports is there: what $FASTGPT_BACKEND asks for."""
+    """For the end of fastgpt/__init__.py: what FASTGPT_BACKEND=triton needs."""
     if _mode == "triton":
         load_all()
 
@@ -234,8 +234,8 @@ def casts_once(tensor: Tensor) -> bool:
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor lives. Only these devices are asked about: elsewhere
-    every op is PyTorch's own, and torch.compile traces no question that all devices answer.
+    """Whether autocast is on where the tensor lives. False on devices other than
+    these two, where every op is PyTorch's own: torch.compile traces no question for all devices.
     """
     device = tensor.device.type
     return device in ("cuda", "cpu") and torch.is_autocast_enabled(device)
@@ -279,7 +279,7 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
     return choice, source
 
 
-@constant_in_a_graph  # it can trace no reading of a file
+@constant_in_a_graph  # which cannot trace the reading of a file
 def _measured_on(device: torch.device, op: str) -> tuple[str, str] | None:
     return measured(op, torch.cuda.get_device_properties(device).name)
 

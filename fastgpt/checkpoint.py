@@ -1,8 +1,8 @@
 """Checkpoint files: nanoGPT's ckpt.pt, read and written.
 
-Only tensors and plain types are read from a file, nothing that could run. A file of ours ends in a
-checksum of all of it (storage/seal.py); in any other the zip's own are looked at. Whatever is wrong
-with a file is found, and said with its name, before a model is built.
+Only tensors and plain types are read from a file, nothing that could run. A file that fastgpt
+wrote ends in a checksum of all of it (storage/seal.py); in any other file the zip's own checksums
+are checked. Whatever is wrong with a file is reported with its name before a model is built.
 """
 
 import pickle
@@ -21,7 +21,7 @@ from fastgpt.storage import files, seal
 from fastgpt.storage.printable import first_line
 from fastgpt.weights import bare_name
 
-LARGEST_COUNT = 2**53  # which a float still counts to
+LARGEST_COUNT = 2**53  # up to which a float64 holds every integer
 NANOGPT_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
 
 
@@ -30,9 +30,9 @@ def read(path: Path) -> Any:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a checkpoint file; name the file in it")
     if not path.exists():
-        found = f"`fastgpt convert {path.parent} {path}` makes one of the sharded ones there"
-        there = any(path.parent.glob("sharded-*"))
-        remedy = found if there else "`fastgpt train` writes one"
+        convert = f"`fastgpt convert {path.parent} {path}` makes one of the sharded ones there"
+        sharded = any(path.parent.glob("sharded-*"))
+        remedy = convert if sharded else "`fastgpt train` writes one"
         raise FileNotFoundError(f"no checkpoint {path}; {remedy}")
     if not path.is_file():
         raise ValueError(f"{path} is no regular file, so no checkpoint; save it as one")
@@ -54,8 +54,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def checked(saved: Any, path: Path, weights: bool = True) -> dict[str, Any]:
-    """`saved`, if it is a checkpoint, without `weights` of one all but its tensors. ValueError says
-    what is wrong.
+    """`saved`, if it is a checkpoint; without `weights`, if it is all of one but its tensors.
+    ValueError says what is wrong.
     """
     try:
         _check_kinds(saved, ("model", "model_args") if weights else ("model_args",))
@@ -86,8 +86,8 @@ def _loaded(file: BinaryIO, path: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"{found[1]}, which could run code" if found else "something else"
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"{match[1]}, which could run code" if match else "something else"
         raise ValueError(
             f"{path} is no checkpoint of tensors and plain values: it holds {what}; it was not "
             "loaded. Ask for a file of weights only"
@@ -105,14 +105,14 @@ def _check_kinds(saved: Any, needed: tuple[str, ...]) -> None:
             if name in needed:
                 raise ValueError(f"it lacks `{name}`")
         elif not isinstance(saved[name], kind):
-            found = type(saved[name]).__name__
-            raise ValueError(f"`{name}` is a {found}, not a {kind.__name__}")
+            type_name = type(saved[name]).__name__
+            raise ValueError(f"`{name}` is a {type_name}, not a {kind.__name__}")
     if not isinstance(saved.get("fastgpt", {}).get("model_args", {}), dict):
         raise ValueError("`model_args` of `fastgpt` is no dict")
 
 
 def _check_values(saved: Mapping[str, Any]) -> GPTConfig:
-    """Of all but the tensors -> the model's sizes."""
+    """Check everything but the tensors -> the model's sizes."""
     if "iter_num" in saved:
         _check_number("iter_num", saved["iter_num"], whole=True)
     if "best_val_loss" in saved:
@@ -178,7 +178,7 @@ def check_weights(config: GPTConfig, weights: Mapping[str, Any]) -> None:
         _check_tensor(name, stored[name], shape)
     if not torch.equal(stored["lm_head.weight"], stored["transformer.wte.weight"]):
         raise ValueError(
-            "lm_head.weight differs from transformer.wte.weight, which a GPT makes one"
+            "lm_head.weight differs from transformer.wte.weight, which are one tensor in a GPT"
         )
     if extra := sorted(set(stored) - set(expected)):
         raise ValueError(f"`model` has {extra[0]!r:.60}, which a GPT of its sizes does not have")
@@ -188,7 +188,7 @@ def _check_tensor(name: str, t: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(t, Tensor):
         raise ValueError(f"{name} is a {type(t).__name__}, not a tensor")
     if tuple(t.shape) != shape:
-        raise ValueError(f"{name} is {tuple(t.shape)}, and `model_args` make it {shape}")
+        raise ValueError(f"{name} is {tuple(t.shape)}, and `model_args` need {shape}")
     if t.layout != torch.strided or t.is_quantized or not t.is_floating_point():
         raise ValueError(f"{name} is {t.dtype} in layout {t.layout}, no plain floating point")
     # a tensor may claim more elements than the file holds, by strides of 0
@@ -224,7 +224,7 @@ def shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def save_checkpoint(saved: Mapping[str, Any], path: Path) -> None:
-    """Write all of it or leave the file as it was: a full disk must not cost the one before."""
+    """Write all of it or leave the file as it was: a full disk must not cost the earlier one."""
     saved = _as_nanogpt_reads_it(saved)
     with files.replacing(path, size_of(saved)) as file:
         noting = _Noting(file)
@@ -250,7 +250,7 @@ def _as_nanogpt_reads_it(saved: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class _Noting:
-    """A file whose OSError is remembered: torch.save turns it into words of its own."""
+    """A file that remembers its OSError: torch.save raises an error of its own instead."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -285,6 +285,6 @@ def load_model(saved: Mapping[str, Any]) -> GPT:
 def model_args(config: GPTConfig) -> dict[str, Any]:
     """nanoGPT's fields, and of fastgpt's own those that change what is computed."""
     args = {field.name: (getattr(config, field.name), field.default) for field in fields(GPTConfig)}
-    for name in ("return_logits", "checkpoint_blocks"):  # how, not what
+    for name in ("return_logits", "checkpoint_blocks"):  # change how it is computed, not what
         del args[name]
     return {k: v for k, (v, default) in args.items() if k in NANOGPT_FIELDS or v != default}

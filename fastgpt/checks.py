@@ -1,4 +1,4 @@
-"""What a GPT refuses: configurations that no model has, ids that are none."""
+"""Checks of what a GPT is called with: its configuration, token ids and options."""
 
 import math
 from dataclasses import fields
@@ -20,7 +20,7 @@ def check_config(config: Any, known: type) -> None:
     for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, field)
         least = 0 if field == "n_layer" else 1  # embeddings and a head alone are a bigram model
-        if not isinstance(value, Integral) or value < least:  # numpy's integers are none of int
+        if not isinstance(value, Integral) or value < least:  # numpy's integers are not ints
             raise ValueError(f"{field}={value!r} must be an integer of at least {least}")
     if config.n_embd % config.n_head:
         raise ValueError(
@@ -33,7 +33,7 @@ def check_config(config: Any, known: type) -> None:
 
 
 def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> None:
-    """Errors for what is no batch of ids: of at most `longest` tokens, from `wte`'s vocabulary.
+    """Errors unless idx is a batch of ids of `wte`'s vocabulary, at most `longest` in a row.
 
     `wte` None allows any id, for an embedding that is not a plain one. On a GPU, where looking
     would wait for the device, an id outside the vocabulary is for PyTorch to notice.
@@ -66,24 +66,24 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
 
 
 def check_lengths(lengths: Tensor | None, idx: Tensor) -> list[int] | None:
-    """Of the prompts in idx (B, T), each at its row's right end, as a list."""
+    """The lengths of the prompts in idx (B, T), each at its row's right end, as a list."""
     if lengths is None:
         return None
-    found: list[int] = lengths.tolist() if lengths.dim() == 1 else []
-    if len(found) != idx.size(0) or not all(
-        isinstance(n, int) and 0 < n <= idx.size(1) for n in found
+    values: list[int] = lengths.tolist() if lengths.dim() == 1 else []
+    if len(values) != idx.size(0) or not all(
+        isinstance(n, int) and 0 < n <= idx.size(1) for n in values
     ):
         raise ValueError(
             f"lengths={lengths.tolist()} must be (B,) integers from 1 to T, for idx (B, T), "
             f"{tuple(idx.shape)}; an empty prompt has nothing to go on from"
         )
-    return found
+    return values
 
 
 def check_decoding_dtype(dtype: torch.dtype | None) -> None:
     known = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
     if dtype is not None and dtype not in known:
-        raise ValueError(f"dtype={dtype} is none to decode in; use one of {known} or None")
+        raise ValueError(f"dtype={dtype} is no dtype to decode in; use one of {known} or None")
 
 
 def check_count(max_new_tokens: int) -> None:

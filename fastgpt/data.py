@@ -170,28 +170,28 @@ def open_data(folder: Path, verify: bool = True) -> tuple[Tokenizer, dict[str, S
     vocabulary that its ids belong to. To `verify` is to read all of it, for its checksums.
     """
     paths = {name: _existing(folder, name) for name in ("train", "val")}
-    found = manifest.load(folder)
-    if found is not None:
-        found.check(folder, verify)
+    record = manifest.load(folder)
+    if record is not None:
+        record.check(folder, verify)
     tokenizer = load_tokenizer(folder)
     kind = "gpt2" if isinstance(tokenizer, GPT2) else "char"
-    if found is not None and (found.tokenizer, found.vocab_size) != (kind, tokenizer.vocab_size):
+    if record is not None and (record.tokenizer, record.vocab_size) != (kind, tokenizer.vocab_size):
         raise ValueError(
-            f"{folder / manifest.NAME} says {found.tokenizer} and a vocabulary of "
-            f"{found.vocab_size}, the folder has {kind} and {tokenizer.vocab_size}; run `fastgpt "
+            f"{folder / manifest.NAME} says {record.tokenizer} and a vocabulary of "
+            f"{record.vocab_size}, the folder has {kind} and {tokenizer.vocab_size}; run `fastgpt "
             "prepare` again"
         )
     known = GPT2_TOKENS if isinstance(tokenizer, GPT2) else tokenizer.vocab_size
     splits = {name: Split(path, known) for name, path in paths.items()}
     for split in splits.values():
-        if found is None:
+        if record is None:
             _check_foreign(split, tokenizer)
         split.read(0, min(len(split), _LOOKED_AT))
-    return tokenizer, splits, found.identity() if found else _identity(splits)
+    return tokenizer, splits, record.identity() if record else _identity(splits)
 
 
 def _check_foreign(split: Split, tokenizer: Tokenizer) -> None:
-    """What nobody says how it was written: by nanoGPT's prepare.py, or by anything."""
+    """A file without a manifest: nanoGPT's prepare.py, or anything else, may have written it."""
     content = split.path.open("rb").read(2 * min(len(split), _LOOKED_AT))
     ids = torch.frombuffer(bytearray(content), dtype=torch.int16).int() & 0xFFFF
     low, high = ids[0::2], ids[1::2]

@@ -59,12 +59,12 @@ def hardware() -> dict[str, str]:
         nothing = "none: PyTorch sees no CUDA device"
         return report | {"capability": nothing, "peak": "a CPU's is not known"}
     device = torch.device("cuda", torch.cuda.current_device())
-    found, peak = torch.cuda.get_device_properties(device), devices.peak_flops(device)
+    properties, peak = torch.cuda.get_device_properties(device), devices.peak_flops(device)
     known = f"{peak / 1e12:,.0f} TFLOP/s in bf16, dense, by the datasheet"
     return report | {
-        "capability": f"{found.major}.{found.minor}",
+        "capability": f"{properties.major}.{properties.minor}",
         "GPUs": str(torch.cuda.device_count()),
-        "memory": f"{found.total_memory / 2**30:.1f} GiB",
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
         "peak": known if peak == peak else "not known of this device",
     }
 
@@ -77,8 +77,8 @@ def _driver() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"nvidia-smi does not answer: {error}"
-    said = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[0]
-    return said if done.returncode == 0 else f"nvidia-smi failed: {said}"
+    answer = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[0]
+    return answer if done.returncode == 0 else f"nvidia-smi failed: {answer}"
 
 
 def c_compiler() -> str:
@@ -104,12 +104,12 @@ def caches() -> dict[str, str]:
         tuned = f"{path}" if path.exists() else f"{path}: none, `fastgpt tune` writes it"
     return {
         "tuned": tuned,
-        "triton": _there(Path(triton) if triton else home / ".triton/cache"),
-        "inductor": _there(Path(inductor) if inductor else temporary),
+        "triton": _describe(Path(triton) if triton else home / ".triton/cache"),
+        "inductor": _describe(Path(inductor) if inductor else temporary),
     }
 
 
-def _there(path: Path) -> str:
+def _describe(path: Path) -> str:
     return f"{path}" if path.exists() else f"{path}: not there yet"
 
 

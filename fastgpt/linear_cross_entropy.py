@@ -29,7 +29,7 @@ LossBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, 
 CHUNKS = {"cuda": (2**31, 4096), "cpu": (2**28, 1024)}
 
 # Rows of logits begin at multiples of this many elements: where V is odd, as GPT-2's 50257 is,
-# cuBLAS has its slowest kernels for them, and ours load them element by element.
+# cuBLAS has its slowest kernels for them, and fastgpt's load them element by element.
 ROW_MULTIPLE = {"cuda": 64}
 
 

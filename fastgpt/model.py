@@ -267,18 +267,17 @@ class GPT(nn.Module):
         keeps ties, `top_p` the smallest set of ids of that probability. `stop_token` ends a row,
         which is filled up with it; the batch ends when every row has. `dtype` is of the weights as
         they are read: float32, bfloat16, float16, or int8 with a scale for each row, by default the
-        model's or autocast's. `lengths`
-        (B,) is for prompts of unequal length: row b's are its last lengths[b] ids, and what stands
-        before them changes nothing. `prompt_lookup`, for B = 1, is how many ids a step guesses from
-        what the text repeats: the same tokens in fewer steps, however they are chosen. (The same
-        bits decide on a CPU with a C compiler; elsewhere a step's rounding depends on how many it
-        computes, which can decide between near equals.) A PromptLookup counts the guesses. Fills a
-        key-value cache up to block_size; past it the window moves and is computed anew, as in
-        nanoGPT.
+        model's or autocast's. `lengths` (B,) is for prompts of unequal length: row b's are its last
+        lengths[b] ids, and what stands before them changes nothing. `prompt_lookup`, for B = 1, is
+        how many ids a step guesses from what the text repeats: the same tokens in fewer steps,
+        however they are chosen. (On a CPU with a C compiler the logits have the same bits;
+        elsewhere their rounding depends on how many ids a step computes, which can decide between
+        nearly equal ones.) A PromptLookup counts the guesses. Fills a key-value cache up to
+        block_size; past it the window moves and is computed anew, as in nanoGPT.
         """
         how = sampling.Sampling(temperature, top_k, top_p)
-        given = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
-        new = self._sample(*given, watched=False)
+        args = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
+        new = self._sample(*args, watched=False)
         return torch.cat([idx, *new], dim=1)
 
     def generate_stream(
@@ -295,8 +294,8 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """`generate`, one (B, 1) column of new ids at a time: one for each row."""
         how = sampling.Sampling(temperature, top_k, top_p)
-        given = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
-        return self._sample(*given)
+        args = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
+        return self._sample(*args)
 
     def _sample(
         self,
@@ -314,8 +313,8 @@ class GPT(nn.Module):
         checks.check_decoding_dtype(dtype)
         own = checks.check_lengths(lengths, idx)
         lookup = sampling.prompt_lookup(prompt_lookup, rows=idx.size(0))
-        given = idx, max_new_tokens, how, stop_token, dtype, own, watched, lookup
-        return sampling.stream(self, *given)
+        args = idx, max_new_tokens, how, stop_token, dtype, own, watched, lookup
+        return sampling.stream(self, *args)
 
 
 remember(LayerNorm, CausalSelfAttention, MLP, Block, GPT)

@@ -90,10 +90,10 @@ def mlp(
     _check_shape("fc_bias", fc_bias, fc_weight.shape[0])
     _check_shape("proj_weight", proj_weight, proj_weight.shape[0], fc_weight.shape[0])
     _check_shape("proj_bias", proj_bias, proj_weight.shape[0])
-    given = x, fc_weight, fc_bias, proj_weight, proj_bias
+    inputs = x, fc_weight, fc_bias, proj_weight, proj_bias
     if backend.casts_once(x):
-        return reference.mlp(*given, approximate)
-    args = _autocast(*given)
+        return reference.mlp(*inputs, approximate)
+    args = _autocast(*inputs)
     return backend.choose("mlp", *args).mlp(*args, approximate)
 
 
@@ -203,9 +203,9 @@ def _check_tensors(**tensors: Tensor | None) -> None:
     """What PyTorch would refuse obscurely, or not at all: its linear on a CPU takes a weight on the
     meta device and returns noise.
     """
-    given = {name: t for name, t in tensors.items() if t is not None}
-    first, home = next(iter(given.items()))
-    for name, t in given.items():
+    operands = {name: t for name, t in tensors.items() if t is not None}
+    first, home = next(iter(operands.items()))
+    for name, t in operands.items():
         if t.is_nested and t.layout == torch.strided:
             raise TypeError(f"{name} is a nested tensor; convert with .to_padded_tensor(0.0)")
         if name != "targets" and not t.is_floating_point():

@@ -46,10 +46,10 @@ def causal_attention(
     if q.numel() == 0:  # nothing comes out; PyTorch 2.11's SDPA divides by the number of heads
         return (q @ k.transpose(-2, -1)) @ v
     # nanoGPT's call, argument for argument: what a script assigns to this name may take no other
-    given: dict[str, Any] = dict(attn_mask=None, dropout_p=dropout_p, is_causal=True)
+    options: dict[str, Any] = dict(attn_mask=None, dropout_p=dropout_p, is_causal=True)
     if scale is not None:
-        given["scale"] = scale
-    return F.scaled_dot_product_attention(q, k, v, **given)
+        options["scale"] = scale
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import backend, checks, ops
-from fastgpt.decoding import kept
+from fastgpt.decoding import pool
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.lookup import Ahead, PromptLookup
 from fastgpt.decoding.parameters import Parameters, in_dtype, in_int8, parameters, state_of
@@ -70,15 +70,15 @@ def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.scatter(-1, ids, ordered.masked_fill(drop, -math.inf))
 
 
-def prompt_lookup(given: int | PromptLookup | None, rows: int) -> PromptLookup | None:
-    if given is None:
+def prompt_lookup(lookup: int | PromptLookup | None, rows: int) -> PromptLookup | None:
+    if lookup is None:
         return None
     if rows != 1:
         raise ValueError(
-            f"prompt_lookup={given} is for a single prompt, and there are {rows}: in a batch rows "
+            f"prompt_lookup={lookup} is for a single prompt, and there are {rows}: in a batch rows "
             "would go on by unequal numbers of tokens; generate them one by one, or leave it out"
         )
-    return given if isinstance(given, PromptLookup) else PromptLookup(given)
+    return lookup if isinstance(lookup, PromptLookup) else PromptLookup(lookup)
 
 
 @torch.no_grad()
@@ -93,11 +93,11 @@ def stream(
     watched: bool = True,
     lookup: PromptLookup | None = None,
 ) -> Iterator[Tensor]:
-    """Columns (B, 1) of new ids after the prompts idx (B, T), each at its row's right end. Between
-    two of them a caller who is `watched` may change the model.
+    """Columns (B, 1) of new ids after the prompts idx (B, T), each at its row's right end.
+    `watched`: the caller may change the model between two columns.
     """
     (B, T), end = idx.shape, idx.size(1) + max_new_tokens
-    with torch.inference_mode(False):  # whose tensors could not be written to outside it
+    with torch.inference_mode(False):  # inference mode's tensors cannot be written to outside it
         text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype, lookup)
@@ -143,19 +143,19 @@ class NextLogits:
         self.parameters: Parameters | None = None
         self.seen: Snapshot | None = None
         self.state: Any = None
-        self.key: kept.Key | None = None  # under which the decoder may be kept
+        self.key: pool.Key | None = None  # under which the decoder may be kept
         self.look_again()
 
     def look_again(self) -> None:
         """Begin anew if the model is not what it was: every cached key is of its old weights."""
-        now, seen = self.parameters, self.seen
-        if now is not None and seen is not None and seen.holds() and state_of(now) == self.state:
+        old, seen = self.parameters, self.seen
+        if old is not None and seen is not None and seen.holds() and state_of(old) == self.state:
             return
-        found = parameters(self.model)
-        self.seen = None if found is None else Snapshot(self.model)
-        state = None if found is None else state_of(found)
+        current = parameters(self.model)
+        self.seen = None if current is None else Snapshot(self.model)
+        state = None if current is None else state_of(current)
         if state is None or state != self.state:
-            self.parameters, self.state = found, state
+            self.parameters, self.state = current, state
             self.decoder: Decoder | None = None
             self.filled = 0  # columns in the decoder's cache
 
@@ -179,14 +179,14 @@ class NextLogits:
             return self.ahead.step(int(new)) if self.ahead else self.decoder.step(new)
         assert self.parameters is not None
         if self.decoder is None:
-            self.decoder = self._made(len(text), self.end - first)
+            self.decoder = self._new_decoder(len(text), self.end - first)
         self.filled = T
-        given, lengths = self._at_the_left(text)
+        ids, lengths = self._at_the_left(text)
         if self.lookup is not None:
-            self.ahead = Ahead(self.decoder, self.lookup, given[0].tolist())
-        return self.decoder.prefill(given, lengths)
+            self.ahead = Ahead(self.decoder, self.lookup, ids[0].tolist())
+        return self.decoder.prefill(ids, lengths)
 
-    def _made(self, rows: int, columns: int) -> Decoder:
+    def _new_decoder(self, rows: int, columns: int) -> Decoder:
         assert self.parameters is not None
         block_size, head = self.model.config.block_size, self.parameters.head
         own = ops.autocast_dtype(head)
@@ -202,7 +202,7 @@ class NextLogits:
         facts = dict(head_dim=head.shape[1] // self.parameters.n_head, rows=rows * width)
         chosen = backend.explain("decode", (current.like(),), facts).implementation
         self.key = (rows, capacity, width, self.dtype, own, chosen, *addresses)
-        if decoder := kept.take(self.model, self.key):
+        if decoder := pool.take(self.model, self.key):
             decoder.refresh(current)
             return decoder
         return Decoder(current, rows, capacity, width)
@@ -210,7 +210,7 @@ class NextLogits:
     def close(self) -> None:
         """Let the next call have the decoder."""
         if self.decoder is not None and self.key is not None:
-            kept.give_back(self.model, self.key, self.decoder)
+            pool.give_back(self.model, self.key, self.decoder)
 
     def _at_the_left(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Texts moved to their rows' left ends, cropped to block_size, and their lengths."""

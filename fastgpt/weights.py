@@ -37,12 +37,12 @@ def accept_wrapped_names(
     """
     pairs = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
     own = {name for name, _ in pairs}
-    given = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    found = {name: _inside(name[len(prefix) :], own) for name in given}
-    free = {_bare(name): name for name in own.difference(found.values())}
-    for name, value in given.items():
+    entries = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    targets = {name: _inside(name[len(prefix) :], own) for name in entries}
+    free = {_bare(name): name for name in own.difference(targets.values())}
+    for name, value in entries.items():
         bare = _bare(name[len(prefix) :])
-        target = found[name] or free.get(bare)
+        target = targets[name] or free.get(bare)
         if target or not name.endswith(_MASKS):
             state_dict[prefix + (target or bare)] = value
 
@@ -122,7 +122,7 @@ def load_folder(folder: Path) -> Any:
     how = dict(attn_implementation="eager", trust_remote_code=False, local_files_only=True)
     try:
         with _quiet(import_transformers()):
-            model, found = import_transformers().GPT2LMHeadModel.from_pretrained(
+            model, loading_info = import_transformers().GPT2LMHeadModel.from_pretrained(
                 str(folder), config=hf_config, output_loading_info=True, **how
             )
     except Exception as error:
@@ -131,7 +131,7 @@ def load_folder(folder: Path) -> Any:
             reason = "its weights are no tensors alone, and were not loaded"
         raise ValueError(f"{folder} holds no GPT-2 that can be loaded: {reason:.300}") from None
     for kind in ("missing", "unexpected", "mismatched"):  # drawn anew, dropped: never silently
-        names = [str(name) for name in found[f"{kind}_keys"]]
+        names = [str(name) for name in loading_info[f"{kind}_keys"]]
         if wrong := sorted(name for name in names if not name.endswith(_MASKS)):
             raise ValueError(f"{folder} holds no GPT-2 of its config.json: {kind} {wrong[0]}")
     return model
@@ -139,7 +139,7 @@ def load_folder(folder: Path) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without its bars and tables: what they tell of is looked at, and said in a line."""
+    """transformers without its bars and tables: the caller reports in one line what they show."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -169,8 +169,8 @@ _READ = (
 def _plain(values: Any) -> dict[str, Any]:
     """Of a config.json what a GPT-2 is made by: the rest may name code, kernels, quantizers."""
     if not isinstance(values, dict) or values.get("model_type") != "gpt2":
-        found = values.get("model_type") if isinstance(values, dict) else values
-        raise ValueError(f"cannot convert model_type={found!r:.60}, only 'gpt2'")
+        model_type = values.get("model_type") if isinstance(values, dict) else values
+        raise ValueError(f"cannot convert model_type={model_type!r:.60}, only 'gpt2'")
     return {name: values[name] for name in _READ if name in values}
 
 

@@ -41,7 +41,7 @@ LAYERS = """
     fused.whole
     decoding.parameters
     decoding.decoder
-    decoding.kept decoding.lookup
+    decoding.pool decoding.lookup
     sampling
     model
     examples

@@ -49,9 +49,9 @@ def main(folder: Path, root: Path = ROOT) -> int:
         if done.returncode:
             raise RuntimeError(f"the docs could not be made: {done.stderr[-1000:]}")
     except BaseException as error:
-        for made in (root / "docs").glob("*"):
-            if made.is_file() and made not in before:
-                made.unlink()
+        for doc in (root / "docs").glob("*"):
+            if doc.is_file() and doc not in before:
+                doc.unlink()
         for path, content_before in before.items():
             if content_before is None:
                 path.unlink(missing_ok=True)
@@ -73,12 +73,12 @@ def _contents(folder: Path, root: Path) -> dict[Path, bytes]:
     state = store.read(folder / store.STATE)
     if state["rehearsal"]:
         raise Refused(f"{folder / store.STATE} is of a rehearsal on toy sizes, not of a GPU")
-    found = [
+    records = [
         checked(content, f"{folder / store.TAR}:{name}")
         for name, content in store.members(folder / store.TAR)
         if "records" in Path(name).parts and name.endswith(".json")
     ]
-    if not found:
+    if not records:
         raise Refused(f"{folder / store.TAR} holds no record")
     packed = {name for name, _ in store.members(folder / store.TAR)}
     for name, entry in state["stages"].items():
@@ -87,7 +87,7 @@ def _contents(folder: Path, root: Path) -> dict[Path, bytes]:
                 print(f"{name}/{one['file']} is not in {store.TAR}, but in that of an earlier call",
                       file=sys.stderr)  # fmt: skip
     doubts = results.flags(state)
-    files = dict(_placed(best(merged(found)), doubts, root))
+    files = dict(_placed(best(merged(records)), doubts, root))
     if (path := folder / store.TUNED).exists():
         device = str(state["stages"].get("tune", {}).get("device", ""))
         files[root / "kernels/tuned.json"] = _shipped(path, device, root)
@@ -97,27 +97,27 @@ def _contents(folder: Path, root: Path) -> dict[Path, bytes]:
 def checked(content: bytes, name: str) -> Record:
     """The record in `content`. Refused unless it was measured on a GPU, at a session's sizes."""
     try:
-        found = json.loads(content)
+        run = json.loads(content)
     except ValueError as error:
         raise Refused(f"{name} is not JSON: {error}") from None
     kinds = {"bench": str, "date": str, "commit": str, "environment": dict, "settings": dict}
     kinds["rows"] = list
     wrong = [k for k, kind in kinds.items()
-             if not isinstance(found, dict) or not isinstance(found.get(k), kind)]  # fmt: skip
-    if wrong or found.get("schema") != record.SCHEMA or found["bench"] not in BENCHES:
-        raise Refused(f"{name} is not a record of {', '.join(BENCHES)}: {wrong or found!r:.80}")
-    device = found["environment"].get("device")
+             if not isinstance(run, dict) or not isinstance(run.get(k), kind)]  # fmt: skip
+    if wrong or run.get("schema") != record.SCHEMA or run["bench"] not in BENCHES:
+        raise Refused(f"{name} is not a record of {', '.join(BENCHES)}: {wrong or run!r:.80}")
+    device = run["environment"].get("device")
     if not isinstance(device, str) or device.startswith("CPU"):
         raise Refused(f"{name} was measured on {device!r}, which is no GPU")
-    if not _of_a_session(found["settings"]):
-        raise Refused(f"{name} has settings {found['settings']}, which are not a session's")
-    for row in found["rows"]:
+    if not _of_a_session(run["settings"]):
+        raise Refused(f"{name} has settings {run['settings']}, which are not a session's")
+    for row in run["rows"]:
         if not isinstance(row, dict) or not isinstance(row.get("variant"), str):
             raise Refused(f"{name} has the row {row!r:.80}, which names no variant")
         samples = row.get("seconds", [])
         if not isinstance(samples, list) or not all(map(_positive, samples)):
             raise Refused(f"{name}: seconds of {row['variant']} are not all above 0")
-    return found
+    return run
 
 
 def _of_a_session(settings: dict[str, Any]) -> bool:
@@ -134,14 +134,14 @@ def merged(records: list[Record]) -> list[Record]:
     """The records, those of single ops put together in one, as bench.ops writes it."""
     rest: list[Record] = []
     together: dict[str, Record] = {}
-    for found in sorted(records, key=lambda r: r["date"]):
-        if found["bench"] != "ops":
-            rest.append(found)
+    for run in sorted(records, key=lambda r: r["date"]):
+        if run["bench"] != "ops":
+            rest.append(run)
             continue
-        settings = {k: v for k, v in found["settings"].items() if k != "only"}
-        whole = {**found, "settings": settings}
+        settings = {k: v for k, v in run["settings"].items() if k != "only"}
+        whole = {**run, "settings": settings}
         into = together.setdefault(record.kind(whole), {**whole, "rows": []})
-        into["rows"] += [row for row in found["rows"] if _key(row) not in map(_key, into["rows"])]
+        into["rows"] += [row for row in run["rows"] if _key(row) not in map(_key, into["rows"])]
     return rest + list(together.values())
 
 
@@ -152,12 +152,12 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 def best(records: list[Record]) -> list[Record]:
     """Of records with equal settings the one with most times, of several the newest."""
 
-    def times(found: Record) -> tuple[int, str]:
-        return sum("problem" not in row for row in found["rows"]), found["date"]
+    def times(run: Record) -> tuple[int, str]:
+        return sum("problem" not in row for row in run["rows"]), run["date"]
 
     chosen: dict[str, Record] = {}
-    for found in sorted(records, key=times):
-        chosen[record.kind(found)] = found
+    for run in sorted(records, key=times):
+        chosen[record.kind(run)] = run
     return list(chosen.values())
 
 
@@ -166,13 +166,13 @@ def _placed(
 ) -> Iterator[tuple[Path, bytes]]:
     """Paths and contents of new records; rows of an op that failed the GPU suite get a flag."""
     taken: set[Path] = set()
-    for found in records:
-        for row in found["rows"]:
+    for run in records:
+        for row in run["rows"]:
             if test := results.flagged(row, doubts):
                 also = f"; {row['flag']}" if "flag" in row else ""
                 row["flag"] = f"the GPU suite failed: {test}{also}"
-        content = (json.dumps(found, indent=1) + "\n").encode()
-        path = record.path_of(found, root / "bench/results")
+        content = (json.dumps(run, indent=1) + "\n").encode()
+        path = record.path_of(run, root / "bench/results")
         while path in taken:  # two records of one second
             path = path.with_stem(f"{path.stem}-too")
         taken.add(path)

@@ -55,7 +55,7 @@ def run(
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True,
     )  # fmt: skip
     try:
-        said, _ = _wait(keeper, limits.seconds + limits.grace + 20)
+        output, _ = _wait(keeper, limits.seconds + limits.grace + 20)
     except BaseException:
         with contextlib.suppress(OSError):
             keeper.stdin.close()  # type: ignore[union-attr]
@@ -63,7 +63,7 @@ def run(
             keeper.wait(limits.grace + 15)
         raise
     try:
-        return Outcome(*json.loads(said))
+        return Outcome(*json.loads(output))
     except ValueError:  # somebody killed the keeper, or it hung
         left = stop_descendants(os.getpid(), limits.grace)
         return Outcome("lost", keeper.returncode or 0, time.monotonic() - start, left)
@@ -74,18 +74,18 @@ def _wait(keeper: subprocess.Popen, seconds: float) -> tuple[bytes, int]:
     assert keeper.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(keeper.stdout, selectors.EVENT_READ)
-        said, end = b"", time.monotonic() + seconds
+        output, end = b"", time.monotonic() + seconds
         while time.monotonic() < end and selector.select(end - time.monotonic()):
             part = os.read(keeper.stdout.fileno(), 65536)
             if not part:
                 break
-            said += part
+            output += part
         else:
             keeper.kill()
     keeper.wait()
     keeper.stdin.close()  # type: ignore[union-attr]
     keeper.stdout.close()
-    return said, keeper.returncode
+    return output, keeper.returncode
 
 
 def become_subreaper() -> None:
@@ -105,11 +105,11 @@ def descendants(pid: int) -> list[int]:
             )
             if state not in "ZX":
                 children.setdefault(int(parent), []).append(int(name))
-    found, new = [], [pid]
+    pids, new = [], [pid]
     while new:
         new = [child for parent in new for child in children.get(parent, ())]
-        found += new
-    return found
+        pids += new
+    return pids
 
 
 def stop_descendants(pid: int, grace: float) -> list[int]:
@@ -146,10 +146,10 @@ class _Log:
         self.file = path.open("ab", buffering=0)
 
     def add(self, data: bytes) -> None:
-        kept = data[: max(0, HEAD - self.seen)]
+        head = data[: max(0, HEAD - self.seen)]
         self.seen += len(data)
-        self.tail = (self.tail + data[len(kept) :])[-TAIL:]
-        self._write(kept)
+        self.tail = (self.tail + data[len(head) :])[-TAIL:]
+        self._write(head)
 
     def close(self) -> None:
         if (left_out := self.seen - HEAD - len(self.tail)) > 0:

@@ -40,18 +40,18 @@ class Refused(Exception):
 
 
 def packages(out: Path) -> Facts:
-    found = {"python": platform.python_version()}
+    facts = {"python": platform.python_version()}
     for name in ("torch", "triton", "numpy", "pytest", "transformers", "liger-kernel"):
         try:
-            found[name] = importlib.metadata.version(name)
+            facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            facts[name] = "not installed"
     for name in ("torch", "triton"):
         if importlib.util.find_spec(name) is None:
             raise Refused(f"{sys.executable} has no {name}: use another with PYTHON=")
     if importlib.util.find_spec("pytest") is None:
-        found["warning"] = "no pytest: the suite cannot run"
-    return found
+        facts["warning"] = "no pytest: the suite cannot run"
+    return facts
 
 
 def disk(out: Path) -> Facts:
@@ -107,21 +107,21 @@ def device(out: Path) -> Facts:
     from bench.harness import record
     from fastgpt.environment import versions
 
-    found: Facts = {"commit": record.commit(), **versions(), "cuda": torch.version.cuda}
+    facts: Facts = {"commit": record.commit(), **versions(), "cuda": torch.version.cuda}
     if not torch.cuda.is_available():
         if rehearsing():
-            return found
+            return facts
         raise Refused(f"torch {torch.__version__} sees no GPU; --rehearse runs toy sizes on a CPU")
     free, total = torch.cuda.mem_get_info()
-    found |= {"free_gib": free / GIB, "total_gib": total / GIB}
-    found["capability"] = list(torch.cuda.get_device_capability())
+    facts |= {"free_gib": free / GIB, "total_gib": total / GIB}
+    facts["capability"] = list(torch.cuda.get_device_capability())
     if free / GIB < MIN_MEMORY:
         raise Refused(f"{free / GIB:.1f} GiB of GPU memory are free: others use this GPU")
     if free < 0.9 * total:
-        found["warning"] = (
+        facts["warning"] = (
             f"{free / GIB:.0f} of {total / GIB:.0f} GiB are free: others use this GPU"
         )
-    return found
+    return facts
 
 
 def kernel(out: Path) -> Facts:
@@ -137,11 +137,11 @@ def kernel(out: Path) -> Facts:
     x, w = torch.randn(8, 64, device=where), torch.randn(64, device=where)
     try:
         with use_backend("triton"):
-            ours = ops.layer_norm(x, w, None)
+            normed = ops.layer_norm(x, w, None)
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error):.200}"
         raise Refused(f"fastgpt's kernels do not launch: {why}") from None
-    gap = (ours - reference.layer_norm(x, w, None)).abs().max().item()
+    gap = (normed - reference.layer_norm(x, w, None)).abs().max().item()
     if not gap < 1e-4:
         raise Refused(f"fastgpt's LayerNorm is {gap:.2g} away from PyTorch's")
     return {"error": gap}

@@ -24,35 +24,35 @@ LOG = "log.txt"
 
 def collect(out: Path) -> dict[str, Any]:
     """Everything in a stage's folder, small enough for the state."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     log = _text(out / LOG)
     if records := list(_records(out)):
-        found["records"] = records[-MAX_RECORDS:]
+        results["records"] = records[-MAX_RECORDS:]
     if rows := _newest(_rows(log.splitlines())):
-        found["rows"] = rows[:MAX_ROWS]
+        results["rows"] = rows[:MAX_ROWS]
     if tests := _tests(out):
-        found["tests"] = tests
+        results["tests"] = tests
     for path in sorted(out.glob("cache/fastgpt/*.json")):
         if isinstance(entry := _parsed(_text(path)), dict):
-            found["tuned"] = entry
+            results["tuned"] = entry
     if step := re.findall(r"^(?:step|gaps) .*$", log, re.MULTILINE):  # of bench.profiler
-        found["profile"] = [line[:100] for line in step[-2:]]
+        results["profile"] = [line[:100] for line in step[-2:]]
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    found["last"] = [printable(line)[:300] for line in lines[-3:]]
-    return found
+    results["last"] = [printable(line)[:300] for line in lines[-3:]]
+    return results
 
 
-def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The results of two tries: the second's, and of the first what the second has not measured, or
-    what lies on another machine."""
-    files = {record["file"] for record in found.get("records", [])}
+def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The results of two tries: the second's, and those of the first that the second has not
+    measured, or that lie on another machine."""
+    files = {record["file"] for record in after.get("records", [])}
     old = [record for record in before.get("records", []) if record["file"] not in files]
-    both = {**before, **found}
-    return both | ({"records": old + found.get("records", [])} if "records" in both else {})
+    both = {**before, **after}
+    return both | ({"records": old + after.get("records", [])} if "records" in both else {})
 
 
-def wrote_something(found: dict[str, Any]) -> bool:
-    return bool(found.keys() - {"last"})
+def wrote_something(results: dict[str, Any]) -> bool:
+    return bool(results.keys() - {"last"})
 
 
 def printable(text: str) -> str:
@@ -92,13 +92,13 @@ def _newest(rows: list[Row]) -> list[Row]:
 def _records(out: Path) -> Iterator[dict[str, Any]]:
     """A stage's records without their samples, which stay in the tar."""
     for path in sorted(out.glob("**/*.json")):
-        found = _parsed(_text(path))
-        if not (isinstance(found, dict) and isinstance(found.get("rows"), list)):
+        record = _parsed(_text(path))
+        if not (isinstance(record, dict) and isinstance(record.get("rows"), list)):
             continue
-        rows = [row for row in found["rows"] if isinstance(row, dict)]
-        kept = [_short(row) for row in rows]
-        of_all = {k: found.get(k) for k in ("bench", "date", "settings", "matmul_ceiling")}
-        yield {**of_all, "file": path.relative_to(out).as_posix(), "rows": kept[:MAX_ROWS]}
+        rows = [row for row in record["rows"] if isinstance(row, dict)]
+        short = [_short(row) for row in rows]
+        of_all = {k: record.get(k) for k in ("bench", "date", "settings", "matmul_ceiling")}
+        yield {**of_all, "file": path.relative_to(out).as_posix(), "rows": short[:MAX_ROWS]}
 
 
 def _short(row: Row) -> Row:

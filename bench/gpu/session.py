@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import keeper, results, store, table
-from bench.gpu.given import ROOT, Given
+from bench.gpu.inputs import ROOT, Inputs
 from bench.gpu.stages import PREFLIGHT, STAGES, Stage
 
 RUNNING, DONE = "running", "done"
@@ -43,7 +43,7 @@ class Session:
         self.state = store.new(rehearsal)
         self.work = out  # until `load`
         self.unwritten = ""  # why a file could not be written
-        self.given = Given(rehearsal)
+        self.inputs = Inputs(rehearsal)
 
     def load(self, resume: Path | None) -> None:
         """Go on from the state in --out, or in `resume`, the folder or gpu.json of another call.
@@ -97,8 +97,8 @@ class Session:
         return True
 
     def _tuned(self) -> dict[str, Any] | None:
-        found = [entry.get("results", {}).get("tuned") for entry in self.state["stages"].values()]
-        return next((tuned for tuned in found if tuned), None)
+        tunings = [entry.get("results", {}).get("tuned") for entry in self.state["stages"].values()]
+        return next((tuned for tuned in tunings if tuned), None)
 
     def table(self) -> str:
         return table.table(self.state, self.stages, self.left_out)
@@ -111,7 +111,7 @@ class Session:
         """Why a stage cannot run on this machine, or ""."""
         if stage.gpu and self.state["rehearsal"]:
             return "needs a GPU"
-        if stage.needs and stage.needs not in self.given.carried():
+        if stage.needs and stage.needs not in self.inputs.carried():
             return f"no {stage.needs} was carried in .local"
         return ""
 
@@ -145,7 +145,7 @@ class Session:
                 if entry["ended"] == RUNNING:  # the signal came between two lines of `run`
                     self._finish(name, entry, "interrupted")
             self.save()
-            self.given.forget()
+            self.inputs.forget()
             if not self.unwritten:
                 shutil.rmtree(self.work, ignore_errors=True)
             print(f"\n{self.table()}", flush=True)
@@ -169,14 +169,14 @@ class Session:
         for _ in range(2):
             shutil.rmtree(stage.out(self.work), ignore_errors=True)
             outcome = self._run(stage, stage.seconds)
-            found = results.collect(stage.out(self.work))
+            result = results.collect(stage.out(self.work))
             if outcome.how != "out of time":
                 break
-        checks = [row for row in found.get("rows", []) if "check" in row]
+        checks = [row for row in result.get("rows", []) if "check" in row]
         refused = [str(row.get("why")) for row in checks if row.get("ok") is False]
         why = ""
         if refused or (outcome.how, outcome.code) != ("exited", 0):
-            why = refused[0] if refused else f"{_words(outcome)}; {' / '.join(found['last'])}"
+            why = refused[0] if refused else f"{_words(outcome)}; {' / '.join(result['last'])}"
         if not more:
             self.state["preflight"] = {"why": why, "seconds": outcome.seconds, "checks": checks}
         return why
@@ -213,11 +213,11 @@ class Session:
         """Record how a stage ended, with the results that it had written by then."""
         folder = self.work / name
         notes = store.tidy(folder) if folder.is_dir() else []
-        found = results.collect(folder)
-        if ended == DONE and not results.wrote_something(found):
+        result = results.collect(folder)
+        if ended == DONE and not results.wrote_something(result):
             entry["done"], ended = False, "ended without a result"
-        found = results.joined(entry.get("results", {}), found)
-        entry |= {"ended": ended, "results": found, "notes": notes}
+        result = results.joined(entry.get("results", {}), result)
+        entry |= {"ended": ended, "results": result, "notes": notes}
 
     def _run(self, stage: Stage, seconds: float) -> keeper.Outcome:
         folder = stage.out(self.work)
@@ -225,9 +225,9 @@ class Session:
         scratch = self.work / SCRATCH
         scratch.mkdir()
         try:
-            values = self.given.values() | {"out": folder, "seconds": int(0.85 * seconds)}
+            values = self.inputs.values() | {"out": folder, "seconds": int(0.85 * seconds)}
             limits = self.limits._replace(seconds=seconds)
-            env = self.given.environment() | {
+            env = self.inputs.environment() | {
                 "TMPDIR": str(scratch),
                 "XDG_CACHE_HOME": f"{folder}/cache",
             }

@@ -20,7 +20,7 @@ class Stage:
     seconds: float  # at most
     least: float  # with less time left it waits for the next call
     last: bool = False  # only after every stage without this flag has been tried
-    needs: str = ""  # a name of Given.carried: without it the stage is left out
+    needs: str = ""  # a name of Inputs.carried: without it the stage is left out
     gpu: bool = False  # left out of a rehearsal on a CPU
     fine: tuple[int, ...] = (0,)  # exit codes that mean it has done its work
 
@@ -86,7 +86,7 @@ STAGES = (
     _peers("mlp", "mlp", "fastgpt, own GEMM"),
     _peers("attention", "packed_causal_attention", "fastgpt"),
     Stage("adamw", f"{BESIDE} adamw", 40, 15),
-    # our decoding kernels have met a GPU; batches above theirs run PyTorch's
+    # fastgpt's decoding kernels have run on a GPU; batches too large for them run PyTorch's
     Stage("decode", "bench.decode --out {out}/records --size {size} --batch 1 8 64"
           " --prompt {prompt} --new-tokens {new} --rounds {rounds}"
           " --variants eager fastgpt nanogpt hf hf-static", 150, 60),

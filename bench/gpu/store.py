@@ -54,8 +54,8 @@ def read(path: Path) -> State:
         raise ValueError(f"{path} is no state of bench.gpu: {error}") from None
     kinds = {"calls": list, "preflight": dict, "stages": dict, "left_out": list, "rehearsal": bool}
     if not isinstance(state, dict) or state.get("kit") != KIT:
-        found = state.get("kit") if isinstance(state, dict) else None
-        raise ValueError(f"{path} is no state of bench.gpu: kit is {found!r}, not {KIT}")
+        kit = state.get("kit") if isinstance(state, dict) else None
+        raise ValueError(f"{path} is no state of bench.gpu: kit is {kit!r}, not {KIT}")
     for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"{path} is no state of bench.gpu: {name} is {state.get(name)!r:.60}")
@@ -83,31 +83,31 @@ def _finite(value: Any) -> Any:
 def work_folder(state: State) -> Path:
     """The earlier call's folder if it is still on this machine, else a new one."""
     before = Path(str(state.get("work")))
-    ours = before.name.startswith("fastgpt-gpu-") and before.is_dir()
-    if ours and os.access(before, os.W_OK):
+    of_a_session = before.name.startswith("fastgpt-gpu-") and before.is_dir()
+    if of_a_session and os.access(before, os.W_OK):
         return before
     return Path(tempfile.mkdtemp(prefix="fastgpt-gpu-"))
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (path for path in sorted(folder.rglob("*")) if not path.is_symlink())
-    return [path for path in found if path.is_file()]
+    paths = (path for path in sorted(folder.rglob("*")) if not path.is_symlink())
+    return [path for path in paths if path.is_file()]
 
 
 def tidy(folder: Path) -> list[str]:
     """Compress files above 1 MiB, delete those above TOO_LARGE -> a line for each deleted one."""
-    said = []
+    notes = []
     for path in _files(folder):
         size = path.lstat().st_size
         with contextlib.suppress(OSError):
             if size > TOO_LARGE:
                 path.unlink()
-                said.append(f"{path.name} of {size:,} bytes was deleted")
+                notes.append(f"{path.name} of {size:,} bytes was deleted")
             elif size > 2**20 and path.suffix == ".json" and "records" not in path.parts:
                 with path.open("rb") as source, gzip.open(f"{path}.gz", "wb", 5) as target:
                     shutil.copyfileobj(source, target)
                 path.unlink()
-    return said
+    return notes
 
 
 def pack(work: Path, path: Path, limit: int = LIMIT) -> list[str]:

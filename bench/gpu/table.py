@@ -70,34 +70,34 @@ def _checks(state: State) -> dict[str, Row]:
 
 
 def _stage(name: str, entry: dict[str, Any], doubts: dict[str, str]) -> str:
-    found = entry.get("results", {})
+    result = entry.get("results", {})
     ended = str(entry.get("ended"))
-    said = _summary(found, doubts)
-    if not entry.get("done") and not said and found.get("last"):
-        said = found["last"][-1]
+    summary = _summary(result, doubts)
+    if not entry.get("done") and not summary and result.get("last"):
+        summary = result["last"][-1]
     if entry["tries"] > 1:
         ended += f" (try {entry['tries']})"
-    parts = [ended, *([said] if said else []), *entry.get("notes", [])]
+    parts = [ended, *([summary] if summary else []), *entry.get("notes", [])]
     return f"{name:27}{_number(entry.get('seconds'), '.0f'):>4} s {': '.join(parts)}"
 
 
-def _summary(found: dict[str, Any], doubts: dict[str, str]) -> str:
+def _summary(result: dict[str, Any], doubts: dict[str, str]) -> str:
     """A stage's result in a few words."""
-    if "tests" in found:
-        return ", ".join(f"{n} {how}" for how, n in found["tests"]["counts"].items())
-    if "tuned" in found:
-        chosen = found["tuned"].get("implementations", {})
-        configs = found["tuned"].get("configs", {})
+    if "tests" in result:
+        return ", ".join(f"{n} {how}" for how, n in result["tests"]["counts"].items())
+    if "tuned" in result:
+        chosen = result["tuned"].get("implementations", {})
+        configs = result["tuned"].get("configs", {})
         return f"{len(chosen)} implementations, {len(configs)} configurations" if isinstance(
             chosen, dict) and isinstance(configs, dict) else "tuned.json"  # fmt: skip
-    if "profile" in found:
-        return "; ".join(" ".join(line.split()) for line in found["profile"])
-    rows = found.get("rows", [])
+    if "profile" in result:
+        return "; ".join(" ".join(line.split()) for line in result["profile"])
+    rows = result.get("rows", [])
     if rates := [row["teraflops_per_second"] for row in rows if "teraflops_per_second" in row]:
         rates = [rate for rate in rates if isinstance(rate, int | float)]
         if rates:
             return f"cuBLAS {min(rates):.4g} to {max(rates):.4g} TFLOP/s over {len(rates)} GEMMs"
-    records = [record for record in found.get("records", []) if record.get("bench") == "ops"]
+    records = [record for record in result.get("records", []) if record.get("bench") == "ops"]
     if records:
         return _ops(_best(records)["rows"], doubts)
     return _ops(rows, doubts) if rows else ""
@@ -121,33 +121,33 @@ def _ops(rows: list[Row], doubts: dict[str, str]) -> str:
             groups.setdefault(_SHORT.get(what, what), []).append(row)
     if "fwd" in groups:  # then "both" is their sum
         groups.pop("both", None)
-    said = []
+    texts = []
     for what, of_one in groups.items():
-        theirs = [row for row in of_one if not results.is_fastgpts(row)]
-        best = min(theirs, key=lambda row: row["microseconds"], default=None)
-        for row in [row for row in of_one if results.is_fastgpts(row)] or theirs[:1]:
+        peers = [row for row in of_one if not results.is_fastgpts(row)]
+        best = min(peers, key=lambda row: row["microseconds"], default=None)
+        for row in [row for row in of_one if results.is_fastgpts(row)] or peers[:1]:
             flag = "!" if results.flagged(row, doubts) else ""
             name = "" if row.get("variant") == "fastgpt" else f"{row.get('variant')} "
             text = f"{flag}{what} {name}{row['microseconds']:.4g} us"
             if best is not None and best is not row:
                 ratio = best["microseconds"] / row["microseconds"]
                 text += f" ({ratio:.2f}x {best.get('variant')})"
-            said.append(text)
-    said += [f"{row.get('variant')}: {str(row['problem'])[:40]}" for row in rows
-             if "problem" in row and results.is_fastgpts(row)]  # fmt: skip
-    return ", ".join(said)
+            texts.append(text)
+    texts += [f"{row.get('variant')}: {str(row['problem'])[:40]}" for row in rows
+              if "problem" in row and results.is_fastgpts(row)]  # fmt: skip
+    return ", ".join(texts)
 
 
 def _detail(entry: dict[str, Any], doubts: dict[str, str]) -> list[str]:
     """The lines below a stage's own: failed tests, and the variants of training and of curves."""
-    found = entry.get("results", {})
-    bad = found.get("tests", {}).get("bad", [])
+    result = entry.get("results", {})
+    bad = result.get("tests", {}).get("bad", [])
     lines = [f"  {row.get('outcome')}: {row['test']} (seed {row.get('seed')}) {row.get('why', '')}"
              for row in bad[:MAX_FAILURES]]  # fmt: skip
     if len(bad) > MAX_FAILURES:
         lines.append(f"  and {len(bad) - MAX_FAILURES} more in gpu.json")
-    records = [r for r in found.get("records", []) if r.get("bench") in ("train", "curves")]
-    for decoded in (r for r in found.get("records", []) if r.get("bench") == "decode"):
+    records = [r for r in result.get("records", []) if r.get("bench") in ("train", "curves")]
+    for decoded in (r for r in result.get("records", []) if r.get("bench") == "decode"):
         batch = decoded.get("settings", {}).get("batch", 1)
         rows = [{**row, "variant": f"{row.get('variant')} x{batch}"} for row in decoded["rows"]]
         lines += [_variant(row, doubts) for row in rows]
@@ -157,20 +157,20 @@ def _detail(entry: dict[str, Any], doubts: dict[str, str]) -> list[str]:
 def _variant(row: Row, doubts: dict[str, str]) -> str:
     mark = "!" if results.flagged(row, doubts) else " "
     name = f" {mark}{row.get('variant')!s:22}"
-    said = ""
+    figures = ""
     if "tokens_per_second" in row:
         ms = row["ms"].get("median") if isinstance(row.get("ms"), dict) else None
-        said = (
+        figures = (
             f"{_number(row['tokens_per_second'], ',.0f'):>10} tok/s"
             f"{_number(row.get('over_eager'), '.2f'):>6}x{_number(ms, '.2f'):>8} ms"
             f"{_number(row.get('peak_bytes'), '.1f', 1e-9):>6} GB"
             f"{_number(row.get('first_step_seconds'), '.1f'):>6} s first  "
         )
     elif "gap" in row:
-        said = f"final loss {_number(row.get('final_loss'), '.4f')}, gap "
-        said += f"{_number(row.get('of_a_seed'), '.3f')} of a seed's  "
+        figures = f"final loss {_number(row.get('final_loss'), '.4f')}, gap "
+        figures += f"{_number(row.get('of_a_seed'), '.3f')} of a seed's  "
     doubt = row.get("problem") or row.get("flag") or row.get("warning") or ""
-    return f"{name}{said}{doubt}"
+    return f"{name}{figures}{doubt}"
 
 
 def _number(value: Any, form: str, scale: float = 1.0) -> str:

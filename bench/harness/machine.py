@@ -87,6 +87,6 @@ def _of_gpu(repeats: int, device: torch.device) -> list[float]:
 
 
 if __name__ == "__main__":
-    found = check()
-    print(*(f"{name} {value}" for name, value in found.items()), sep="\n")
-    print(warning(found) or "quiet")
+    state = check()
+    print(*(f"{name} {value}" for name, value in state.items()), sep="\n")
+    print(warning(state) or "quiet")

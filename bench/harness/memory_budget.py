@@ -30,8 +30,8 @@ def step_bytes(config: GPTConfig, batch_size: int, dtype: str) -> int:
     """At the peak of a step of eager nanoGPT, all in all."""
     C, tokens = config.n_embd, batch_size * config.block_size
     # per layer: residual stream before each norm, norms' outputs, qkv, attention, fc, GELU
-    kept = 64 * C if matmul_dtype(dtype) == torch.float32 else 36 * C
-    activations = tokens * (config.n_layer * kept + 16 * config.vocab_size)
+    per_layer = 64 * C if matmul_dtype(dtype) == torch.float32 else 36 * C
+    activations = tokens * (config.n_layer * per_layer + 16 * config.vocab_size)
     return 16 * parameters(config) + activations
 
 
@@ -45,8 +45,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def missing(needed: int, device: torch.device) -> str:
-    """Why `needed` bytes cannot fit; empty if they may. On a GPU only trying tells: it fails there
-    cleanly, where a CPU's system would end the process."""
+    """Why `needed` bytes cannot fit; empty if they may. On a GPU it is tried instead: it fails
+    cleanly there, where on a CPU the system would end the process."""
     free = free_bytes(device)
     if device.type == "cuda" or needed <= free:
         return ""

@@ -69,7 +69,7 @@ def _output() -> str:
     return printed.decode(errors="replace") if process.returncode == 0 else ""
 
 
-@functools.cache  # asked before the run: of a device that a fault took PyTorch knows nothing
+@functools.cache  # called before the run: after a fault PyTorch cannot name its device
 def _which_gpu() -> list[str]:
     """The one that PyTorch uses, of several."""
     if not torch.cuda.is_available():

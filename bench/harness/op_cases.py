@@ -27,15 +27,15 @@ def cases(device: torch.device, dtype: torch.dtype, M: int, C: int, V: int) -> I
     sizes = Sizes(M // T, T, C, C // D, V)
     work = _work(M, C, V, M // T, T, C // D, dtype.itemsize)
     for op in (op for op, entry in backend.OPS.items() if entry.public):
-        given = outline(op, sizes, "meta", dtype)
-        tensors = [t for t in given.inputs if t is not None]
+        meta = outline(op, sizes, "meta", dtype)
+        tensors = [t for t in meta.inputs if t is not None]
 
         def inputs(op: str = op) -> list[Tensor]:
             return [t for t in example(op, sizes, device, dtype).inputs if t is not None]
 
         shape = "x".join(map(str, tensors[0].shape))
-        least = work.get(op) or _moves_once(op, tensors, given.options)
-        yield Case(op, shape, inputs, given.options, least)
+        least = work.get(op) or _moves_once(op, tensors, meta.options)
+        yield Case(op, shape, inputs, meta.options, least)
 
 
 def _moves_once(op: str, tensors: list[Tensor], options: dict[str, Any]) -> dict[str, Work]:

@@ -107,8 +107,8 @@ def slug(device: str) -> str:
 
 
 def commit() -> str:
-    """What FASTGPT_COMMIT says, for a copy sent to another machine knows its own no better; else
-    git's, with "-dirty" where files have changed since."""
+    """FASTGPT_COMMIT, by which a copy sent to another machine is told its commit; else git's, with
+    "-dirty" where files have changed since."""
     if told := os.environ.get("FASTGPT_COMMIT"):
         return told
     here = Path(__file__).parents[2]
@@ -118,8 +118,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        found = git("rev-parse", "HEAD")
+        head = git("rev-parse", "HEAD")
         dirty = git("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError:  # no git on this machine
         return "unknown"
-    return (found or "unknown") + ("-dirty" if dirty else "")
+    return (head or "unknown") + ("-dirty" if dirty else "")

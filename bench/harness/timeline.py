@@ -48,18 +48,18 @@ def spans(trace: dict[str, Any], shape: Shape) -> list[Span]:
     """What ran on the device in order of time; on a CPU, all ops. ValueError if there is none."""
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and "dur" in e]
     matmuls = matmul_groups(shape)
-    found = [_on_host(e, chain, inner, matmuls) for e, chain, inner in _nested(events)
-             if e["cat"] == "cpu_op"]  # fmt: skip
+    timeline = [_on_host(e, chain, inner, matmuls) for e, chain, inner in _nested(events)
+                if e["cat"] == "cpu_op"]  # fmt: skip
     if kernels := [e for e in events if e["cat"] in ON_DEVICE]:
         launched_in = {
             e["args"]["correlation"]: chain
             for e, chain, _ in _nested(events)
             if e["cat"] in LAUNCHES and "correlation" in e.get("args", {})
         }
-        found = [_on_device(e, launched_in, matmuls) for e in kernels]
-    if not found:
+        timeline = [_on_device(e, launched_in, matmuls) for e in kernels]
+    if not timeline:
         raise ValueError("the trace holds neither kernels nor ops: nothing ran while profiling")
-    return sorted(found, key=lambda span: span.start)
+    return sorted(timeline, key=lambda span: span.start)
 
 
 def _on_host(e: Event, chain: list[Event], inner: float, matmuls: dict) -> Span:
@@ -143,10 +143,10 @@ def matmul_groups(shape: Shape) -> dict[tuple[int, ...], str]:
     return {tuple(sorted(sizes)): group for sizes, group in layers.items()}
 
 
-def gaps(found: list[Span]) -> list[Gap]:
+def gaps(timeline: list[Span]) -> list[Gap]:
     """The times between first start and last end when nothing ran, longest first."""
-    idle, last = [], found[0]
-    for span in found[1:]:
+    idle, last = [], timeline[0]
+    for span in timeline[1:]:
         if span.start > last.end:
             idle.append(Gap(span.start - last.end, last.name, span.name))
         if span.end > last.end:
@@ -154,17 +154,17 @@ def gaps(found: list[Span]) -> list[Gap]:
     return sorted(idle, reverse=True)
 
 
-def by_group(found: list[Span]) -> dict[str, float]:
+def by_group(timeline: list[Span]) -> dict[str, float]:
     """Seconds of every group, largest first."""
     sums: dict[str, float] = {}
-    for span in found:
+    for span in timeline:
         sums[span.group] = sums.get(span.group, 0.0) + span.seconds
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def by_name(found: list[Span]) -> dict[tuple[str, str], list[float]]:
+def by_name(timeline: list[Span]) -> dict[tuple[str, str], list[float]]:
     """(name, group) -> seconds of each call, largest sum first."""
     calls: dict[tuple[str, str], list[float]] = {}
-    for span in found:
+    for span in timeline:
         calls.setdefault((span.name, span.group), []).append(span.seconds)
     return dict(sorted(calls.items(), key=lambda item: -sum(item[1])))

@@ -76,7 +76,7 @@ class TrainingRecord:
         self.path = record.save(self.record, results)
 
     def update(self, order: str, variants: list[Variant]) -> None:
-        """What has nothing to show yet keeps the row that an earlier attempt left."""
+        """A variant that has nothing to show yet keeps the row of an earlier attempt."""
         self.record["settings"]["order"] = order
         for i, variant in enumerate(variants):
             if variant.samples or variant.problem:
@@ -157,6 +157,6 @@ def _quantile(samples: list[float], q: float) -> float:
 
 def _ratio(eager: Variant, other: Variant) -> float | None:
     """How many times as fast as eager, turn by turn."""
-    ours = other.timed()
-    ratios = [eager.samples[turn] / ours[turn] for turn in ours if turn in eager.samples]
+    times = other.timed()
+    ratios = [eager.samples[turn] / times[turn] for turn in times if turn in eager.samples]
     return statistics.median(ratios) if ratios else None

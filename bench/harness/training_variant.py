@@ -65,10 +65,10 @@ class Variant:
             self.out_of_memory = isinstance(error, torch.OutOfMemoryError)
             self.problem = describe(error)
             self._step = None
-        if self.problem:  # only out here is the traceback gone, which held tensors
+        if self.problem:  # not inside the `except`, whose traceback holds tensors
             try:
                 _free()
-            except Exception:  # after a fault in a kernel, whatever is asked of the device fails
+            except Exception:  # after a fault in a kernel every call on the device fails
                 self.device_lost = True
 
     def timed(self) -> dict[int, float]:
@@ -124,7 +124,7 @@ class Variant:
         self.kernels, self.span = kernels_in(on_device), span_of(on_device)
 
     def release(self) -> None:
-        """And forget compiled code, which holds on to its model, and to the shapes it has seen."""
+        """Drop the model, and compiled code, which keeps its model and the shapes it has seen."""
         self._step = None
         torch.compiler.reset()
         _free()
@@ -132,12 +132,12 @@ class Variant:
 
 def attention_in(names: set[str]) -> str:
     """The attention that left `names` in a profile."""
-    found = [
+    attentions = [
         attention
         for attention, pattern in _ATTENTION.items()
         if any(re.search(pattern, name) for name in names)
     ]
-    return " + ".join(found) or "not seen"
+    return " + ".join(attentions) or "not seen"
 
 
 def _on_device(event: FunctionEvent) -> bool:

@@ -82,7 +82,7 @@ def nanogpt_folder() -> Path | None:
 
 
 def load_nanogpt() -> ModuleType:
-    """The checkout's model.py, under a name of ours: nothing else can import it by accident."""
+    """The checkout's model.py, under a name of its own: nothing else imports it by accident."""
     folder = nanogpt_folder()
     if folder is None:
         raise Absent(
@@ -117,7 +117,7 @@ def hugging_face(config: GPTConfig, weights: Weights, device: torch.device) -> A
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError as error:
         raise Absent(f"no transformers ({error}): pip install transformers") from None
-    theirs: dict[str, Any] = dict(
+    settings: dict[str, Any] = dict(
         vocab_size=config.vocab_size,
         n_positions=config.block_size,
         n_embd=config.n_embd,
@@ -131,7 +131,7 @@ def hugging_face(config: GPTConfig, weights: Weights, device: torch.device) -> A
         eos_token_id=None,
     )
     with quietly(), device:
-        model = GPT2LMHeadModel(GPT2Config(**theirs))
+        model = GPT2LMHeadModel(GPT2Config(**settings))
     transposed = to_hugging_face(gpt(config, weights, device))
     _load_with_frozen_biases(model, transposed)
     return model
@@ -185,15 +185,15 @@ class Liger(nn.Module):
 
 def versions() -> dict[str, str]:
     """Of the peers that fastgpt.environment.versions does not know."""
-    found = {"nanogpt": "not installed"}
+    peers = {"nanogpt": "not installed"}
     folder = nanogpt_folder()
     if folder and (model := folder / "model.py").is_file():
-        found["nanogpt"] = f"model.py sha256 {hashlib.sha256(model.read_bytes()).hexdigest()[:12]}"
+        peers["nanogpt"] = f"model.py sha256 {hashlib.sha256(model.read_bytes()).hexdigest()[:12]}"
     try:
-        found["liger-kernel"] = importlib.metadata.version("liger-kernel")
+        peers["liger-kernel"] = importlib.metadata.version("liger-kernel")
     except importlib.metadata.PackageNotFoundError:
-        found["liger-kernel"] = "not installed"
-    return found
+        peers["liger-kernel"] = "not installed"
+    return peers
 
 
 @contextlib.contextmanager

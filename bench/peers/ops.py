@@ -25,17 +25,17 @@ class Peer(NamedTuple):
 
 def peers(op: str) -> dict[str, Peer]:
     """name -> Peer, eager first."""
-    eager, ours = getattr(reference, op), getattr(ops, op)
+    eager, fused = getattr(reference, op), getattr(ops, op)
     everywhere = {
         "eager": Peer(eager),
         "compile": Peer(_compiled(eager)),
-        "fastgpt": Peer(functools.partial(_ours, ours, {})),
+        "fastgpt": Peer(functools.partial(_fused, fused, {})),
     }
     return everywhere | OF_ONE_OP.get(op, {})
 
 
 def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call, for only to ask for it takes seconds of imports."""
+    """Compiled at its first call: torch.compile imports for seconds before it compiles."""
     function: Callable[..., Any] | None = None
 
     def call(*inputs: Any, **options: Any) -> Any:
@@ -46,9 +46,9 @@ def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _ours(function: Callable, choice: dict[str, str], *inputs: Any, **options: Any) -> Any:
-    """With our kernels, or where there is something else of ours on a CPU that; else not at all:
-    RuntimeError says why.
+def _fused(function: Callable, choice: dict[str, str], *inputs: Any, **options: Any) -> Any:
+    """With fastgpt's kernels, or on a CPU with another implementation of fastgpt's where the op has
+    one. RuntimeError says why where neither runs.
     """
     on_cpu = inputs[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
     mode = "auto" if on_cpu and backend.OPS[function.__name__].on_cpu != "torch" else "triton"
@@ -95,8 +95,8 @@ def _torch_linear_cross_entropy(
 
 
 def _own_gemm(op: str) -> dict[str, Peer]:
-    """Beside "fastgpt", which is cuBLAS with our kernels around it."""
-    return {"fastgpt, own GEMM": Peer(functools.partial(_ours, getattr(ops, op), {op: "triton"}))}
+    """Beside "fastgpt", which is cuBLAS with fastgpt's kernels around it."""
+    return {"fastgpt, own GEMM": Peer(functools.partial(_fused, getattr(ops, op), {op: "triton"}))}
 
 
 def _attentions(op: str) -> dict[str, Peer]:

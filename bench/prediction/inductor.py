@@ -6,7 +6,7 @@ Where torch has a CUDA build, inductor's code for nanoGPT's model.py under bf16 
 for an H200, which need not be there (no_gpu.py). On a machine with a GPU TORCH_COMPILE_DEBUG=1
 leaves it as output_code.py in two folders: then name these two. Every generated kernel is compiled
 in the first configuration that inductor would try, by the torch and Triton installed (they must be
-those that generated it), and counted like one of ours. Products and attention are counted from
+those that generated it), and counted like fastgpt's. Products and attention are counted from
 their calls. What the step runs outside of the graph stands in `outside`. The record, inductor.json,
 is what predictions compare with, on any machine.
 """
@@ -97,10 +97,10 @@ def records() -> list[dict[str, Any]]:
 
 def kernels(files: list[Path], shape: Shape) -> list[Kernel]:
     """All of the step, those alike counted together."""
-    found: Counter[Kernel] = Counter()
+    counts: Counter[Kernel] = Counter()
     for path, phase in zip(files, ("forward", "backward"), strict=True):
-        found.update(_of_graph(path.read_text(), phase, shape))
-    return [replace(kernel, launches=n) for kernel, n in found.items()] + outside(shape)
+        counts.update(_of_graph(path.read_text(), phase, shape))
+    return [replace(kernel, launches=n) for kernel, n in counts.items()] + outside(shape)
 
 
 def outside(shape: Shape) -> list[Kernel]:
@@ -117,14 +117,14 @@ def outside(shape: Shape) -> list[Kernel]:
 
 def _of_graph(code: str, phase: str, shape: Shape) -> Iterator[Kernel]:
     """The calls in inductor's output code, in order."""
-    made = _generated(code)
+    compiled = _generated(code)
     tokens, groups, heads = shape.B * shape.T, matmul_groups(shape), shape.n_embd // shape.n_head
     attended = attention(shape.B, shape.n_head, shape.T, heads, 2)[phase == "backward"]
     sizes: Sizes = {}
     for target, called, operands in _calls(code, sizes):
         shapes = [_shape_of(operand, sizes) for operand in operands]
         if called.endswith(".run"):
-            yield _triton(made[called.removesuffix(".run")], operands, shapes)
+            yield _triton(compiled[called.removesuffix(".run")], operands, shapes)
         elif called == "extern_kernels.mm":
             (M, K), (_, N) = shapes[:2]
             role = "wgrad" if tokens == K else ("forward" if phase == "forward" else "dgrad")
@@ -144,8 +144,8 @@ def _calls(code: str, sizes: Sizes) -> Iterator[tuple[str, str, list[ast.expr]]]
     """(what is assigned to, called function, arguments) of `call`; `sizes` gets the buffers'."""
     nodes = ast.walk(ast.parse(code))
     function = next(n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "call")
-    found = [n for n in ast.walk(function) if isinstance(n, (ast.Assign, ast.Expr))]
-    for statement in sorted(found, key=lambda n: (n.lineno, n.col_offset)):
+    statements = [n for n in ast.walk(function) if isinstance(n, (ast.Assign, ast.Expr))]
+    for statement in sorted(statements, key=lambda n: (n.lineno, n.col_offset)):
         value = statement.value
         target = ast.unparse(statement.targets[0]) if isinstance(statement, ast.Assign) else ""
         if isinstance(value, ast.Name) and value.id in sizes:
@@ -169,25 +169,26 @@ def _shape_of(operand: ast.expr, sizes: Sizes) -> tuple[int, ...]:
     return sizes.get(ast.unparse(operand), ())
 
 
-def _triton(made: "_Generated", operands: list[ast.expr], shapes: list[Any]) -> Kernel:
+def _triton(kernel: "_Generated", operands: list[ast.expr], shapes: list[Any]) -> Kernel:
     numbers: dict[str, Any] = {
         name: operand.value
-        for name, operand in zip(made.signature, operands, strict=False)
+        for name, operand in zip(kernel.signature, operands, strict=False)
         if isinstance(operand, ast.Constant)
     }
-    of = dict(zip(made.signature, shapes, strict=False))
-    names = [name for name, kind in made.signature.items() if kind != "constexpr"]
-    given = [numbers.get(name) for name in names]
+    of = dict(zip(kernel.signature, shapes, strict=False))
+    names = [name for name, kind in kernel.signature.items() if kind != "constexpr"]
+    args = [numbers.get(name) for name in names]
     room = [
-        math.prod(of[name]) * ir.itemsize(made.signature[name]) if of[name] else 0 for name in names
+        math.prod(of[name]) * ir.itemsize(kernel.signature[name]) if of[name] else 0
+        for name in names
     ]
     grid = 1
     for axis in "xyz":
-        block = made.config.get("RSPLIT_SIZE", made.config.get(f"{axis.upper()}BLOCK"))
+        block = kernel.config.get("RSPLIT_SIZE", kernel.config.get(f"{axis.upper()}BLOCK"))
         if f"{axis}numel" in numbers and block:
             grid *= math.ceil(numbers[f"{axis}numel"] / block)
-    component = "attention" if "_cat_" in f"{made.name}_" else by_words(made.name) or OTHER
-    return machine_code.counted(made.name, component, made.code, grid, made.warps, given, room)
+    component = "attention" if "_cat_" in f"{kernel.name}_" else by_words(kernel.name) or OTHER
+    return machine_code.counted(kernel.name, component, kernel.code, grid, kernel.warps, args, room)
 
 
 class _Generated(NamedTuple):
@@ -201,7 +202,7 @@ class _Generated(NamedTuple):
 
 
 def _generated(code: str) -> dict[str, _Generated]:
-    found = {}
+    compiled = {}
     pattern = r"(triton_\w+) = async_compile\.triton\('\1', '''(.*?)''', device_str"
     with tempfile.TemporaryDirectory() as folder:
         for name, source in re.findall(pattern, code, re.S):
@@ -212,8 +213,8 @@ def _generated(code: str) -> dict[str, _Generated]:
             module = importlib.util.module_from_spec(spec)
             sys.modules[name] = module  # where Triton looks for what a kernel calls
             spec.loader.exec_module(module)
-            found[name] = _compiled(name, getattr(module, name))
-    return found
+            compiled[name] = _compiled(name, getattr(module, name))
+    return compiled
 
 
 def _compiled(name: str, tuner: Any) -> _Generated:
@@ -225,8 +226,8 @@ def _compiled(name: str, tuner: Any) -> _Generated:
     constants = {**meta.get("constants", {}), **config.kwargs}
     source = ASTSource(tuner.fn, meta["signature"], constants, meta["configs"][0])
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    made = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
-    code = machine_code.read(made.asm["ttir"], made.asm["cubin"], made.metadata.shared)
+    kernel = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    code = machine_code.read(kernel.asm["ttir"], kernel.asm["cubin"], kernel.metadata.shared)
     return _Generated(name, meta["signature"], dict(config.kwargs), config.num_warps, code)
 
 
@@ -236,10 +237,10 @@ def _told(kernel: Kernel) -> dict[str, Any]:
     return {name: value for name, value in asdict(kernel).items() if value != usual[name]}
 
 
-def _text(found: list[dict[str, Any]]) -> str:
+def _text(all_records: list[dict[str, Any]]) -> str:
     """As JSON, a kernel a line."""
     texts = []
-    for record in found:
+    for record in all_records:
         facts = json.dumps({name: value for name, value in record.items() if name != "kernels"})
         rows = ",\n".join(map(json.dumps, record["kernels"]))
         texts.append(f'{facts[:-1]}, "kernels": [\n{rows}\n]}}')
@@ -258,13 +259,13 @@ def main() -> int:
         parser.error("give none, or two files, forward and backward, and their --source")
     how = args.size, args.batch_size
     try:
-        made = record(args.files, *how, args.source) if args.files else generated(*how)
+        new_record = record(args.files, *how, args.source) if args.files else generated(*how)
     except ValueError as error:
         parser.error(str(error))
-    made["kernels"] = [_told(kernel) for kernel in made["kernels"]]
+    new_record["kernels"] = [_told(kernel) for kernel in new_record["kernels"]]
     others = [r for r in records() if (r["size"], r["B"]) != how]
-    RECORDS.write_text(_text([*others, made]))
-    print(f"{len(made['kernels'])} kernels of {args.size}, B={args.batch_size}, in {RECORDS}")
+    RECORDS.write_text(_text([*others, new_record]))
+    print(f"{len(new_record['kernels'])} kernels of {args.size}, B={args.batch_size}, in {RECORDS}")
     return 0
 
 

@@ -49,7 +49,7 @@ def read(ttir: str) -> Ir:
     arguments: tuple[str, ...] = ()
     base: dict[str, int] = {}  # value -> argument it points into
     waits: dict[str, int] = {}  # value -> loads that it had to wait for
-    found: list[tuple[Site, tuple[tuple[int, int], ...]]] = []  # and the ifs around, with their way
+    sites: list[tuple[Site, tuple[tuple[int, int], ...]]] = []  # and the ifs around, with their way
     steps: list[Step] = []
     around: list[tuple[str, int, int, int]] = []  # "loop" or "if", number, way, depth
     loops = ifs = depth = 0
@@ -62,8 +62,8 @@ def read(ttir: str) -> Ir:
             if start in base:
                 base[carried] = base[start]
         access = _ACCESS.search(text)
-        if made := _MADE.match(text):
-            name, operation, tail = made.groups()
+        if assignment := _MADE.match(text):
+            name, operation, tail = assignment.groups()
             operands = tuple(re.findall(r"%[\w#]+", tail))
             base.pop(name, None)
             if operation in _THROUGH and operands[0] in base:
@@ -75,7 +75,7 @@ def read(ttir: str) -> Ir:
         if access:
             inside = tuple(number for kind, number, *_ in around if kind == "loop")
             ways = tuple((number, way) for kind, number, way, _ in around if kind == "if")
-            found.append((_site(text, access[1], base.get(access[2]), inside), ways))
+            sites.append((_site(text, access[1], base.get(access[2]), inside), ways))
         if text.startswith("} else {"):
             kind, nth, _, at = around[-1]
             around[-1] = kind, nth, 1, at
@@ -92,16 +92,16 @@ def read(ttir: str) -> Ir:
         while around and depth <= around[-1][3]:
             around.pop()
     chain = max(waits.values(), default=0)
-    return Ir(arguments, _taken(found, ifs), tuple(steps), loops, chain)
+    return Ir(arguments, _taken(sites, ifs), tuple(steps), loops, chain)
 
 
-def _taken(found: list[tuple[Site, tuple[tuple[int, int], ...]]], ifs: int) -> tuple[Site, ...]:
+def _taken(sites: list[tuple[Site, tuple[tuple[int, int], ...]]], ifs: int) -> tuple[Site, ...]:
     """Without the way of each `if` that moves less, the inner ones first."""
     for number in reversed(range(ifs)):
-        moved = [sum(s.bytes for s, ways in found if (number, way) in ways) for way in (0, 1)]
+        moved = [sum(s.bytes for s, ways in sites if (number, way) in ways) for way in (0, 1)]
         left = (number, 1 if moved[0] >= moved[1] else 0)
-        found = [(site, ways) for site, ways in found if left not in ways]
-    return tuple(site for site, _ in found)
+        sites = [(site, ways) for site, ways in sites if left not in ways]
+    return tuple(site for site, _ in sites)
 
 
 def _site(text: str, kind: str, argument: int | None, loops: tuple[int, ...]) -> Site:
@@ -133,16 +133,16 @@ def _turns_of(ir: Ir, arguments: list[Any], grid: int, program: int) -> list[flo
         for name, value in zip(ir.arguments, arguments, strict=True)
         if isinstance(value, int)
     }
-    found = [1.0] * ir.loops
+    by_loop = [1.0] * ir.loops
     for name, operation, operands in ir.steps:
         if operation == "loop":
             first, last, step = (known.get(o, (o, 0)) for o in operands)
             if first[0] == last[0] and not step[0] and step[1] > 0:
-                found[int(name)] = max(0, math.ceil((last[1] - first[1]) / step[1]))
+                by_loop[int(name)] = max(0, math.ceil((last[1] - first[1]) / step[1]))
             continue
         values = [known.get(o, (o, 0)) for o in operands]
         known[name] = _result(name, operation, operands, values, grid, program)
-    return found
+    return by_loop
 
 
 def _result(

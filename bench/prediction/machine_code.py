@@ -1,7 +1,7 @@
 """What one launch of a Triton kernel does, read from what it was compiled to.
 
 Bytes come from Triton's IR (ir.py): each load and store, times the programs, times its loops'
-turns, but of a tensor never more than there is. Instructions come from the machine code: those on
+turns, but never more of a tensor than it holds. Instructions come from the machine code: those on
 the way through it that moves most bytes in fewest instructions, those of a loop as often as it
 turns. So what is seldom done, such as the ends of ranges, is left out.
 """
@@ -36,17 +36,17 @@ def kernel_of(component: str, launch: Any, arch: int) -> Kernel:
     """One launch (`_launch.Launch`), counted."""
     specimen = inspect.specimen_of(launch, arch)
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
-    given = [values[name] for name, kind in specimen.signature if kind != "constexpr"]
-    room = [t.numel() * t.element_size() if isinstance(t, torch.Tensor) else 0 for t in given]
+    args = [values[name] for name, kind in specimen.signature if kind != "constexpr"]
+    room = [t.numel() * t.element_size() if isinstance(t, torch.Tensor) else 0 for t in args]
     warps = launch.options.get("num_warps", DEFAULT_WARPS)
-    return counted(specimen.name, component, code_of(specimen), launch.grid, warps, given, room)
+    return counted(specimen.name, component, code_of(specimen), launch.grid, warps, args, room)
 
 
 def counted(
-    name: str, component: str, code: Code, grid: int, warps: int, given: list[Any], room: list[int]
+    name: str, component: str, code: Code, grid: int, warps: int, args: list[Any], room: list[int]
 ) -> Kernel:
-    """`given`: the kernel's arguments, of which integers count. `room`: bytes behind each."""
-    turns = ir.turns(code.ir, given, grid)
+    """`args`: the kernel's arguments, of which integers count. `room`: bytes behind each."""
+    turns = ir.turns(code.ir, args, grid)
     loaded: dict[int | None, float] = defaultdict(float)
     stored: dict[int | None, float] = defaultdict(float)
     elements = 0.0
@@ -87,8 +87,8 @@ def _waits(code: Code, turns: list[float]) -> float:
 
 @functools.cache
 def code_of(specimen: Specimen) -> Code:
-    made = inspect.compiled_kernel(specimen)
-    return read(made.asm["ttir"], made.asm["cubin"], made.metadata.shared)
+    compiled = inspect.compiled_kernel(specimen)
+    return read(compiled.asm["ttir"], compiled.asm["cubin"], compiled.metadata.shared)
 
 
 def read(ttir: str, cubin: bytes, shared_bytes: int) -> Code:
@@ -103,29 +103,29 @@ Way = list[tuple[Instruction, float]]  # what is executed, and how often
 
 def _way(code: Code, turns: list[float], warps: int) -> Way:
     """Of one warp."""
-    found, loops = code.instructions, sass.loops(code.instructions)
+    instructions, loops = code.instructions, sass.loops(code.instructions)
     alike = len(loops) == len(turns)  # else the assembler has split or dissolved some
-    times = [1.0] * len(found)
+    times = [1.0] * len(instructions)
     for number, (first, last) in enumerate(loops):
-        body = found[first : last + 1]
+        body = instructions[first : last + 1]
         turn = [body[i] for i in _heaviest(body, [1.0] * len(body))]
         of_trip = sum(s.bytes for s in code.ir.sites if alike and s.loops[-1:] == (number,))
         trips = turns[number] if alike else max(turns, default=1.0)
         for i in range(first, last + 1):
             times[i] *= trips / _unrolled(turn, of_trip, warps, code.steps)
-    return [(found[i], times[i]) for i in _heaviest(found, times)]
+    return [(instructions[i], times[i]) for i in _heaviest(instructions, times)]
 
 
-def _heaviest(found: tuple[Instruction, ...], times: list[float]) -> list[int]:
+def _heaviest(instructions: tuple[Instruction, ...], times: list[float]) -> list[int]:
     """The way that moves most bytes, and of such ways the shortest."""
-    places = sass.places(found)
-    end = len(found)
+    places = sass.places(instructions)
+    end = len(instructions)
     best = [(0.0, 0.0)] * (end + 1)  # from here to the end: bytes, less instructions
     following = [end] * end
     for i in reversed(range(end)):
-        following[i] = max(_next(found, i, places), key=lambda n: best[n], default=end)
+        following[i] = max(_next(instructions, i, places), key=lambda n: best[n], default=end)
         moved, issued = best[following[i]]
-        best[i] = (moved + times[i] * sass.width(found[i].name), issued - times[i])
+        best[i] = (moved + times[i] * sass.width(instructions[i].name), issued - times[i])
     way, i = [], 0
     while i < end:
         way.append(i)
@@ -133,10 +133,10 @@ def _heaviest(found: tuple[Instruction, ...], times: list[float]) -> list[int]:
     return way
 
 
-def _next(found: tuple[Instruction, ...], i: int, places: dict[int, int]) -> list[int]:
-    """Where it goes on after the i-th, forwards: nowhere from the end."""
-    kind, conditional = found[i].name.split(".")[0], found[i].conditional
-    target = sass.target(found[i], places)
+def _next(instructions: tuple[Instruction, ...], i: int, places: dict[int, int]) -> list[int]:
+    """The instructions that may follow the i-th, forwards; none after the end."""
+    kind, conditional = instructions[i].name.split(".")[0], instructions[i].conditional
+    target = sass.target(instructions[i], places)
     forward = [target] if target is not None and target > i else []
     endless = target is not None and not forward  # a loop that something else leaves
     return forward + [i + 1] * (conditional or endless or kind not in ("BRA", "EXIT"))
@@ -148,8 +148,8 @@ def _unrolled(body: list[Instruction], of_trip: int, warps: int, steps: frozense
         moved = 32 * warps * sum(sass.width(i.name) for i in body) / 8
         return max(1, round(moved / of_trip))
     added = re.compile(r"(U?R\d+),.*\b\1\b.*, 0x([0-9a-f]+)\b")
-    found = [int(m[2], 16) for i in body if "ADD" in i.name and (m := added.match(i.rest))]
-    return min((n // step for n in found for step in steps if n and n % step == 0), default=1)
+    increments = [int(m[2], 16) for i in body if "ADD" in i.name and (m := added.match(i.rest))]
+    return min((n // step for n in increments for step in steps if n and n % step == 0), default=1)
 
 
 def _usual_width(way: Way, kinds: tuple[str, ...]) -> int:

@@ -8,12 +8,12 @@
     time       = max(memory, FLOPs / (share of the peak))           of a GEMM or of attention
     step       = max(sum over launches of time + GAP, sum of time * DRAW)
 
-Warps do not overlap with themselves, only with others on their multiprocessor: of what takes less
-time a part shows, the larger the fewer they are. A step after steps ends at what the GPU may draw:
-matrix products at full clock would draw more than that, and passes over memory make up for a part
-of it only, so that a millisecond of products costs more of a step than it takes by itself, and one
-of anything else less. The constants are of one GPU at one size (MEASURED_ON); that the shares hold
-on another GPU and for other sizes is assumed.
+Warps overlap only with others on their multiprocessor: of whatever takes less time a part shows, a
+larger one the fewer warps there are. In a row of steps the GPU reaches its power limit: matrix
+products at full clock would draw more, and passes over memory make up for a part of it only, so
+that a millisecond of products costs more of a step than it takes by itself, and one of anything
+else less. The constants are of one GPU at one size (MEASURED_ON); that the shares hold on another
+GPU and for other sizes is assumed.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Our training step without a GPU: its kernels and PyTorch ops, from a run on meta tensors.
+"""fastgpt's training step without a GPU: its kernels and PyTorch ops, from a run on meta tensors.
 
 The units of fastgpt.fused, the launchers under them and the optimizer run as in TrainStep, forward,
 backward and update. Nothing is computed: launches are recorded (`_launch.record`), and every other
@@ -95,7 +95,7 @@ def _forward(model: Any, copies: dict[Any, Tensor], counted: "_Counted", B: int)
     for module in parts.h:
         weights = block_weights(module, settings, cfg.n_embd)
         assert weights is not None  # of a GPT just built
-        # with the norms', which nobody reads there
+        # the norms' copies are among them, and nobody reads those
         low = Weights(*(w if w is None else copies[w] for w in weights))  # type: ignore[arg-type]
         delta, x = block_unit.block(run, settings, delta, x, weights, low)
     x = block_unit.norm(run, delta, x, parts.ln_f.weight, parts.ln_f.bias, LOW)
@@ -104,15 +104,15 @@ def _forward(model: Any, copies: dict[Any, Tensor], counted: "_Counted", B: int)
 
 
 def launchers(labelled: Callable[[str, Any], Any] = lambda component, run: run) -> Launchers:
-    """Those of an unmeasured GPU: our kernels, with the GEMMs of cuBLAS and cuDNN's attention."""
+    """On an unmeasured GPU: fastgpt's kernels, with the GEMMs of cuBLAS and cuDNN's attention."""
     from fastgpt.kernels import cross_entropy, embedding, gelu, layer_norm
 
     def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
         h = F.linear(x, w, b)
         return h, gelu.gelu_forward(h, tanh)
 
-    def gelu_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, *asked: bool) -> Any:
-        return gelu.gelu_backward(dy @ w, h, tanh, *asked)
+    def gelu_dgrad(dy: Tensor, w: Tensor, h: Tensor, tanh: bool, *options: bool) -> Any:
+        return gelu.gelu_backward(dy @ w, h, tanh, *options)
 
     return Launchers(
         norm=labelled("norm", layer_norm.forward),
@@ -128,7 +128,7 @@ def launchers(labelled: Callable[[str, Any], Any] = lambda component, run: run) 
 
 
 class _Counted(TorchDispatchMode):
-    """Ops that are no launches of ours, and which component's every one of both is."""
+    """Counts PyTorch's ops, and notes the component of every op and of every launch of a kernel."""
 
     def __init__(self, shape: Shape, launches: list[Any]):
         super().__init__()
@@ -136,12 +136,12 @@ class _Counted(TorchDispatchMode):
         self.phase = "forward"
         self._launches, self._groups = launches, matmul_groups(shape)
         self._rows = shape.B * shape.T
-        self._found: Counter[Kernel] = Counter()
+        self._counts: Counter[Kernel] = Counter()
         self._gemm: tuple[Kernel, Tensor] | None = None  # the last, and its product
         self._component = OTHER
 
     def ops(self) -> list[Kernel]:
-        return [replace(kernel, launches=n) for kernel, n in self._found.items() if n]
+        return [replace(kernel, launches=n) for kernel, n in self._counts.items() if n]
 
     @contextmanager
     def inside(self, component: str) -> Iterator[None]:
@@ -173,20 +173,20 @@ class _Counted(TorchDispatchMode):
 
     def _count(self, schema: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = schema.name.removeprefix("aten::")
-        given, made = _tensors((args, kwargs)), _tensors(result)
-        if name == "_to_copy" and self._gemm is not None and given[0] is self._gemm[1]:
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        if name == "_to_copy" and self._gemm is not None and inputs[0] is self._gemm[1]:
             gemm, product = self._gemm  # whose product CUDA has in that dtype at once (aten.matmul)
-            self._found[gemm] -= 1
-            self._found[replace(gemm, bytes=gemm.bytes - _size(product) + _size(made[0]))] += 1
+            self._counts[gemm] -= 1
+            self._counts[replace(gemm, bytes=gemm.bytes - _size(product) + _size(outputs[0]))] += 1
             return
-        moved, parts = _traffic(schema, args, given, made), _PARTS.get(name, 1)
+        moved, parts = _traffic(schema, args, inputs, outputs), _PARTS.get(name, 1)
         kernel = Kernel(name, self._component, ATEN, 1, moved, parts=parts)
         if name == "mm":
-            kernel = self._product(kernel, *given)
-            self._gemm = kernel, made[0]
+            kernel = self._product(kernel, *inputs)
+            self._gemm = kernel, outputs[0]
         elif "scaled_dot_product" in name:
-            kernel = _attention(kernel, given[0])
-        self._found[kernel] += 1
+            kernel = _attention(kernel, inputs[0])
+        self._counts[kernel] += 1
 
     def _product(self, kernel: Kernel, a: Tensor, b: Tensor) -> Kernel:
         (M, K), N = a.shape, b.shape[1]
@@ -211,20 +211,20 @@ def _attention(kernel: Kernel, q: Tensor) -> Kernel:
     return replace(kernel, name=name, kind=ATTENTION, flops=flops, phase=phase)
 
 
-def _traffic(schema: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> float:
+def _traffic(schema: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:
     """Bytes that an op reads and writes if each of its tensors passes once."""
     name = schema.name.removeprefix("aten::")
     if name.startswith("new_") or name.endswith("_like"):
-        return float(sum(map(_size, made)))
+        return float(sum(map(_size, outputs)))
     if name == "embedding":  # reads no more of its table than it writes
-        return 2 * sum(map(_size, made)) + _size(given[1])
+        return 2 * sum(map(_size, outputs)) + _size(inputs[1])
     changed = [
         t for argument, value in zip(schema.arguments, args, strict=False)
         if argument.alias_info and argument.alias_info.is_write for t in _tensors(value)
     ]  # fmt: skip
     seen = {id(t) for t in changed}
-    read = sum(_size(t) for t in given if id(t) not in seen)
-    written = sum(map(_size, changed)) + sum(_size(t) for t in made if id(t) not in seen)
+    read = sum(_size(t) for t in inputs if id(t) not in seen)
+    written = sum(map(_size, changed)) + sum(_size(t) for t in outputs if id(t) not in seen)
     if name not in ("copy_", "_foreach_copy_", "fill_", "zero_"):
         read += sum(map(_size, changed))
     return float(read + written)

@@ -28,8 +28,8 @@ def kernels(config: GPTConfig, context: int, gpu: Gpu) -> list[Kernel]:
         decoder.run, decoder.longest = decode, context
         with _launch.record(gpu.arch, gpu.processors) as launches:
             decoder.step(torch.zeros(1, dtype=torch.int64))
-    found = Counter(machine_code.kernel_of("token", launch, gpu.arch) for launch in launches)
-    return [replace(kernel, launches=n) for kernel, n in found.items()]
+    counts = Counter(machine_code.kernel_of("token", launch, gpu.arch) for launch in launches)
+    return [replace(kernel, launches=n) for kernel, n in counts.items()]
 
 
 def least_bytes(config: GPTConfig, context: int, dtype: torch.dtype = DTYPE) -> int:
@@ -40,13 +40,13 @@ def least_bytes(config: GPTConfig, context: int, dtype: torch.dtype = DTYPE) -> 
     return (weights + 2 * L * C * context) * dtype.itemsize
 
 
-def summary(found: list[Kernel], config: GPTConfig, context: int, gpu: Gpu) -> dict[str, float]:
-    """`over_least`: bytes moved over those that must be. Microseconds without those between
-    launches, of which a replayed graph has few."""
-    moved = sum(kernel.launches * model.moved(kernel, gpu) for kernel in found)
+def summary(kernels: list[Kernel], config: GPTConfig, context: int, gpu: Gpu) -> dict[str, float]:
+    """`over_least`: the bytes moved over the least that a token needs. `microseconds`: without the
+    gaps between launches, which are short in a replayed graph."""
+    moved = sum(kernel.launches * model.moved(kernel, gpu) for kernel in kernels)
     return {
-        "launches": sum(kernel.launches for kernel in found),
+        "launches": sum(kernel.launches for kernel in kernels),
         "bytes": moved,
         "over_least": moved / least_bytes(config, context),
-        "microseconds": 1e3 * model.kernels_ms(found, gpu),
+        "microseconds": 1e3 * model.kernels_ms(kernels, gpu),
     }

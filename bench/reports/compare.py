@@ -43,9 +43,9 @@ def runs(records: Sequence[Record], device: str) -> list[Record]:
     """What is to be judged on a device: all benches and settings of its newest record's commit."""
     here = [r for r in records if record.slug(r["environment"]["device"]) == device]
     newest: dict[str, Record] = {}
-    for found in here:
-        if found["commit"] == here[-1]["commit"]:
-            newest[record.kind(found)] = found
+    for run in here:
+        if run["commit"] == here[-1]["commit"]:
+            newest[record.kind(run)] = run
     return list(newest.values())
 
 
@@ -61,26 +61,26 @@ def compare(old: Record, new: Record) -> list[Verdict]:
     problems = _texts(new, "problem")
     known, flags = (_texts(run, "flag") for run in (old, new))
     new_doubts = {key: flag for key, flag in flags.items() if key not in known}
-    ours = [key for key in before.keys() & now.keys() if _ours(key)]
-    alpha = ALPHA / max(len(ours), 1)
+    fastgpt_keys = [key for key in before.keys() & now.keys() if _of_fastgpt(key)]
+    alpha = ALPHA / max(len(fastgpt_keys), 1)
     verdicts = []
     for key, was in before.items():
         if key in now and key in new_doubts:
-            verdicts.append(Verdict(key, f"to be doubted now: {new_doubts[key]}", _ours(key)))
+            verdicts.append(Verdict(key, f"to be doubted now: {new_doubts[key]}", _of_fastgpt(key)))
             continue
         if key in now:
             verdicts.append(_judge(key, was, now[key], alpha))
             continue
         problem = problems.get(key) or problems.get(_without_direction(key))
         text = f"had a time, now: {problem}" if problem else "is not in this run"
-        verdicts.append(Verdict(key, text, failed=_ours(key) and problem is not None))
+        verdicts.append(Verdict(key, text, failed=_of_fastgpt(key) and problem is not None))
     verdicts += [Verdict(key, "is new", False) for key in now if key not in before]
     return verdicts
 
 
-def ratios(found: Record) -> dict[Key, list[float]]:
+def ratios(run: Record) -> dict[Key, list[float]]:
     """Seconds over eager's seconds, round by round, of every row that has times."""
-    timed = {_key(row): row["seconds"] for row in found["rows"] if row.get("seconds")}
+    timed = {_key(row): row["seconds"] for row in run["rows"] if row.get("seconds")}
     pairs = {key: (timed.get((*key[:-1], YARDSTICK)), own) for key, own in timed.items()}
     return {
         key: [s / e for s, e in zip(own, eager, strict=False)]
@@ -103,7 +103,7 @@ def _without_direction(key: Key) -> Key:
     return (*key[:2], key[-1])
 
 
-def _ours(key: Key) -> bool:
+def _of_fastgpt(key: Key) -> bool:
     return key[-1].startswith("fastgpt")
 
 
@@ -113,7 +113,7 @@ def _judge(key: Key, was: list[float], now: list[float], alpha: float) -> Verdic
     least = 1 / math.comb(len(was) + len(now), len(now))  # that p can be with so few rounds
     word, failed = "", False
     if change > THRESHOLD and p <= alpha:
-        word, failed = "SLOWER" if _ours(key) else "slower", _ours(key)
+        word, failed = "SLOWER" if _of_fastgpt(key) else "slower", _of_fastgpt(key)
     elif change > THRESHOLD and least > alpha:
         word = f"cannot be told from noise with {len(was)} and {len(now)} rounds: take more"
     elif change < -THRESHOLD and chance(now, was) <= alpha:
@@ -130,8 +130,8 @@ def chance(old: Sequence[float], new: Sequence[float]) -> float:
     return float(mannwhitneyu(new, old, alternative="greater").pvalue)
 
 
-def _about(found: Record) -> str:
-    return f"{found['date'][:16]} {found['commit'][:9]}"
+def _about(run: Record) -> str:
+    return f"{run['date'][:16]} {run['commit'][:9]}"
 
 
 def _differences(old: Record, new: Record) -> str:
@@ -143,9 +143,10 @@ def _differences(old: Record, new: Record) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.reports.compare", description=__doc__)
-    parser.add_argument("run", type=Path, nargs="?", help="a record; this device's newest ones")
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of records")
-    parser.add_argument("--device", help="folder in there; this machine's")
+    add = parser.add_argument
+    add("run", type=Path, nargs="?", help="a record; default: this device's newest ones")
+    add("--results", type=Path, default=record.RESULTS, help="folder of records")
+    add("--device", help="a folder of --results; default: this machine's")
     args = parser.parse_args()
     device = args.device or record.slug(versions()["device"])
     try:

@@ -44,15 +44,15 @@ median over rounds of eager PyTorch's time over the variant's in the same round.
 
 def latest(records: Sequence[Record]) -> list[Record]:
     """The newest record of each device, bench and settings, in the order they were first taken."""
-    newest = {record.kind(found): found for found in records}
+    newest = {record.kind(run): run for run in records}
     return list(newest.values())
 
 
 def by_device(records: Sequence[Record]) -> dict[str, list[Record]]:
     """GPUs first; a CPU is what everybody has."""
     devices: dict[str, list[Record]] = {}
-    for found in latest(records):
-        devices.setdefault(found["environment"]["device"], []).append(found)
+    for run in latest(records):
+        devices.setdefault(run["environment"]["device"], []).append(run)
     return dict(sorted(devices.items(), key=lambda item: (item[0].startswith("CPU"), item[0])))
 
 
@@ -77,13 +77,13 @@ def _rows(
 ) -> tuple[list[tuple[str, Record]], list[str]]:
     """(name, record), once per device, and the names of what no device has measured."""
     runs = [r for rs in by_device(records).values() for r in rs if r["bench"] == bench]
-    found: list[tuple[str, Record]] = []
+    rows: list[tuple[str, Record]] = []
     missing: list[str] = []
     for settings in wanted:
         same = [r for r in runs if tuple(r["settings"].get(k) for k in keys) == settings]
-        found += [(name.format(*settings), r) for r in same]
+        rows += [(name.format(*settings), r) for r in same]
         missing += [] if same else [name.format(*settings)]
-    return found, missing
+    return rows, missing
 
 
 def _summary(what: str, rows: list[tuple[str, Record]]) -> str:
@@ -95,11 +95,13 @@ def _summary(what: str, rows: list[tuple[str, Record]]) -> str:
 
 def _cells(run: Record, shown: Sequence[str]) -> list[str]:
     rows = {row["variant"]: row for row in run["rows"] if _timed(row)}
-    ours = [row for name, row in rows.items() if name.startswith("fastgpt") and "flag" not in row]
+    fastgpt_rows = [
+        row for name, row in rows.items() if name.startswith("fastgpt") and "flag" not in row
+    ]
     quiet = not ("machine" in run and machine.warning(run["machine"]))
     fastest = ""
-    if ours:
-        best = max(ours, key=lambda row: row["tokens_per_second"])
+    if fastgpt_rows:
+        best = max(fastgpt_rows, key=lambda row: row["tokens_per_second"])
         fastest = f"{_tokens(best, quiet)} {best['variant']}"
     cells = [_tokens(rows[name], quiet) if name in rows else "" for name in shown]
     return [*cells, fastest, run["environment"]["device"], run["date"][:10]]
@@ -119,10 +121,10 @@ def _timed(row: dict[str, Any]) -> bool:
 def document(records: Sequence[Record]) -> str:
     """docs/performance.md."""
     parts = [HEAD]
-    for device, found in by_device(records).items():
+    for device, runs in by_device(records).items():
         parts.append(f"## {device}\n")
-        parts += [f"![{p.title}]({p.name})\n" for p in pictures.of_device(found)]
-        for run in found:
+        parts += [f"![{p.title}]({p.name})\n" for p in pictures.of_device(runs)]
+        for run in runs:
             parts += _section(run, records)
     if not records:
         parts.append("No record has been taken yet.\n")
@@ -131,8 +133,8 @@ def document(records: Sequence[Record]) -> str:
 
 def _section(run: Record, records: Sequence[Record]) -> Iterator[str]:
     yield f"### {run['bench']}: {markdown.heading(run)}\n"
-    found = run["environment"]
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "triton") if name in found)
+    env = run["environment"]
+    versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "triton") if name in env)
     how = markdown.how(run)
     yield f"{run['date'][:10]}, commit {run['commit'][:9]}, {versions}{how and '; '}{how}.\n"
     if text := machine.warning(run["machine"]) if "machine" in run else "":
@@ -159,9 +161,9 @@ def headline(records: Sequence[Record]) -> pictures.Picture | None:
 
 def replace_between(text: str, table: str) -> str:
     """`text` with `table` between the two markers. ValueError where they are missing."""
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
         raise ValueError(f"README.md needs the lines {BEGIN} and {END} around its table")
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
@@ -181,8 +183,8 @@ def main() -> int:
     docs.mkdir(exist_ok=True)
     (docs / "performance.md").write_text(document(records))
     print(f"{docs / 'performance.md'} and {readme_path} from {len(records)} records")
-    for found in by_device(records).values():
-        for picture in pictures.of_device(found):
+    for runs in by_device(records).values():
+        for picture in pictures.of_device(runs):
             picture.draw(docs / picture.name, records)
             print(docs / picture.name)
     if (first := headline(records)) is not None:

@@ -166,13 +166,13 @@ def limits(run: Record, records: Sequence[Record]) -> str:
     ceilings = ceilings_of(run, records)
     if ceilings is None or run["bench"] not in ("train", "ops"):
         return ""
-    said = f"Ceilings: {describe(ceilings)}."
+    text = f"Ceilings: {describe(ceilings)}."
     floors = step_floor(run, records)
     if not floors:
-        return said
+        return text
     total = sum(floors.values())
     tokens = run["settings"]["B"] * run["settings"]["T"] / total
     groups = ", ".join(f"{group} {1e3 * seconds:,.2f}" for group, seconds in floors.items())
     return (
-        f"{said} Floor of a step: {1e3 * total:,.2f} ms, {tokens:,.0f} tokens/s. In ms: {groups}."
+        f"{text} Floor of a step: {1e3 * total:,.2f} ms, {tokens:,.0f} tokens/s. In ms: {groups}."
     )

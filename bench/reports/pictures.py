@@ -1,4 +1,4 @@
-"""Records as pictures (PNG). matplotlib is asked for only when one is drawn."""
+"""Records as pictures (PNG). matplotlib is imported only when one is drawn."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from bench.harness.record import Record
 from bench.reports import markdown
 
 Records = Sequence[Record]
-SAID = {  # of variants, for who does not know their names
+LABELS = {  # of variants, for readers who do not know their names
     "eager": "the same model in eager PyTorch",
     "compile": "the same model, torch.compile",
     "nanogpt": "nanoGPT",
@@ -36,13 +36,13 @@ class Picture(NamedTuple):
     draw: Callable[[Path, Records], None]  # to this file; all records, for their ceilings
 
 
-def of_device(found: Records) -> list[Picture]:
+def of_device(records: Records) -> list[Picture]:
     """The pictures that these records of one device have data for."""
-    device = found[0]["environment"]["device"]
-    trained = [r for r in found if r["bench"] == "train" and _timed(r)]
-    measured = [r for r in found if any(row.get("peak_bytes") for row in _timed(r))]
-    ops = [r for r in found if r["bench"] == "ops" and any("of_ceiling" in x for x in _timed(r))]
-    trained_long = [r for r in found if r["bench"] == "curves" and _timed(r)]
+    device = records[0]["environment"]["device"]
+    trained = [r for r in records if r["bench"] == "train" and _timed(r)]
+    measured = [r for r in records if any(row.get("peak_bytes") for row in _timed(r))]
+    ops = [r for r in records if r["bench"] == "ops" and any("of_ceiling" in x for x in _timed(r))]
+    trained_long = [r for r in records if r["bench"] == "curves" and _timed(r)]
     wanted: list[tuple[str, str, Callable[..., None], Records]] = [
         ("tokens", "Training tokens/s", _draw_tokens, trained),
         ("memory", "Peak memory of training, GiB", _draw_memory, measured),
@@ -68,7 +68,7 @@ def headline(run: Record) -> Picture:
 def _draw_headline(title: str, run: Record, path: Path, records: Records) -> None:
     rows = sorted(_timed(run), key=lambda row: row["tokens_per_second"])
     doubt = any("flag" in row for row in rows)
-    rows = [row | {"variant": _said(row)} for row in rows]
+    rows = [row | {"variant": _label(row)} for row in rows]
     figure_class, canvas = _matplotlib()
     figure = figure_class(figsize=(8.0, 1.2 + 0.32 * len(rows)), layout="constrained")
     canvas(figure)
@@ -83,8 +83,8 @@ def _draw_headline(title: str, run: Record, path: Path, records: Records) -> Non
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def _said(row: dict[str, Any]) -> str:
-    name = SAID.get(row["variant"], row["variant"])
+def _label(row: dict[str, Any]) -> str:
+    name = LABELS.get(row["variant"], row["variant"])
     return f"{name} (!)" if "flag" in row else name
 
 
@@ -179,9 +179,9 @@ def _panels(
         if run is None:
             axes.set_visible(False)
             continue
-        said = f"{run['bench']}: {markdown.heading(run)}\n"
-        said += f"{run['date'][:10]}, commit {run['commit'][:9]}"
-        axes.set_title(said, fontsize=8)
+        caption = f"{run['bench']}: {markdown.heading(run)}\n"
+        caption += f"{run['date'][:10]}, commit {run['commit'][:9]}"
+        axes.set_title(caption, fontsize=8)
         axes.tick_params(labelsize=8)
         panel(axes, run)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -49,11 +49,11 @@ def to_hugging_face(source: Path, folder: Path) -> str:
         if name.endswith(".bias"):  # transformers has no bias=False: 0
             exported.setdefault(name, torch.zeros_like(parameter))
     hf_model.load_state_dict(exported)
-    with files.replacing_folder(folder, size_of(exported)) as made:
-        hf_model.save_pretrained(made)
-        if not (made / "config.json").is_file():
-            raise OSError(f"transformers wrote nothing to {made}")
-        return _write_tokenizer(saved, source, made)
+    with files.replacing_folder(folder, size_of(exported)) as temporary:
+        hf_model.save_pretrained(temporary)
+        if not (temporary / "config.json").is_file():
+            raise OSError(f"transformers wrote nothing to {temporary}")
+        return _write_tokenizer(saved, source, temporary)
 
 
 def _write_tokenizer(saved: Mapping[str, Any], source: Path, folder: Path) -> str:

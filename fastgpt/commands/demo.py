@@ -90,14 +90,14 @@ def _unigram_loss(vocab_size: int) -> float:
 
 def _speed(config: TrainConfig, seconds: float = 15, steps: int = 2) -> str:
     """Training steps of fastgpt and of nanoGPT's model in turns: a busy machine slows both."""
-    ours, eager = _quiet_trainer(config), _quiet_trainer(config)
+    fastgpt, eager = _quiet_trainer(config), _quiet_trainer(config)
     whose = _become_nanogpt(eager)
     eager.take_step = _nanogpts_step(eager)
     tokens = steps * config.batch_size * config.block_size
     rates: dict[str, list[float]] = {"auto": [], "torch": []}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(rates["torch"]) < 4:
-        for mode, trainer in (("auto", ours), ("torch", eager)):
+        for mode, trainer in (("auto", fastgpt), ("torch", eager)):
             with use_backend(mode):
                 start = time.perf_counter()
                 for _ in range(steps):
@@ -129,11 +129,11 @@ def _become_nanogpt(trainer: Trainer) -> str:
         return "nanoGPT's model and step in eager PyTorch"
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     assert spec is not None and spec.loader is not None
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
     sizes = {name: getattr(trainer.model.config, name) for name in NANOGPT_FIELDS}
     with contextlib.redirect_stdout(io.StringIO()):  # the model introduces itself
-        model = theirs.GPT(theirs.GPTConfig(**sizes)).to(trainer.device)
+        model = nanogpt.GPT(nanogpt.GPTConfig(**sizes)).to(trainer.device)
     model.load_state_dict(trainer.model.state_dict())
     trainer.model = model
     return f"nanoGPT, {path}"

@@ -30,16 +30,16 @@ def report() -> dict[str, Any]:
     }
 
 
-def page(found: dict[str, Any]) -> str:
+def page(facts: dict[str, Any]) -> str:
     lines: list[str] = []
-    for name, value in found.items():
+    for name, value in facts.items():
         if isinstance(value, str):
             lines += _wrapped(f"{name:<{NAME}}{value}", NAME)
     lines += ["", "caches"]
-    for name, value in found["caches"].items():
+    for name, value in facts["caches"].items():
         lines += _wrapped(f"  {name:<{NAME - 2}}{value}", NAME)
     lines += ["", "what each op runs here, at GPT-2's shapes, and why"]
-    for op, choice in found["ops"].items():
+    for op, choice in facts["ops"].items():
         lines += [f"{op:<26}{choice['implementation']}", *_wrapped(f"    {choice['reason']}", 4)]
     return "\n".join(lines)
 
@@ -49,6 +49,6 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    found = report()
-    print(json.dumps(found, indent=1) if args.json else page(found))
+    facts = report()
+    print(json.dumps(facts, indent=1) if args.json else page(facts))
     return 0

@@ -176,9 +176,9 @@ def _with(one: Search, config: Any) -> Any:
         return one.call()
 
 
-def distance(ours: Any, theirs: Any) -> float:
+def distance(result: Any, expected: Any) -> float:
     """The largest |a - b| / |b| of two results' tensors; NaN if one of them is."""
-    pairs = zip(*([t] if isinstance(t, Tensor) else t for t in (ours, theirs)), strict=True)
+    pairs = zip(*([t] if isinstance(t, Tensor) else t for t in (result, expected)), strict=True)
     gaps = [(a.float() - b.float()).norm() / b.float().norm() for a, b in pairs if a.numel()]
     return torch.stack(gaps).max().item() if gaps else 0.0
 

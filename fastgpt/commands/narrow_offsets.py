@@ -13,13 +13,13 @@ def narrow_offsets(ttir: str) -> list[str]:
     row and a stride, even if it is widened later; and one that is 32 bits wide itself and counts
     from the program id. What // and % make of a program id is bounded by the tensors' sizes.
     """
-    made: dict[str, tuple[str, list[str], bool]] = {}  # name -> operation, operands, is it 32 bits
+    origins: _Origins = {}
     suspects = []
     for line in ttir.splitlines():
         text = line.split(" loc(")[0]
         if "scf." in text or "^bb" in text:  # loop variables, whose names an earlier loop may use
             for variable in re.findall(r"[(,] ?(%\w+)(?: =|:)|for (%\w+) =", text):
-                made.pop("".join(variable), None)
+                origins.pop("".join(variable), None)
         match = _OPERATION.match(text)
         if match is None:
             continue
@@ -27,41 +27,41 @@ def narrow_offsets(ttir: str) -> list[str]:
         operands = _NAME.findall(rest)
         if operation == "tt.addptr":
             offset = operands[1]
-            if _multiplies(offset, made) or _counts_programs(offset, made):
+            if _multiplies(offset, origins) or _counts_programs(offset, origins):
                 suspects.append(text.strip())
         if operation.startswith("scf."):  # what a loop or a branch leaves is its own
             operands = []
-        made[name] = operation, operands, bool(re.search(r"\bi32>?$|xi32>?$", rest.strip()))
+        origins[name] = operation, operands, bool(re.search(r"\bi32>?$|xi32>?$", rest.strip()))
     return suspects
 
 
-_Made = dict[str, tuple[str, list[str], bool]]
+_Origins = dict[str, tuple[str, list[str], bool]]  # name -> operation, operands, is it 32 bits
 
 
-def _behind(name: str, made: _Made) -> tuple[str, list[str], bool]:
+def _behind(name: str, origins: _Origins) -> tuple[str, list[str], bool]:
     """The operation that made a value; a kernel's or a loop's own argument has none."""
-    operation, operands, narrow = made.get(name, ("", [], False))
+    operation, operands, narrow = origins.get(name, ("", [], False))
     if operation in ("tt.load", "arith.divsi", "arith.remsi"):
         operands = []  # a stored index, or bounded by a size
     return operation, operands, narrow
 
 
-def _constant(name: str, made: _Made) -> bool:
-    operation, operands, _ = _behind(name, made)
+def _constant(name: str, origins: _Origins) -> bool:
+    operation, operands, _ = _behind(name, origins)
     if operation == "arith.constant":
         return True
-    return bool(operands) and all(_constant(operand, made) for operand in operands)
+    return bool(operands) and all(_constant(operand, origins) for operand in operands)
 
 
-def _multiplies(name: str, made: _Made) -> bool:
-    operation, operands, narrow = _behind(name, made)
-    if operation == "arith.muli" and narrow and not any(_constant(o, made) for o in operands):
+def _multiplies(name: str, origins: _Origins) -> bool:
+    operation, operands, narrow = _behind(name, origins)
+    if operation == "arith.muli" and narrow and not any(_constant(o, origins) for o in operands):
         return True
-    return any(_multiplies(operand, made) for operand in operands)
+    return any(_multiplies(operand, origins) for operand in operands)
 
 
-def _counts_programs(name: str, made: _Made) -> bool:
-    operation, operands, narrow = _behind(name, made)
+def _counts_programs(name: str, origins: _Origins) -> bool:
+    operation, operands, narrow = _behind(name, origins)
     if operation == "tt.get_program_id":
         return True
-    return narrow and any(_counts_programs(operand, made) for operand in operands)
+    return narrow and any(_counts_programs(operand, origins) for operand in operands)

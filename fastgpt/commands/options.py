@@ -33,18 +33,18 @@ def normalised(argv: list[str]) -> list[str]:
     """Options with `-` for `_`, and a negative number joined to the option before it."""
     if argv[-1:] == ["--"]:
         raise ValueError("nothing follows --; leave it out")
-    found: list[str] = []
+    words: list[str] = []
     for word in argv:
         name, equals, value = word.partition("=")
         if not word or (equals and not value and word.startswith("--")):  # "" is also a folder: .
-            raise ValueError(f"{name or (found or ['an argument'])[-1]} has an empty value")
+            raise ValueError(f"{name or (words or ['an argument'])[-1]} has an empty value")
         if word.startswith("--"):
             word = name.replace("_", "-") + equals + value
-        elif _negative(word) and found and re.fullmatch(r"--[a-z0-9-]+", found[-1]):
-            found[-1] += f"={word}"
+        elif _negative(word) and words and re.fullmatch(r"--[a-z0-9-]+", words[-1]):
+            words[-1] += f"={word}"
             continue
-        found.append(word)
-    return found
+        words.append(word)
+    return words
 
 
 def _negative(word: str) -> bool:

@@ -54,7 +54,7 @@ def prepare_documents(
 ) -> Tokenizer:
     """The same for many. FileExistsError, unless `force`, if other data are there.
 
-    Documents are separated by end-of-text, for characters by a new line. `named` in errors.
+    Documents are separated by end-of-text, for characters by a new line. Errors call them `named`.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val-fraction {val_fraction} must be above 0 and below 1")
@@ -76,15 +76,15 @@ def prepare_documents(
 def _before(out: Path, force: bool) -> Manifest | None:
     """The manifest of data that are there already."""
     try:
-        found = manifest.load(out)
+        record = manifest.load(out)
     except ValueError:
         if not force:
             raise _other_data(out) from None
         return None
-    there = any((out / name).exists() for name in ("train.bin", "val.bin", "meta.pkl"))
-    if found is None and there and not force:
+    has_data = any((out / name).exists() for name in ("train.bin", "val.bin", "meta.pkl"))
+    if record is None and has_data and not force:
         raise _other_data(out)
-    return found
+    return record
 
 
 def _other_data(out: Path) -> FileExistsError:
@@ -99,7 +99,7 @@ class _Seen:
 
 
 def _look_through(documents: texts.Documents, how: str, characters: bool) -> _Seen:
-    length, found, digest = 0, set[str](), hashlib.sha256(how.encode())
+    length, alphabet, digest = 0, set[str](), hashlib.sha256(how.encode())
     for number, pieces in enumerate(documents()):
         length += number > 0  # what separates it from the one before
         digest.update(b"\xff" * (number > 0))
@@ -107,10 +107,10 @@ def _look_through(documents: texts.Documents, how: str, characters: bool) -> _Se
             length += len(piece)
             digest.update(piece.encode("utf-8", "surrogatepass"))
             if characters:
-                found.update(piece)
+                alphabet.update(piece)
     if characters and number:
-        found.add("\n")
-    return _Seen(length, sorted(found), digest.hexdigest())
+        alphabet.add("\n")
+    return _Seen(length, sorted(alphabet), digest.hexdigest())
 
 
 def _check_length(seen: _Seen, tokenizer: str, val_fraction: float, named: str) -> None:
@@ -216,12 +216,12 @@ def _between_words(pieces: Iterator[Piece]) -> Iterator[Piece]:
 
     def of_part(part: int) -> Iterator[str]:
         while waiting or (following := next(pieces, None)):
-            found = waiting.popleft() if waiting else following
-            assert found is not None
-            if found[0] != part:
-                waiting.append(found)
+            piece = waiting.popleft() if waiting else following
+            assert piece is not None
+            if piece[0] != part:
+                waiting.append(piece)
                 return
-            yield found[1]
+            yield piece[1]
 
     for part in (0, 1):
         yield from ((part, piece) for piece in texts.cut_between_words(of_part(part)))
@@ -337,9 +337,9 @@ def main(args: argparse.Namespace) -> int:
     named = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     how = (args.tokenizer, args.val_fraction, args.force, args.processes)
     tokenizer = prepare_documents(documents, args.out, *how, named)
-    found = manifest.load(args.out)
-    assert found is not None
+    record = manifest.load(args.out)
+    assert record is not None
     print(printable(f"{args.out}: vocabulary of {tokenizer.vocab_size:,}"), end="")
-    train, val = found.tokens["train.bin"], found.tokens["val.bin"]
+    train, val = record.tokens["train.bin"], record.tokens["val.bin"]
     print(f", {train:,} tokens to train on, {val:,} to validate")
     return 0

@@ -70,8 +70,8 @@ def execute(script: Path, args: list[str], folder: Path, **modules: ModuleType) 
         except Exception as error:
             if (name := _only_beside_script(error, script)) is not None:
                 raise FileNotFoundError(
-                    f"{script.name} reads {name} from the current folder, but it is beside it; "
-                    f"use `cd {script.parent} && fastgpt run {script.name}`"
+                    f"{script.name} reads {name} from the current folder, but the file is beside "
+                    f"the script; use `cd {script.parent} && fastgpt run {script.name}`"
                 ) from error
             traceback.print_exc()
             return 1

@@ -17,7 +17,7 @@ from typing import Any
 from fastgpt.commands.options import true_or_false
 from fastgpt.storage.printable import printable
 from fastgpt.training import nanogpt, sharded_folder, world
-from fastgpt.training.config import TrainConfig, changes, check_each, kept, option
+from fastgpt.training.config import TrainConfig, changes, check_each, kept_settings, option
 from fastgpt.training.folder import LATEST, sharded
 from fastgpt.training.log import NAME, read
 from fastgpt.training.loop import train
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _kind_of(name: str, hints: Mapping[str, Any]) -> Any:
-    """Of a value by nanoGPT's name."""
+    """The type of a setting by nanoGPT's name."""
     hint = hints[nanogpt.SAME[name]] if name in nanogpt.SAME else nanogpt.OTHER[name]
     kind = next(iter(typing.get_args(hint)), hint)
     return true_or_false if kind is bool else kind
@@ -62,7 +62,7 @@ def _kind_of(name: str, hints: Mapping[str, Any]) -> Any:
 
 def main(args: argparse.Namespace) -> int:
     process = world.rank()
-    if process:  # the first prints
+    if process:  # only process 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     output = Output(sys.stdout, _told_of_lost_output)
     try:
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
             return _main(args)
     except Exception as error:
         if process and not sys.flags.dev_mode:
-            # the first is likely to say the same soon, and to end all by that
+            # process 0 is likely to report the same soon, which ends them all
             time.sleep(5)
             error.args = (f"process {process}: {error}",)
         if isinstance(error, LostProcess):  # the group is beyond an orderly end
@@ -85,9 +85,9 @@ def _told_of_lost_output(error: OSError) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    config, saved, given = settings(vars(args))
+    config, saved, options = settings(vars(args))
     print(printable(f"training on {config.data} into {config.out}"), flush=True)
-    result = train(config, saved, frozenset(given))
+    result = train(config, saved, frozenset(options))
     if result.step and not config.eval_only:
         print(printable(f"saved {config.out}, {result.step:,} steps"))
     if result.interrupted:
@@ -100,7 +100,7 @@ def _main(args: argparse.Namespace) -> int:
 def settings(
     options: Mapping[str, Any],
 ) -> tuple[TrainConfig, dict[str, Any] | None, dict[str, Any]]:
-    """The run's settings, the checkpoint that it resumes, if any, and what was asked for.
+    """The run's settings, the checkpoint that it resumes, if any, and the options' settings.
 
     An option goes before the saved run's, or else the config file's, and these before defaults.
     """
@@ -112,37 +112,37 @@ def settings(
             check_each(from_file)
     if from_file:
         print(printable(f"what {options['config'][-1]} leaves out is as in nanoGPT's train.py"))
-    given: dict[str, Any] = {}
+    from_options: dict[str, Any] = {}
     for name, value in options.items():
         if name in known or name.startswith("nanogpt_"):
-            given |= nanogpt.translated(name.removeprefix("nanogpt_"), value)
-    asked = from_file | given
-    check_each(asked)
-    out = Path(asked.get("out", "out"))
+            from_options |= nanogpt.translated(name.removeprefix("nanogpt_"), value)
+    values = from_file | from_options
+    check_each(values)
+    out = Path(values.get("out", "out"))
     restarted = _restarted_run(out)
-    if restarted or asked.get("resume"):
-        asked |= {"resume": True, "force": False}
-        asked.pop("init_from", None)
-        asked.setdefault("shard", _is_sharded(out))
-        saved = restarted or sharded_folder.load(out, asked["shard"])
+    if restarted or values.get("resume"):
+        values |= {"resume": True, "force": False}
+        values.pop("init_from", None)
+        values.setdefault("shard", _is_sharded(out))
+        saved = restarted or sharded_folder.load(out, values["shard"])
         with _from(f"the checkpoint in {out}"):
             before = _saved_settings(saved)
             check_each(before)
-        if "steps" in given and "minutes" not in given:
-            asked["minutes"] = None
-        for line in changes(before, {**from_file, **asked}):
+        if "steps" in from_options and "minutes" not in from_options:
+            values["minutes"] = None
+        for line in changes(before, {**from_file, **values}):
             print(printable(line))
-        asked = before | asked
+        values = before | values
     else:
         saved = None
-    if "data" not in asked:
+    if "data" not in values:
         raise ValueError("--data names the folder that `fastgpt prepare` wrote; it is missing")
-    return TrainConfig(**asked), saved, given
+    return TrainConfig(**values), saved, from_options
 
 
 @contextlib.contextmanager
 def _from(source: str) -> Iterator[None]:
-    """ValueError names where a setting is from that no run can have."""
+    """A block whose ValueError is raised again with the source of the bad setting."""
     try:
         yield
     except ValueError as error:
@@ -150,21 +150,21 @@ def _from(source: str) -> Iterator[None]:
 
 
 def _is_sharded(out: Path) -> bool:
-    """Whether the checkpoint to go on from is, if nobody says which."""
+    """Whether the checkpoint to resume from is sharded, where no option says so."""
     return not (out / LATEST).exists() and bool(sharded(out))
 
 
 def _saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     config = saved.get("config", {})
     if "fastgpt" in saved and "out" in config:
-        return kept(config)
+        return kept_settings(config)
     known = {setting.name for setting in fields(TrainConfig)}
-    found: dict[str, Any] = {}
+    translated: dict[str, Any] = {}
     for name, value in config.items():
         if name not in ("device", "dtype", "compile", "init_from"):  # of another machine
-            found |= nanogpt.translated(name, value)
+            translated |= nanogpt.translated(name, value)
     model = {k: v for k, v in saved["model_args"].items() if k in known}
-    return kept({k: v for k, v in found.items() if k in known}) | model
+    return kept_settings({k: v for k, v in translated.items() if k in known}) | model
 
 
 def _restarted_run(out: Path) -> dict[str, Any] | None:

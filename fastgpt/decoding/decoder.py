@@ -103,7 +103,7 @@ class Decoder:
     def step(self, ids: Tensor) -> Tensor:
         """One more token ids (B,) a text -> logits (B, V), which the next step overwrites. Of a
         single text ids (n,), n <= width and no more than `room`: the first is its next token, and
-        the others are only there for what comes after them, until `advance` makes them so.
+        the others are guesses of the ones after it, until `advance` makes them tokens.
 
         A text that is full stays so, and its logits mean nothing.
         """
@@ -123,7 +123,7 @@ class Decoder:
         return self.keys.shape[-2] - self.longest
 
     def advance(self) -> None:
-        """The token after the last one is what the last step took for it."""
+        """The last step's guess of the next token was right: the guess is the next token now."""
         self._next_positions()
         self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
 

@@ -39,8 +39,8 @@ def has_int8(x: Tensor) -> bool:
     others (2.13, with a crash).
     """
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    there = has_kernel("aten::_weight_int8pack_mm", x.device.type.upper())
-    return there and x.shape[1] % 32 == 0
+    available = has_kernel("aten::_weight_int8pack_mm", x.device.type.upper())
+    return available and x.shape[1] % 32 == 0
 
 
 def int8_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> st
         return f"{rows} rows are more than {MAX_ROWS}: a GEMM reuses the weights better"
     if like.device.type != "cpu" or like.dtype not in _CACHES:
         return f"{like.dtype} on {like.device.type} is neither float32 nor bfloat16 on a CPU"
-    made = library(_SOURCE)
-    return made if isinstance(made, str) else None
+    outcome = library(_SOURCE)
+    return outcome if isinstance(outcome, str) else None
 
 
 def _address(t: Tensor | None) -> int | None:
@@ -67,8 +67,8 @@ def _address(t: Tensor | None) -> int | None:
 @functools.cache
 def _functions(name: str) -> dict[torch.dtype, Any]:
     pointers, sizes, words = (8, 4, _WEIGHTS) if name == "linear" else (5, 6, _CACHES)
-    found = {dtype: getattr(library(_SOURCE), f"{name}_{word}") for dtype, word in words.items()}
-    for function in found.values():
+    by_dtype = {dtype: getattr(library(_SOURCE), f"{name}_{word}") for dtype, word in words.items()}
+    for function in by_dtype.values():
         function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * sizes
         function.restype = None
-    return found
+    return by_dtype

@@ -33,8 +33,8 @@ class Parameters(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         of_blocks = (t for block in self.blocks for t in block)
-        found = (self.wte, self.wpe, *of_blocks, self.ln_f, self.ln_f_bias, self.head)
-        parts = (t if isinstance(t, Int8) else (t,) for t in found if t is not None)
+        weights = (self.wte, self.wpe, *of_blocks, self.ln_f, self.ln_f_bias, self.head)
+        parts = (t if isinstance(t, Int8) else (t,) for t in weights if t is not None)
         return [t for several in parts for t in several]
 
     def like(self) -> Tensor:
@@ -54,11 +54,11 @@ def parameters(model: Any) -> Parameters | None:
     ln_f = parts.ln_f
     if not embeddings_as_built(model, head, cfg.block_size) or None in blocks:
         return None
-    made = Parameters(
+    result = Parameters(
         parts.wte.weight, parts.wpe.weight, tuple(b for b in blocks if b is not None),
         ln_f.weight, ln_f.bias, head, cfg.n_head, cfg.gelu, head.dtype,
     )  # fmt: skip
-    return made if alike(head, *made.tensors()) and head.is_contiguous() else None
+    return result if alike(head, *result.tensors()) and head.is_contiguous() else None
 
 
 def state_of(parameters: Parameters) -> tuple[tuple[int, int], ...]:

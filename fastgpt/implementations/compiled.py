@@ -40,15 +40,15 @@ def _compile(source: Path, compiler: str, path: Path) -> None:
     """Under another name first: several processes may be at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [*compiler.split(), *_FLAGS, str(source), "-o", str(made), "-lm"]
+        temporary = Path(folder) / path.name
+        command = [*compiler.split(), *_FLAGS, str(source), "-o", str(temporary), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        os.replace(made, path)
+        os.replace(temporary, path)
 
 
 def _cpu() -> str:
     """What -march=native looks at: a home folder may be on several machines."""
     names = ("model name", "flags", "Features")
     lines = cpu_info().splitlines()
-    said = (next((line for line in lines if line.startswith(name)), "") for name in names)
-    return "".join(said) or platform.processor()
+    facts = (next((line for line in lines if line.startswith(name)), "") for name in names)
+    return "".join(facts) or platform.processor()

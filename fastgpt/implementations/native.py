@@ -47,8 +47,8 @@ def _not_here(dtype: torch.dtype) -> str | None:
         return f"it was not measured on {platform.machine()}"
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return "this CPU multiplies bfloat16 by AMX, which PyTorch uses"
-    made = library(_SOURCE)
-    return made if isinstance(made, str) else None
+    outcome = library(_SOURCE)
+    return outcome if isinstance(outcome, str) else None
 
 
 @functools.cache

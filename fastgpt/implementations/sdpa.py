@@ -118,8 +118,8 @@ class _Cpu(_Sdpa):
     ) -> tuple[Tensor, Tensor, Tensor]:
         backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
         short = q.dtype == torch.bfloat16 and q.shape[2] <= self.SHORT
-        given = (t.float() if short else t for t in (do, q, k, v, o))
-        dq, dk, dv = (t.to(q.dtype) for t in backward(*given, state[0], p, True))
+        inputs = (t.float() if short else t for t in (do, q, k, v, o))
+        dq, dk, dv = (t.to(q.dtype) for t in backward(*inputs, state[0], p, True))
         return dq, dk, dv
 
 

@@ -25,24 +25,24 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
     An error leaves `path` as it was and nothing beside it. OSError names the file and, where the
     disk is full, the `needed` bytes. A link at `path` is replaced, not followed.
     """
-    made: Path | None = None
+    temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
-        made, fd = _create_beside(path)
+        temporary, fd = _create_beside(path)
         with os.fdopen(fd, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(made, path)
+            os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if made is not None:
-            made.unlink(missing_ok=True)  # before the room that is free is looked at
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)  # before the room that is free is looked at
         raise explained(error, path, needed) from None
     finally:
-        if made is not None:
-            made.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -59,27 +59,27 @@ def copy(source: Path, path: Path) -> None:
 @contextmanager
 def replacing_folder(path: Path, needed: int = 0) -> Iterator[Path]:
     """The same for a folder. What was at `path`, if anything, is gone afterwards."""
-    made, aside = _beside(path), _beside(path)
+    temporary, aside = _beside(path), _beside(path)
     fd = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
-        made.mkdir()
-        fd = os.open(made, os.O_RDONLY)
+        temporary.mkdir()
+        fd = os.open(temporary, os.O_RDONLY)
         fcntl.flock(fd, fcntl.LOCK_EX)
-        yield made
-        sync_tree(made)
+        yield temporary
+        sync_tree(temporary)
         if path.is_symlink() or path.exists():
             os.rename(path, aside)  # a folder cannot be renamed over one with files in it
-        os.rename(made, path)
+        os.rename(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        remove(made)
+        remove(temporary)
         if aside.exists() and not path.exists():
             os.rename(aside, path)
         raise explained(error, path, needed) from None
     finally:
-        remove(made)
+        remove(temporary)
         remove(aside)
         if fd is not None:
             os.close(fd)
@@ -112,14 +112,14 @@ def check_room(folder: Path, needed: int) -> None:
     probe = folder / "ckpt.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made, fd = _create_beside(probe)
+        temporary, fd = _create_beside(probe)
         try:
             os.write(fd, b"\0" * 4096)
             os.ftruncate(fd, min(max(needed, 4096), 2**62))  # finds limits and takes no room
             os.fsync(fd)
         finally:
             os.close(fd)
-            made.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         if free_bytes(folder) < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
@@ -128,13 +128,13 @@ def check_room(folder: Path, needed: int) -> None:
 
 def size_of(path: Path) -> int:
     """Bytes in a file, or in all files of a folder."""
-    found = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in found if file.is_file())
+    paths = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in paths if file.is_file())
 
 
 def free_bytes(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
 
 
 def sync_folder(folder: Path) -> None:
@@ -185,12 +185,12 @@ def _beside(path: Path) -> Path:
 def _create_beside(path: Path) -> tuple[Path, int]:
     """A new file, locked; the permissions are the user's own choice."""
     while True:
-        made = _beside(path)
-        fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        temporary = _beside(path)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
-            return made, fd
+            return temporary, fd
         os.close(fd)  # swept away before it was locked
 
 

@@ -43,10 +43,10 @@ class Manifest:
             )
         for name, count in self.tokens.items():
             path = folder / name
-            found = path.stat().st_size if path.is_file() else 0
-            if found != 2 * count:
+            size = path.stat().st_size if path.is_file() else 0
+            if size != 2 * count:
                 raise ValueError(
-                    f"{path} has {found} bytes, and was written with {2 * count}; run `fastgpt "
+                    f"{path} has {size} bytes, and was written with {2 * count}; run `fastgpt "
                     "prepare` again"
                 )
             if verify and file_sha256(path) != self.sha256[name]:
@@ -57,8 +57,8 @@ class Manifest:
         meta = folder / "meta.pkl"
         if meta.name in self.sha256 and not meta.is_file():
             raise ValueError(
-                f"no {meta}, but {folder} is character data, which it is the vocabulary of; put it "
-                "back, or run `fastgpt prepare` again"
+                f"no {meta}, the vocabulary of the characters in {folder}; put it back, or run "
+                "`fastgpt prepare` again"
             )
         if meta.is_file() and file_sha256(meta) != self.sha256.get(meta.name):
             raise ValueError(

@@ -38,8 +38,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def write(tensors: dict[str, Tensor], folder: Path) -> None:
-    """By all processes of the group together."""
-    import torch.distributed.checkpoint as dcp  # a second's import, for who shards only
+    """Called by all processes of the group together."""
+    import torch.distributed.checkpoint as dcp  # a second to import, only when sharded
 
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
 
@@ -66,8 +66,8 @@ def sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file).load()
-        items = dict(found.state_dict_metadata)
+            metadata = _Unpickler(file).load()
+        items = dict(metadata.state_dict_metadata)
         return {name: (item.size, item.properties.dtype) for name, item in items.items()}
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"{path} is no list of tensors: {error}") from None
@@ -77,10 +77,10 @@ def read(tensors: dict[str, Tensor], folder: Path, alone: bool) -> None:
     """Fill `tensors`, or parts of them, in place; `alone` without a group of processes."""
     import torch.distributed.checkpoint as dcp
 
-    found = sizes(folder)
+    stored_sizes = sizes(folder)
     for name, t in tensors.items():
-        if name not in found or found[name][0] != t.shape:
-            shape = tuple(found[name][0]) if name in found else "missing"
+        if name not in stored_sizes or stored_sizes[name][0] != t.shape:
+            shape = tuple(stored_sizes[name][0]) if name in stored_sizes else "missing"
             raise ValueError(f"{folder}: {name} is {shape}, the model's is {tuple(t.shape)}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant

@@ -7,11 +7,11 @@ from pathlib import Path
 
 PIECE = 2**20  # characters
 
-# Between x and what follows here every tokenizer of words cuts: GPT-2's lets no other token hold a
-# space or a new line between two characters that are none.
+# After each match every tokenizer of words cuts: no token of GPT-2's holds a space or a new line
+# between two characters that are neither.
 _CUT = re.compile(r"\S(?=[ \n]\S)")
 
-# A document after the other, each in pieces; called anew for every pass.
+# Documents one after the other, each in pieces; called again for every pass.
 Documents = Callable[[], Iterator[Iterator[str]]]
 
 
@@ -21,14 +21,14 @@ def of_string(text: str) -> Documents:
 
 def of_files(paths: Sequence[Path]) -> Documents:
     """UTF-8 texts; a folder stands for every .txt file in it."""
-    listed = [found for path in paths for found in _listed(path)]
+    listed = [file for path in paths for file in _listed(path)]
     return lambda: (pieces_of(path) for path in listed)
 
 
 def _listed(path: Path) -> list[Path]:
     if path.is_dir():
-        if found := sorted(p for p in path.rglob("*.txt") if p.is_file()):
-            return found
+        if files := sorted(p for p in path.rglob("*.txt") if p.is_file()):
+            return files
         raise FileNotFoundError(f"{path} is a folder without .txt files; name the files")
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
@@ -68,7 +68,7 @@ def _undecodable(path: Path) -> str:
 
 
 def cut_between_words(pieces: Iterator[str], longest: int = 16 * PIECE) -> Iterator[str]:
-    """The same text, cut where a tokenizer cuts: each piece alone has the tokens it has in it."""
+    """The same text, cut where a tokenizer cuts: each piece alone has its tokens in the text."""
     text = ""
     for piece in pieces:
         text += piece

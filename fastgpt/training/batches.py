@@ -1,6 +1,6 @@
 """Which batch a step trains on: decided by seed, step and micro-batch, whoever computes it.
 
-A run that was resumed, on as many processes as may be, draws what one left alone would have drawn.
+A resumed run, on any number of processes, draws what an uninterrupted one would have drawn.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from fastgpt.train_step import Batch
 
 
 def seed_of(*what: int | str) -> int:
-    """A seed for a thing of its own, below 2^63: no two are related."""
+    """A seed below 2^63 for each `what`: no two are related."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -132,7 +132,7 @@ def _check_range(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 _NOT_KEPT = ("out", "resume", "force", "init_from", "eval_only")
 
 
-def kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+def kept_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Of the settings in a checkpoint those that a resumed run goes on with."""
     names = {setting.name for setting in fields(TrainConfig)} - set(_NOT_KEPT)
     return {name: value for name, value in settings.items() if name in names}

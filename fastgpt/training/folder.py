@@ -18,13 +18,13 @@ _NUMBERED = re.compile(r"ckpt-(\d+)\.pt")
 _SHARDED = re.compile(r"sharded-(\d+)")
 
 
-def superseded(there: Iterable[int], step: int, keep: int) -> list[int]:
-    """Of the numbers of checkpoints, when that of `step` has been written: those beyond it, of what
-    was gone back from, and those before the last `keep`, 0 being all.
+def superseded(numbers: Iterable[int], step: int, keep: int) -> list[int]:
+    """The numbers of the checkpoints to delete once that of `step` is written: those beyond `step`,
+    of a run that went back behind them, and all but the last `keep` up to it (0 keeps all).
     """
-    outlived = [n for n in there if n > step]
-    kept = sorted(n for n in there if n <= step)
-    return outlived + kept[:-keep] * bool(keep)
+    outlived = [n for n in numbers if n > step]
+    earlier = sorted(n for n in numbers if n <= step)
+    return outlived + earlier[:-keep] * bool(keep)
 
 
 def sharded(out: Path) -> dict[int, Path]:
@@ -33,8 +33,8 @@ def sharded(out: Path) -> dict[int, Path]:
 
 
 def _by_step(name: re.Pattern[str], paths: Iterable[Path]) -> dict[int, Path]:
-    found = ((name.fullmatch(path.name), path) for path in paths)
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    matches = ((name.fullmatch(path.name), path) for path in paths)
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 class RunFolder:
@@ -54,7 +54,7 @@ class RunFolder:
                     f"{self._written_over[0]} is there already; --resume goes on with that run, "
                     "--force writes over it, or use another --out"
                 )
-            for name in (LATEST, BEST, NAME):  # found at a save, it would cost the run
+            for name in (LATEST, BEST, NAME):  # noticed only at a save, it would cost the run
                 if (path / name).is_dir():
                     raise IsADirectoryError(f"{path / name} is a folder, in the way of a file")
             files.sweep(path)
@@ -63,7 +63,7 @@ class RunFolder:
             raise
 
     def _checkpoints(self) -> list[Path]:
-        """All that are there, of either kind."""
+        """All in the folder, files and sharded ones."""
         files = [self.path / LATEST, self.path / BEST, *self.numbered().values()]
         return [path for path in files if path.is_file()] + list(sharded(self.path).values())
 
@@ -84,12 +84,12 @@ class RunFolder:
         for path in copies:
             files.copy(latest, path)
         self.saved(latest, *copies)
-        there = self.numbered()
-        for number in superseded(there, step, self.keep):
-            there[number].unlink()
+        numbered = self.numbered()
+        for number in superseded(numbered, step, self.keep):
+            numbered[number].unlink()
 
     def saved(self, *paths: Path) -> None:
-        """A new run's first checkpoints are safe: those of the run that it writes over go."""
+        """Delete what is left of the run that is written over: the checkpoints `paths` are safe."""
         for path in self._written_over:
             if path not in paths:
                 files.remove(path)

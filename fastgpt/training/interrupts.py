@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Interrupts:
-    """`with Interrupts() as interrupts`: the first ones only leave their `interrupts.number`.
+    """`with Interrupts() as interrupts`: a signal only sets `interrupts.number`.
 
-    For somebody whose step does not end, one that comes `PATIENCE` seconds after the first
+    For a step that does not end: a Ctrl-C that comes `PATIENCE` seconds after the first signal
     interrupts at once, unless a checkpoint is being written.
     """
 

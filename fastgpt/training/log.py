@@ -22,7 +22,7 @@ NAME = "log.jsonl"
 
 class Log:
     def __init__(self, folder: Path, config: TrainConfig, step: int, run: str):
-        """Of the `run` that is at `step`: what it wrote later, or another did, is forgotten."""
+        """Goes on from `step` of `run`: its later lines, or those of another run, are removed."""
         self.path = folder / NAME
         self._others = OtherLogs(folder, config, step)
         past = [line for line in read(self.path) if line.get("step", 0) <= step] if step else []
@@ -40,7 +40,7 @@ class Log:
         self._others.add(step, values)
 
     def sync(self) -> None:
-        """Before a checkpoint: its history must last as long."""
+        """To disk, before a checkpoint: its history must last as long as it."""
         self._write("", last=True)
 
     def _write(self, text: str, last: bool = False) -> None:
@@ -53,7 +53,7 @@ class Log:
             raise files.explained(error, self.path, len(text)) from None
 
     def close(self) -> None:
-        with suppress(OSError):  # which was said when it was synced
+        with suppress(OSError):  # which sync() has reported
             self._file.close()
         self._others.close()
 

@@ -34,24 +34,24 @@ class Result:
 def train(
     config: TrainConfig,
     saved: Mapping[str, Any] | None = None,
-    given: frozenset[str] = frozenset(),
+    explicit: frozenset[str] = frozenset(),
 ) -> Result:
     """Train until `config` is met, or Ctrl-C or SIGTERM. What is returned is also saved.
 
-    `saved` is the checkpoint to resume from, if it is read already; `given` names the settings that
-    somebody asked for.
+    `saved` is the checkpoint to resume from, if it is read already; `explicit` names the settings
+    that somebody asked for.
     """
     with World(config.device) as world:
         folder: RunFolder | None = None
         if world.first:
             folder = RunFolder(Path(config.out), config.keep, config.resume, config.force)
         try:
-            return _train(config, saved, given, world, folder)
+            return _train(config, saved, explicit, world, folder)
         except RuntimeError as error:
-            found = world.explained(error)
-            if found is error:
+            explanation = world.explained(error)
+            if explanation is error:
                 raise
-            raise found from None
+            raise explanation from None
         finally:
             if folder is not None:
                 folder.release()
@@ -60,13 +60,13 @@ def train(
 def _train(
     config: TrainConfig,
     saved: Mapping[str, Any] | None,
-    given: frozenset[str],
+    explicit: frozenset[str],
     world: World,
     folder: RunFolder | None,
 ) -> Result:
     if config.resume and saved is None:
         saved = sharded_folder.load(Path(config.out), config.shard)
-    trainer = Trainer(config, saved, world, given)
+    trainer = Trainer(config, saved, world, explicit)
     if config.resume and config.shard:
         sharded_folder.restore(trainer)
     run = Run(trainer, folder)
@@ -113,10 +113,10 @@ class Run:
                     self._save()
                 raise
             except RuntimeError as error:
-                found = self.world.explained(error)
-                if not isinstance(found, LostProcess):
+                explanation = self.world.explained(error)
+                if not isinstance(explanation, LostProcess):
                     raise
-                raise self._rescued(found) from None
+                raise self._rescued(explanation) from None
             if self.folder is not None and self.log is not None:
                 self.log.sync()
                 self.progress.note(draw(self.log.path, self.folder.path / "loss.png"))
@@ -157,7 +157,7 @@ class Run:
             self.progress.add(trainer.steps_done, loss, lr, trainer.fraction())
 
     def _stop(self) -> bool:
-        """Whether any process was told to end; and what time it is for all."""
+        """Whether any process was told to end; all agree on the seconds, too."""
         trainer = self.trainer
         trainer.agreed_seconds = None
         stop, seconds = self.world.largest([float(self.interrupts.number), trainer.seconds()])
@@ -183,7 +183,7 @@ class Run:
             self.log.add(step, train_loss=losses.train, val_loss=losses.val)
 
     def _save(self) -> None:
-        """The latest, and it as the best if it is; nothing before the first step."""
+        """Write the latest checkpoint, also as the best if it is; nothing before the first step."""
         trainer = self.trainer
         if trainer.steps_done == 0 or trainer.saved_at == trainer.steps_done:
             return

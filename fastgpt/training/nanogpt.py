@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# nanoGPT's name -> ours, where the value is the same
+# nanoGPT's name -> fastgpt's, where the value is the same
 SAME = {
     "out_dir": "out",
     "eval_interval": "eval_every",
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def translated(name: str, value: Any) -> dict[str, Any]:
-    """A setting by nanoGPT's name as settings by ours; others stay. ValueError for a value of
+    """A setting of nanoGPT's as fastgpt's settings; other settings stay. ValueError for a value of
     another kind than nanoGPT's.
     """
     if name in OTHER and (not isinstance(value, OTHER[name]) or value == ""):
@@ -53,13 +53,13 @@ def translated(name: str, value: Any) -> dict[str, Any]:
         return {} if value else {"schedule": "constant"}
     if name == "wandb_log":
         return {"wandb": "online"} if value else {}
-    if name in ("always_save_checkpoint", "backend"):  # ckpt.pt and best.pt; by the device
+    if name in ("always_save_checkpoint", "backend"):  # both are written; the device decides
         return {}
     return {name: value}
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:
-    """Settings by our names from one of nanoGPT's config files, over train.py's defaults.
+    """fastgpt's settings from one of nanoGPT's config files, over train.py's defaults.
 
     ValueError names the line that is no assignment of a constant to a known setting.
     """

@@ -24,16 +24,16 @@ def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], stepped:
     optimizer.load_state_dict({"state": state, "param_groups": own})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, p in enumerate(parameters):
-        found = optimizer.state.get(p, {})
-        if stepped and not found:
+        parameter_state = optimizer.state.get(p, {})
+        if stepped and not parameter_state:
             raise ValueError(f"its optimizer lacks the state of parameter {number}")
-        for name in ("step", *MOMENTS) if found else ():
-            if not in_range(name, torch.as_tensor(found[name])):
+        for name in ("step", *MOMENTS) if parameter_state else ():
+            if not in_range(name, torch.as_tensor(parameter_state[name])):
                 raise ValueError(f"its optimizer's {name} of parameter {number} is out of range")
 
 
 def in_range(name: str, values: torch.Tensor) -> bool:
-    """Whether a moment, a count of steps or, of any other name, a weight may have these values."""
+    """Whether a moment or count of steps, or by any other name a weight, may have these values."""
     if name in ("step", "steps"):
         values = values.double()
         return bool(((values >= 0) & (values <= LARGEST_COUNT) & (values % 1 == 0)).all())

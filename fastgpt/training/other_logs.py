@@ -1,7 +1,7 @@
 """TensorBoard and Weights & Biases, by flag, beside a run's own log.
 
-What keeps one from its beginning is said before training. From then on training needs neither: one
-that fails is told of and left out.
+One that cannot begin is an error before training. Once training runs it needs neither: one that
+fails is reported and left out.
 """
 
 import sys
@@ -29,7 +29,9 @@ class OtherLogs:
         try:
             self.writers[name] = writer()
         except ImportError as error:
-            raise ImportError(f"--{name} needs it ({error}); pip install {name}") from None
+            raise ImportError(
+                f"--{name} needs the package {name} ({error}); pip install {name}"
+            ) from None
         except Exception as error:  # of an account, a network, a disk, a name that is refused
             raise OSError(f"--{name} cannot begin: {_reason(error)}; or leave it out") from None
 

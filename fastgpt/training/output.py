@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 def discard(stream: TextIO) -> None:
-    """What is still to be written to it goes nowhere, also what it flushes when Python ends."""
+    """Everything written to it from now on is lost, also what it flushes when Python ends."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
@@ -16,7 +16,7 @@ def discard(stream: TextIO) -> None:
 
 class Output(io.TextIOBase):
     """A stream for a stdout. Once that cannot be written to, `told` is called with the reason, and
-    what is still written is lost.
+    all later text is lost.
     """
 
     def __init__(self, stream: TextIO, told: Callable[[OSError], None]):

@@ -19,24 +19,24 @@ class SavedRun:
 
 
 def saved_run(saved: Mapping[str, Any]) -> SavedRun:
-    """ValueError names what is missing or malformed. nanoGPT's own have no "fastgpt"."""
+    """ValueError names what is missing or malformed. nanoGPT's checkpoints lack "fastgpt"."""
     if "iter_num" not in saved:
         raise ValueError("it lacks `iter_num`")
-    ours = saved.get("fastgpt", {})
+    extras = saved.get("fastgpt", {})
     steps = int(saved["iter_num"])  # a number, as is best_val_loss: checkpoint.py has looked
-    found = SavedRun(
+    run = SavedRun(
         steps,
         float(saved.get("best_val_loss", math.inf)),
-        _number("seconds", ours.get("seconds", 0.0)),
-        _text("data", ours.get("data")),
-        _text("run", ours.get("run")) or "",
-        _losses(ours.get("losses")),
-        ours.get("validated_at", -1),
-        _scaler(ours.get("scaler")),
+        _number("seconds", extras.get("seconds", 0.0)),
+        _text("data", extras.get("data")),
+        _text("run", extras.get("run")) or "",
+        _losses(extras.get("losses")),
+        extras.get("validated_at", -1),
+        _scaler(extras.get("scaler")),
     )
-    if type(found.validated_at) is not int or not -1 <= found.validated_at <= steps:
-        raise ValueError(f"`validated_at` is {found.validated_at!r:.40}, at `iter_num` {steps}")
-    return found
+    if type(run.validated_at) is not int or not -1 <= run.validated_at <= steps:
+        raise ValueError(f"`validated_at` is {run.validated_at!r:.40}, at `iter_num` {steps}")
+    return run
 
 
 def _number(name: str, value: Any, above: bool = False) -> float:

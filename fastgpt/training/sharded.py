@@ -17,7 +17,7 @@ from fastgpt.training.world import World
 
 
 class ShardedStep:
-    """TrainStep's, for a model that it shards in place among the processes of `world`."""
+    """Called like TrainStep, for a model that it shards in place among the processes of `world`."""
 
     def __init__(
         self,
@@ -79,23 +79,23 @@ class ShardedStep:
 
     def parts(self) -> dict[str, Tensor]:
         """The same as plain tensors, for what is no business of the other processes."""
-        found = self.tensors().items()
-        return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in found}
+        tensors = self.tensors().items()
+        return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in tensors}
 
 
 def tensors_of(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights and moments by name, to be written or filled, and the optimizer's "steps" (1,)."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     steps = torch.zeros(1)
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         if not state:  # before the first step
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state |= {moment: torch.zeros_like(p) for moment in MOMENTS}
-        found[f"model.{name}"] = p.detach()
-        found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+        tensors[f"model.{name}"] = p.detach()
+        tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
         steps[0] = state["step"]  # every parameter's are the same
-    return found | {"steps": steps}
+    return tensors | {"steps": steps}
 
 
 def set_steps(optimizer: torch.optim.Optimizer, steps: Tensor) -> None:

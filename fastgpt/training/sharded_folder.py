@@ -14,7 +14,7 @@ from fastgpt.training.trainer import Trainer
 
 
 def save(trainer: Trainer, folder: RunFolder | None, best: bool) -> None:
-    """By all processes together. The best so far is kept besides the latest."""
+    """Called by all processes together. The best so far is kept besides the latest."""
     assert isinstance(trainer.step, ShardedStep)
     tensors, world, out = trainer.step.tensors(), trainer.world, Path(trainer.config.out)
     if folder is None:
@@ -23,16 +23,16 @@ def save(trainer: Trainer, folder: RunFolder | None, best: bool) -> None:
         return
     path, state = out / f"sharded-{trainer.steps_done:06}", trainer.state()
     size = checkpoint.size_of(tensors) * world.size
-    with files.replacing_folder(path, size) as made:
-        shards.write(tensors, Path(world.told(str(made))))
+    with files.replacing_folder(path, size) as temporary:
+        shards.write(tensors, Path(world.told(str(temporary))))
         world.wait()
-        info = {**state, "files": shards.checksums(made), "best": best}
-        checkpoint.save_checkpoint(info, made / shards.INFO)
+        info = {**state, "files": shards.checksums(temporary), "best": best}
+        checkpoint.save_checkpoint(info, temporary / shards.INFO)
     folder.saved(path)
-    there = sharded(out)
-    for number in superseded(there, trainer.steps_done, max(folder.keep, 1)):
-        if number > trainer.steps_done or best or not _is_best(there[number]):
-            files.remove(there[number])
+    checkpoints = sharded(out)
+    for number in superseded(checkpoints, trainer.steps_done, max(folder.keep, 1)):
+        if number > trainer.steps_done or best or not _is_best(checkpoints[number]):
+            files.remove(checkpoints[number])
 
 
 def _is_best(path: Path) -> bool:
@@ -43,16 +43,16 @@ def _is_best(path: Path) -> bool:
 
 
 def latest(out: Path) -> Path:
-    there = sharded(out)
-    if not there:
+    checkpoints = sharded(out)
+    if not checkpoints:
         raise FileNotFoundError(f"no sharded checkpoint in {out}; leave out --shard")
-    return list(there.values())[-1]
+    return list(checkpoints.values())[-1]
 
 
 def best(out: Path) -> Path:
-    """That of the lowest validation loss."""
-    found = [path for path in sharded(out).values() if _is_best(path)]
-    return found[-1] if found else latest(out)
+    """The checkpoint of the lowest validation loss."""
+    paths = [path for path in sharded(out).values() if _is_best(path)]
+    return paths[-1] if paths else latest(out)
 
 
 def load(out: Path, shard: bool) -> dict[str, Any]:
@@ -81,12 +81,12 @@ def _check_newest(
     saved: Mapping[str, Any], path: Path, other: Mapping[str, Any], other_path: Path
 ) -> None:
     """ValueError where the `other` kind of checkpoint may be what is meant."""
-    one, two = (found.get("fastgpt", {}).get("run") for found in (saved, other))
+    one, two = (each.get("fastgpt", {}).get("run") for each in (saved, other))
     if one != two or other.get("iter_num", 0) > saved.get("iter_num", 0):
         flag = "--shard" if other_path.name != LATEST else "--no-shard"
         raise ValueError(
-            f"{path} is of another run than {other_path}, or older: {flag} goes on with the "
-            "latter; to go on with the former, move the latter away"
+            f"{path} is of another run than {other_path}, or older: {flag} goes on with "
+            f"{other_path}; to go on with {path}, move {other_path} away"
         )
 
 
@@ -100,7 +100,7 @@ def info_of(path: Path) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer) -> None:
-    """The tensors of the checkpoint that `load` has read the rest of."""
+    """Read the tensors of the checkpoint, whose other content `load` has read."""
     assert isinstance(trainer.step, ShardedStep)
     path, tensors = latest(Path(trainer.config.out)), trainer.step.tensors()
     shards.read(tensors, path, alone=False)
@@ -116,21 +116,21 @@ def whole(path: Path) -> dict[str, Any]:
     info = info_of(path)
     shards.check(path, info["files"])
     config = checkpoint.config_of(info["model_args"])
-    expected, found = dict(checkpoint.shapes(config)), shards.sizes(path)
-    for name, (shape, _) in found.items():
+    expected, sizes = dict(checkpoint.shapes(config)), shards.sizes(path)
+    for name, (shape, _) in sizes.items():
         kind, _, weight = name.partition(".")
         if kind == "model" and tuple(shape) != expected.get(weight):
             raise ValueError(
-                f"{path}: {weight} is {tuple(shape)}, which `model_args` do not make it"
+                f"{path}: {weight} is {tuple(shape)}, which does not fit its `model_args`"
             )
-    if sum(name.startswith("model.") for name in found) != len(expected) - 1:  # two are tied
+    if sum(name.startswith("model.") for name in sizes) != len(expected) - 1:  # two are tied
         raise ValueError(f"{path}: its weights are not those of a GPT of its `model_args`")
     model = GPT(config)
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
     tensors = tensors_of(model, optimizer)
     shards.read(tensors, path, alone=True)
     set_steps(optimizer, tensors["steps"])
-    kept = {
+    entries = {
         name: value for name, value in info.items() if name not in ("files", "best", "checksum")
     }
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **kept}
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **entries}

@@ -37,22 +37,22 @@ def resumed(config: TrainConfig, tokenizer: data.Tokenizer, saved: Mapping[str, 
     return Start(args, saved.get("model"))  # a sharded one's are read later
 
 
-def initialised(config: TrainConfig, tokenizer: data.Tokenizer, given: frozenset[str]) -> Start:
-    """From `config.init_from`; `given` names the settings that somebody asked for."""
+def initialised(config: TrainConfig, tokenizer: data.Tokenizer, explicit: frozenset[str]) -> Start:
+    """From `config.init_from`; `explicit` names the settings that somebody asked for."""
     source = config.init_from
     assert source is not None
     path = Path(source)
     if path.is_file():
         saved = checkpoint.load_checkpoint(path)
         check_vocabulary(tokenizer, saved, source, config.data)
-        args, found = dict(saved["model_args"]), dict(saved["model"])
+        args, tensors = dict(saved["model_args"]), dict(saved["model"])
     elif path.is_dir() or source in weights.SIZES:
         model = GPT.from_pretrained(source)
         saved = {"model_args": checkpoint.model_args(model.config)}
         if characters := hf_tokenizer.read_characters(path, model.config.vocab_size):
             saved["fastgpt"] = {"characters": characters}
         check_vocabulary(tokenizer, saved, source, config.data)
-        args, found = dict(saved["model_args"]), dict(model.state_dict())
+        args, tensors = dict(saved["model_args"]), dict(model.state_dict())
     else:
         raise ValueError(
             f"init_from={source!r} is no file or folder that exists, and none of "
@@ -62,27 +62,27 @@ def initialised(config: TrainConfig, tokenizer: data.Tokenizer, given: frozenset
         before = args.get(name, getattr(GPTConfig, name))
         wanted = getattr(config, name)
         cropped = name == "block_size" and wanted < before
-        if name in given and wanted != before and not cropped:
+        if name in explicit and wanted != before and not cropped:
             raise ValueError(f"{option(name)} {wanted}, but {source} has {before}; leave it out")
-    if "block_size" in given and config.block_size < args["block_size"]:
+    if "block_size" in explicit and config.block_size < args["block_size"]:
         args["block_size"] = config.block_size
-        for name, weight in found.items():
+        for name, weight in tensors.items():
             if name.endswith("transformer.wpe.weight"):
-                found[name] = weight[: config.block_size].clone()
-    return Start(args | {"dropout": config.dropout}, found)
+                tensors[name] = weight[: config.block_size].clone()
+    return Start(args | {"dropout": config.dropout}, tensors)
 
 
 def check_vocabulary(
     tokenizer: data.Tokenizer, saved: Mapping[str, Any], source: str, folder: str
 ) -> None:
-    """ValueError unless the ids of the data mean to the model of `saved` what they meant before."""
-    size, ours = saved["model_args"]["vocab_size"], saved.get("fastgpt", {})
+    """ValueError unless the data's ids mean what the ids meant that `saved` was trained on."""
+    size, extras = saved["model_args"]["vocab_size"], saved.get("fastgpt", {})
     remedy = "use the data it was trained on, or others prepared with the same vocabulary"
-    known = "characters" in ours
-    if known and ours["characters"] != tokenizer.characters:
+    known = "characters" in extras
+    if known and extras["characters"] != tokenizer.characters:
         now, before = (
             "GPT-2's vocabulary" if c is None else f"a vocabulary of {len(c)} characters"
-            for c in (tokenizer.characters, ours["characters"])
+            for c in (tokenizer.characters, extras["characters"])
         )
         now = now.replace("a ", "another ", 1) if now == before else now
         raise ValueError(f"{folder} has {now}, {source} {before}; {remedy}")

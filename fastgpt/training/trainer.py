@@ -39,7 +39,7 @@ class Losses:
 
 class Trainer:
     """A process's part of a run. `saved` is the checkpoint that config.resume goes on from, None to
-    read it; `given` names the settings that somebody asked for.
+    read it; `explicit` names the settings that somebody asked for.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Trainer:
         config: TrainConfig,
         saved: Mapping[str, Any] | None = None,
         world: World | None = None,
-        given: frozenset[str] = frozenset(),
+        explicit: frozenset[str] = frozenset(),
     ):
         self.config, self.world = config, world or World(config.device)
         self._check_shares()
@@ -59,7 +59,7 @@ class Trainer:
         self.world.check_same("data", self.data_identity)
         if config.resume and saved is None:
             saved = checkpoint.load_checkpoint(Path(config.out) / "ckpt.pt")
-        begin = self._begin(saved, given)
+        begin = self._begin(saved, explicit)
         self.model_args = begin.model_args
         # nobody looks at the logits here, and the head needs less memory if it need not return them
         memory = {"return_logits": False, "checkpoint_blocks": config.checkpoint_blocks}
@@ -107,11 +107,11 @@ class Trainer:
                     "token after it; use a smaller --block-size or more text"
                 )
 
-    def _begin(self, saved: Mapping[str, Any] | None, given: frozenset[str]) -> start.Start:
+    def _begin(self, saved: Mapping[str, Any] | None, explicit: frozenset[str]) -> start.Start:
         if saved is not None:
             return start.resumed(self.config, self.tokenizer, saved)
         if self.config.init_from is not None:
-            return start.initialised(self.config, self.tokenizer, given)
+            return start.initialised(self.config, self.tokenizer, explicit)
         return start.new(self.config, self.tokenizer)
 
     def _make_step(self) -> TrainStep | ShardedStep:
@@ -142,7 +142,7 @@ class Trainer:
         return cfg.batch_size * cfg.grad_accum * self.model.config.block_size
 
     def mfu(self, seconds: float) -> float:
-        """Of a step of so many seconds, a process's part of it."""
+        """Of this process's part of a step of so many seconds."""
         sequences = self.config.batch_size * self.config.grad_accum // self.world.size
         return self.model.estimate_mfu(sequences, seconds)
 
@@ -162,7 +162,7 @@ class Trainer:
             group["lr"] = self.learning_rate()
         batches = self.batches.of_step(self.steps_done)
         loss = self.take_step(batches, self._dropout_seeds())
-        self.steps_done += 1  # the weights are those after it, whatever becomes of its loss
+        self.steps_done += 1  # the weights have taken it, whatever becomes of its loss
         return self.world.sum(loss) / self.world.size
 
     def _dropout_seeds(self) -> Sequence[int] | None:
@@ -201,9 +201,9 @@ class Trainer:
         moments = (state[m] for state in self.optimizer.state.values() for m in MOMENTS if state)
         return [*self.model.parameters(), *moments]
 
-    def _not_finite(self, what: str, found: object) -> str:
+    def _not_finite(self, what: str, value: object) -> str:
         return (
-            f"the model's {what} {found} after step {self.steps_done}, which is not saved; try a "
+            f"the model's {what} {value} after step {self.steps_done}, which is not saved; try a "
             "lower --lr or a longer --warmup. A checkpoint that was saved is from before that"
         )
 
@@ -231,7 +231,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """A checkpoint, in nanoGPT's format; without weights if these are sharded."""
-        ours = {
+        extras = {
             "characters": self.tokenizer.characters,
             "seconds": self.seconds(),
             "scaler": self.step.scaler.state_dict(),
@@ -245,7 +245,7 @@ class Trainer:
             "iter_num": self.steps_done,
             "best_val_loss": self.best_val_loss,
             "config": asdict(self.config) | {"dataset": _dataset(Path(self.config.data))},
-            "fastgpt": ours,
+            "fastgpt": extras,
         }
         if self.config.shard:
             return saved

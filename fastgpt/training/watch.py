@@ -2,7 +2,7 @@
 
 Every process sets a key of its own in the rendezvous's store twice a second, and reads that of the
 process before it. One that has stood still for `PATIENCE` seconds is lost, which is written where
-all look. So it is found wherever the others wait, in NCCL too, and on other machines.
+all look. So the loss is noticed wherever the others wait, in NCCL too, and on other machines.
 """
 
 import os
@@ -32,7 +32,7 @@ class Watch:
         self.lost: str | None = None
         self.busy = threading.Lock()  # held while something is written that must be whole
         self._over = threading.Event()
-        self._found = threading.Event()
+        self._reason_known = threading.Event()
         # a connection of its own: one that waits for a key holds up whoever else uses it
         self._store: Any = own_part(connect())
         self._set(f"who/{rank}", f"process {rank} (pid {os.getpid()} on {socket.gethostname()})")
@@ -57,7 +57,7 @@ class Watch:
     def reason(self) -> str | None:
         """After a collective has failed: who is lost, as soon as that is known; None if nobody."""
         self.patience = SUSPICIOUS
-        self._found.wait(PATIENCE + 2)
+        self._reason_known.wait(PATIENCE + 2)
         return self.lost
 
     def _run(self) -> None:
@@ -82,7 +82,7 @@ class Watch:
     def _end(self, lost: str, mine: bool) -> None:
         """Give the main thread, whose collectives may have failed already, a while to end."""
         self.lost = lost
-        self._found.set()
+        self._reason_known.set()
         if self._over.wait(4):
             return
         with self.busy:

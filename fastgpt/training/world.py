@@ -86,7 +86,7 @@ class World:
         return range(self.rank, count, self.size)
 
     def largest(self, values: Sequence[float]) -> list[float]:
-        """Of each number the largest that a process has."""
+        """For each number the largest that any process has."""
         if self.size == 1:
             return list(values)
         t = torch.tensor(values, dtype=torch.float64)
@@ -103,7 +103,7 @@ class World:
             dist.barrier(self._control)
 
     def told(self, text: str | None) -> str:
-        """The first process's text, in all."""
+        """The first process's text, in every process."""
         texts = [text]
         if self.size > 1:
             dist.broadcast_object_list(texts, 0, self._control)
@@ -111,7 +111,7 @@ class World:
         return texts[0]
 
     def writing(self) -> AbstractContextManager[Any]:
-        """While in it, a process that is lost does not end this one."""
+        """A block in which the loss of another process does not end this one."""
         return nullcontext() if self.watch is None else self.watch.busy
 
     def check_same(self, what: str, value: Any) -> None:
@@ -120,10 +120,10 @@ class World:
             return
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self._control)
-        for other, found in enumerate(values):
-            if found != values[0]:
+        for other, other_value in enumerate(values):
+            if other_value != values[0]:
                 raise ValueError(
-                    f"process {other} has another {what} than process 0: {found!r:.80}, not "
+                    f"process {other} has another {what} than process 0: {other_value!r:.80}, not "
                     f"{values[0]!r:.80}; all must read the same files"
                 )
 

@@ -81,13 +81,13 @@ def test_goals(tmp_path, monkeypatch):
     for seconds, met in (([0.03, 0.03, 0.04], True), ([0.01, 0.02, 0.01], False)):
         theirs[:] = seconds
         goals = {goal.name: goal for goal in decode_goals.on_cpu(tmp_path, "char", 4, 2)}
-        assert goals["1 token from 1, nanoGPT's time over ours"].met == met
+        assert goals["1 token from 1, times as fast as nanoGPT"].met == met
     assert goals["fp32, of the read bandwidth"].met and goals["bf16, of the read bandwidth"].met
-    assert goals["bf16 over fp32, tokens/s"].found == pytest.approx(1.9)
+    assert goals["bf16 over fp32, tokens/s"].measured == pytest.approx(1.9)
     goal = decode_goals.Goal("speed", 0.9, 0.89, ".1%")
     assert not goal.met and decode_goals.line(goal).split()[1:] == ["90.0%", "89.0%", "MISSED"]
-    assert decode_goals.line(goal._replace(found=0.9)).endswith("met")
-    unknown = goal._replace(found=None)
+    assert decode_goals.line(goal._replace(measured=0.9)).endswith("met")
+    unknown = goal._replace(measured=None)
     assert not unknown.met and decode_goals.line(unknown).endswith("NOT MEASURED")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import given, session, stages, store
+from bench.gpu import inputs, session, stages, store
 from fastgpt import backend
 from tests.gpu.__main__ import KERNELS
 
@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_what_was_carried_is_what_stages_are_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(given, "CARRIED", tmp_path)
+    monkeypatch.setattr(inputs, "CARRIED", tmp_path)
     monkeypatch.delenv("NANOGPT_DIR", raising=False)
-    one = given.Given(False)
+    one = inputs.Inputs(False)
     assert one.carried() == {} and one.values()["compile"] == "compile"
     for name in ("nanoGPT/model.py", "data/train.bin", "liger/torn.whl"):
         (tmp_path / name).parent.mkdir()

@@ -221,7 +221,7 @@ BAD_OPTIONS = {
     "--batch-size 1000000000": "needs at least",
     "--compile=maybe": "'maybe' is not True or False",
     "--schedule line": "invalid choice: 'line'",
-    "--device gpu": "device 'gpu' is none",
+    "--device gpu": "device 'gpu' is unknown",
     "--init-from gpt5": "init_from='gpt5'",
     "--resume --force": "contradict each other",
     "--lr 1e-320": "lr=1e-320 is too small",

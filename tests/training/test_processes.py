@@ -148,7 +148,7 @@ def test_sharded_keeps_the_best_and_nothing_that_is_not_finite(folder, monkeypat
     assert cli.main(["train", "--out", str(out), "--resume", "--steps=7"]) == 0
     assert "--shard: True before, False from now on" in capsys.readouterr().out
     assert cli.main(["train", "--out", str(out), "--resume", "--steps=9", "--shard"]) == 2
-    assert "or older: --no-shard goes on with the latter" in capsys.readouterr().err
+    assert f"or older: --no-shard goes on with {out}/ckpt.pt;" in capsys.readouterr().err
 
 
 def kill(said: str, launcher: int, rank: int) -> int:

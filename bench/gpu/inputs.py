@@ -1,4 +1,4 @@
-"""What stages are given: sizes, an environment, and files brought along in .local/ of the checkout.
+"""The inputs of stages: sizes, an environment, and files brought along in .local/ of the checkout.
 
 .local/nanoGPT/model.py    (or $NANOGPT_DIR) the real nanoGPT
 .local/liger               wheels of Liger, or a folder that holds liger_kernel/
@@ -19,22 +19,22 @@ ROOT = Path(__file__).parents[2]
 CARRIED = ROOT / ".local"
 
 
-class Given:
+class Inputs:
     def __init__(self, rehearsal: bool):
         self.rehearsal = rehearsal
         self.site: Path | None = None  # folder of the unpacked wheels
 
     def carried(self) -> dict[str, str]:
         """name -> folder, of the files in .local/ that exist."""
-        found = {}
+        folders = {}
         nanogpt = Path(os.environ.get("NANOGPT_DIR") or CARRIED / "nanoGPT")
         if (nanogpt / "model.py").is_file():
-            found["nanoGPT"] = str(nanogpt.resolve())
+            folders["nanoGPT"] = str(nanogpt.resolve())
         if (CARRIED / "data/train.bin").is_file():
-            found["data"] = str(CARRIED / "data")
+            folders["data"] = str(CARRIED / "data")
         if (CARRIED / "liger").is_dir():
-            found["liger"] = str(CARRIED / "liger")
-        return found
+            folders["liger"] = str(CARRIED / "liger")
+        return folders
 
     def values(self) -> dict[str, Any]:
         """The values for the words in braces of a stage's command."""
