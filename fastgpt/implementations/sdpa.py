@@ -21,14 +21,15 @@ class _Sdpa:
 
     def __init__(self, backend: SDPBackend):
         self.backend = backend
+        self.name = backend.name  # PyTorch 2.14's Dynamo cannot ask the backend itself
 
     def unsupported(
         self, tensors: tuple[Tensor, ...], head_dim: int, dropout_p: float
     ) -> str | None:
         if not tensors[0].is_cuda:
-            return f"{self.backend.name} needs CUDA tensors"
+            return f"{self.name} needs CUDA tensors"
         if any(t.element_size() != 2 for t in tensors):
-            return f"{self.backend.name} takes float16 and bfloat16, not {tensors[0].dtype}"
+            return f"{self.name} takes float16 and bfloat16, not {tensors[0].dtype}"
         if head_dim % 8 or head_dim > 128:
             return f"head dim {head_dim} is no multiple of 8 up to 128"
         return None
@@ -139,7 +140,7 @@ def choice(qkv: Tensor, n_head: int, dropout_p: float) -> _Sdpa | None:
     if torch.compiler.is_compiling() and T > 1:
         T = 1024  # the same answer for every T, as a constant in the graph
     would_run = _would_run(qkv.device, qkv.dtype, T, C3, n_head, dropout_p > 0)
-    return {held.backend.name: held for held in (cudnn, flash, efficient)}.get(would_run)
+    return {held.name: held for held in (cudnn, flash, efficient)}.get(would_run)
 
 
 @constant_in_a_graph
