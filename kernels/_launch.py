@@ -48,6 +48,18 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
         _start(index, kernel, grid, args, options)
 
 
+def launch_with_descriptors(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+    """`launch`, of a kernel that may make descriptors: those need memory."""
+    if DESCRIPTORS:  # each time: it is set per thread, and backward runs in another
+        triton.set_allocator(_scratch)
+    launch(kernel, grid, *args, **options)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for a kernel's descriptors. It is reused only after the launch, on the same stream."""
+    return torch.empty(size, device="cuda", dtype=torch.int8)
+
+
 # what a launch was specialized for -> the compiled kernel and its constants, which are its last
 # parameters; None where Triton must be asked again
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]] | None] = {}
@@ -115,11 +127,20 @@ def has_tma(t: Tensor) -> bool:
     """Whether this Triton and t's GPU have TMA, which loads tiles by descriptors of tensors. The
     interpreter imitates it.
     """
-    if not DESCRIPTORS:
-        return False
+    return DESCRIPTORS and _generation(t) >= 9
+
+
+def multiplies_shared_memory(t: Tensor) -> bool:
+    """Whether the tensor cores of t's GPU read their operands there, where TMA puts them: Hopper's
+    and those of Blackwell's that are no GeForce.
+    """
+    return 9 <= _generation(t) < 12
+
+
+def _generation(t: Tensor) -> int:
     if _recorded is not None:
-        return _recorded_arch >= 90
-    return not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] >= 9
+        return _recorded_arch // 10
+    return torch.cuda.get_device_capability(t.device)[0] if t.is_cuda else 9
 
 
 def dot_precision(t: Tensor) -> str:

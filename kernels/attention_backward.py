@@ -13,8 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._attention import LOG2E, head_and_block, kept_scores, load_rows, store_rows
-from fastgpt.kernels._launch import cdiv, dot_precision, launch, power_of_2
+from fastgpt.kernels._attention import (
+    LOG2E,
+    describable,
+    head_and_block,
+    kept_scores,
+    load_part,
+    load_rows,
+    load_tile,
+    parts_of,
+    store_rows,
+    tiles_of,
+)
+from fastgpt.kernels._launch import cdiv, dot_precision, launch, launch_with_descriptors, power_of_2
 from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.attention_forward import keep_scale
 
@@ -39,18 +50,18 @@ def _delta_kernel(
 
 @triton.jit
 def _dkdv_blocks(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, seed_ptr, head, cols, first, last,
+    dk, dv, k, v, q_tiles, do_tiles, lse_parts, delta_parts, seed_ptr, head, cols, first, last,
     stride_qt, stride_qd, stride_dot, stride_dod, T, scale, dropout_p, keep_scale,
-    DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add the share of queries first..last. Scores are (cols, rows): fewer transposes."""
     for start in range(first, last, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, rows, stride_qt, stride_qd, T, D, BLOCK_D)
-        do = load_rows(do_ptr, rows, stride_dot, stride_dod, T, D, BLOCK_D)
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf"))  # p = 0 past the end
-        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+        q = load_tile(q_tiles, start, stride_qt, stride_qd, T, TMA, D, BLOCK_M, BLOCK_D)
+        do = load_tile(do_tiles, start, stride_dot, stride_dod, T, TMA, D, BLOCK_M, BLOCK_D)
+        lse = load_part(lse_parts, start, T, TMA, BLOCK_M)
+        delta = load_part(delta_parts, start, T, TMA, BLOCK_M)
 
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse[None, :] * LOG2E)
@@ -77,15 +88,19 @@ def _dkdv_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_dob, stride_doh, stride_dot, stride_dod,
     stride_dkb, stride_dkh, stride_dkt, stride_dkd, stride_dvb, stride_dvh, stride_dvt, stride_dvd,
     H, T, scale, dropout_p, keep_scale,
-    PRECISION: tl.constexpr, D: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block, head, b, h = head_and_block(BLOCK_N, T, H)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     q_ptr += b * stride_qb + h * stride_qh
     do_ptr += b * stride_dob + h * stride_doh
+    q_tiles = tiles_of(q_ptr, stride_qt, T, TMA, D, BLOCK_M, BLOCK_D)
+    do_tiles = tiles_of(do_ptr, stride_dot, T, TMA, D, BLOCK_M, BLOCK_D)
     lse_ptr += head.to(tl.int64) * T
     delta_ptr += head.to(tl.int64) * T
+    lse_parts = parts_of(lse_ptr, T, TMA, BLOCK_M)
+    delta_parts = parts_of(delta_ptr, T, TMA, BLOCK_M)
     k = load_rows(k_ptr + b * stride_kb + h * stride_kh, cols, stride_kt, stride_kd, T, D, BLOCK_D)
     v = load_rows(v_ptr + b * stride_vb + h * stride_vh, cols, stride_vt, stride_vd, T, D, BLOCK_D)
 
@@ -94,13 +109,15 @@ def _dkdv_kernel(
     diagonal = block * BLOCK_N
     below = min(diagonal + BLOCK_N, T)
     dk, dv = _dkdv_blocks(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, seed_ptr, head, cols, diagonal, below,
+        dk, dv, k, v, q_tiles, do_tiles, lse_parts, delta_parts, seed_ptr, head, cols,
+        diagonal, below,
         stride_qt, stride_qd, stride_dot, stride_dod, T, scale, dropout_p, keep_scale,
-        True, PRECISION, D, BLOCK_M, BLOCK_D)  # fmt: skip
+        True, TMA, PRECISION, D, BLOCK_M, BLOCK_D)  # fmt: skip
     dk, dv = _dkdv_blocks(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, seed_ptr, head, cols, below, T,
+        dk, dv, k, v, q_tiles, do_tiles, lse_parts, delta_parts, seed_ptr, head, cols,
+        below, T,
         stride_qt, stride_qd, stride_dot, stride_dod, T, scale, dropout_p, keep_scale,
-        False, PRECISION, D, BLOCK_M, BLOCK_D)  # fmt: skip
+        False, TMA, PRECISION, D, BLOCK_M, BLOCK_D)  # fmt: skip
 
     dk_ptr += b * stride_dkb + h * stride_dkh
     dv_ptr += b * stride_dvb + h * stride_dvh
@@ -110,16 +127,16 @@ def _dkdv_kernel(
 
 @triton.jit
 def _dq_blocks(
-    dq, q, do, lse, delta, k_ptr, v_ptr, seed_ptr, head, rows, first, last,
+    dq, q, do, lse, delta, k_tiles, v_tiles, seed_ptr, head, rows, first, last,
     stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p, keep_scale,
-    DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add the share of keys first..last."""
     for start in range(first, last, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, cols, stride_kt, stride_kd, T, D, BLOCK_D)
-        v = load_rows(v_ptr, cols, stride_vt, stride_vd, T, D, BLOCK_D)
+        k = load_tile(k_tiles, start, stride_kt, stride_kd, T, TMA, D, BLOCK_N, BLOCK_D)
+        v = load_tile(v_tiles, start, stride_vt, stride_vd, T, TMA, D, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse[:, None] * LOG2E)
         if DIAGONAL:
@@ -141,7 +158,7 @@ def _dq_kernel(
     stride_vb, stride_vh, stride_vt, stride_vd, stride_dob, stride_doh, stride_dot, stride_dod,
     stride_dqb, stride_dqh, stride_dqt, stride_dqd,
     H, T, scale, dropout_p, keep_scale,
-    PRECISION: tl.constexpr, D: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block, head, b, h = head_and_block(BLOCK_M, T, H)
@@ -149,6 +166,8 @@ def _dq_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
+    k_tiles = tiles_of(k_ptr, stride_kt, T, TMA, D, BLOCK_N, BLOCK_D)
+    v_tiles = tiles_of(v_ptr, stride_vt, T, TMA, D, BLOCK_N, BLOCK_D)
     do_ptr += b * stride_dob + h * stride_doh
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, rows, stride_qt, stride_qd, T, D, BLOCK_D)
     do = load_rows(do_ptr, rows, stride_dot, stride_dod, T, D, BLOCK_D)
@@ -158,14 +177,14 @@ def _dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     diagonal = block * BLOCK_M
     dq = _dq_blocks(
-        dq, q, do, lse, delta, k_ptr, v_ptr, seed_ptr, head, rows, 0, diagonal,
+        dq, q, do, lse, delta, k_tiles, v_tiles, seed_ptr, head, rows, 0, diagonal,
         stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p, keep_scale,
-        False, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
+        False, TMA, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
     dq = _dq_blocks(
-        dq, q, do, lse, delta, k_ptr, v_ptr, seed_ptr, head, rows, diagonal,
+        dq, q, do, lse, delta, k_tiles, v_tiles, seed_ptr, head, rows, diagonal,
         min(diagonal + BLOCK_M, T),
         stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p, keep_scale,
-        True, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
+        True, TMA, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
     dq_ptr += b * stride_dqb + h * stride_dqh
     store_rows(dq_ptr, dq * scale, rows, stride_dqt, stride_dqd, T, D, BLOCK_D)
 
@@ -204,9 +223,16 @@ def launch_backward(
            H, T, D=D, BLOCK_M=64, BLOCK_D=for_dq["BLOCK_D"])  # fmt: skip
     scalars = H, T, scale, dropout_p, keep_scale(dropout_p)
     strides = *q.stride(), *k.stride(), *v.stride(), *do.stride()
-    launch(_dkdv_kernel, B * H * cdiv(T, for_dkdv["BLOCK_N"]),
-           q, k, v, do, lse, delta, seed, dk, dv, *strides, *dk.stride(), *dv.stride(), *scalars,
-           PRECISION=dot_precision(q), D=D, **for_dkdv)  # fmt: skip
-    launch(_dq_kernel, B * H * cdiv(T, for_dq["BLOCK_M"]),
-           q, k, v, do, lse, delta, seed, dq, *strides, *dq.stride(), *scalars,
-           PRECISION=dot_precision(q), D=D, **for_dq)  # fmt: skip
+    # wide heads have tiles of dk/dv that are too small for wgmma; a head's lse and delta begin at a
+    # multiple of 16 bytes if T is one of 4
+    roomy = seed is None or D <= 64  # with dropout registers are short as it is
+    tma_dkdv = roomy and D <= 128 and T % 4 == 0 and describable(q, do)
+    tma_dq = roomy and describable(k, v)
+    launch_with_descriptors(
+        _dkdv_kernel, B * H * cdiv(T, for_dkdv["BLOCK_N"]),
+        q, k, v, do, lse, delta, seed, dk, dv, *strides, *dk.stride(), *dv.stride(), *scalars,
+        TMA=tma_dkdv, PRECISION=dot_precision(q), D=D, **for_dkdv)  # fmt: skip
+    launch_with_descriptors(
+        _dq_kernel, B * H * cdiv(T, for_dq["BLOCK_M"]),
+        q, k, v, do, lse, delta, seed, dq, *strides, *dq.stride(), *scalars,
+        TMA=tma_dq, PRECISION=dot_precision(q), D=D, **for_dq)  # fmt: skip

@@ -13,14 +13,12 @@ With SPECIALIZED some warps only load and the others only compute; the compiler 
 with PARTS=1 and 4 warps. PARTS=2 halves the registers that the epilogue needs.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import cdiv, has_tma, launch, multiprocessors
+from fastgpt.kernels._launch import cdiv, has_tma, launch_with_descriptors, multiprocessors
 from fastgpt.kernels._math import gelu, gelu_and_grad
 from fastgpt.kernels._tuned import configured
 from fastgpt.kernels.gelu import gelu_gradients
@@ -152,24 +150,15 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for a kernel's descriptors. It is reused only after the launch, on the same stream."""
-    return torch.empty(size, device="cuda", dtype=torch.int8)
-
-
-def _launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-    triton.set_allocator(_scratch)  # each time: it is set per thread, and backward runs in another
-    launch(kernel, grid, *args, **options)
-
-
 def fc(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     """x (M, K), w (N, K), b (N,), N a multiple of 8 -> h, gelu(h), both (M, N)."""
     (M, K), N = x.shape, w.shape[0]
     h = torch.empty(M, N, device=x.device, dtype=x.dtype)
     y = torch.empty_like(h)
     config = configured(x, "gemm_tma_fc", _fc_config)
-    _launch(_fc_kernel, _grid(x, N, config), x, w, None if b is None else b.contiguous(), h, y,
-            x.stride(0), w.stride(0), M, N, K, TANH=tanh, **config)  # fmt: skip
+    launch_with_descriptors(
+        _fc_kernel, _grid(x, N, config), x, w, None if b is None else b.contiguous(), h, y,
+        x.stride(0), w.stride(0), M, N, K, TANH=tanh, **config)  # fmt: skip
     return h, y
 
 
@@ -182,8 +171,9 @@ def dgrad(
     config = configured(dy, "gemm_tma_dgrad", _dgrad_config)
     blocks = cdiv(M, config["BLOCK_M"])
     partial = torch.empty(blocks, N, device=h.device, dtype=torch.float32) if with_bias else None
-    _launch(_dgrad_kernel, _grid(dy, N, config), dy, w, h, dh, y if with_output else None, partial,
-            dy.stride(0), w.stride(0), M, N, K, TANH=tanh, **config)  # fmt: skip
+    launch_with_descriptors(
+        _dgrad_kernel, _grid(dy, N, config), dy, w, h, dh, y if with_output else None, partial,
+        dy.stride(0), w.stride(0), M, N, K, TANH=tanh, **config)  # fmt: skip
     if partial is not None:
         db.copy_(partial.sum(0))
     return dh, y, db

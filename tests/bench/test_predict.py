@@ -44,7 +44,8 @@ from bench.prediction.model import GPUS
 
 p = predict.predict("124M", 16, GPUS["H200"])
 others = [p._replace(gpu=gpu) for name, gpu in GPUS.items() if name != "H200"]
-text = page.page(p, others, page.latest(record.load_all()))
+sizes = [p._replace(size=size, B=B) for size, B in page.GOALS if (size, B) != ("124M", 16)]
+text = page.page(p, others, sizes, record.load_all())
 print(json.dumps(predict.as_json(p) | {"table": predict.table(p), "page": text}))
 """
 

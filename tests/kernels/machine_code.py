@@ -3,7 +3,8 @@
     python -m tests.kernels.machine_code [sm_90]
 
 Launches are recorded, not started: no GPU is needed. `loops` are the instructions of each innermost
-loop, `all` those of the whole kernel, per element that a thread has in its block.
+loop that does more than wait, `all` those of the whole kernel, per element that a thread has in its
+block; `walks` is what these loops load with.
 """
 
 import json
@@ -15,37 +16,45 @@ import torch
 
 from fastgpt.commands import sass
 from fastgpt.commands.inspect import compiled_kernel, specimen_of
-from fastgpt.kernels import _launch, adamw, cross_entropy, gelu, layer_norm
+from fastgpt.kernels import _launch, adamw, attention, cross_entropy, gelu, layer_norm
 
 M, C, V, PARAMETERS = 16 * 1024, 768, 50304, 75
+WAITS = 3  # instructions of a loop that only waits for TMA
+WALKS = ("LDG", "LDGSTS", "UTMALDG")  # loads: of a thread, of a thread without waiting, of TMA
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
-def calls() -> dict[str, Callable[[], Any]]:
+def calls() -> dict[tuple[str, ...], Callable[[], Any]]:
+    """The names of what each launches first."""
     wide, long = torch.float32, torch.int64
     x, s, w, h = meta(M, C), meta(M, C, dtype=wide), meta(C, dtype=wide), meta(M, 4 * C)
     rows, one, targets = meta(M, dtype=wide), meta(dtype=wide), meta(M, dtype=long)
     table, chunks = meta(PARAMETERS, 6, dtype=long), meta(15_000, 2, dtype=long)
     scales = one, meta(PARAMETERS, 2, dtype=wide), meta(PARAMETERS, dtype=wide)
     update = *scales, 6e-4, (0.9, 0.95), 1e-8, torch.bfloat16
+    y, qkv, lse = meta(16, 1024, C), meta(16, 1024, 3 * C), meta(16, 12, 1024, dtype=wide)
     norm = x, s, s, w, rows, rows, False, torch.bfloat16
     return {
-        "gelu": lambda: gelu.gelu_forward(h, False),
-        "gelu backward": lambda: gelu.gelu_backward(h, h, False, False, False),
-        "gelu backward, output": lambda: gelu.gelu_backward(h, h, False, False, True),
-        "cross entropy": lambda: cross_entropy.cross_entropy_(meta(M, V), targets, -1, one),
-        "cross entropy, odd": lambda: cross_entropy.cross_entropy_(
+        ("gelu",): lambda: gelu.gelu_forward(h, False),
+        ("gelu backward",): lambda: gelu.gelu_backward(h, h, False, False, False),
+        ("gelu backward, output",): lambda: gelu.gelu_backward(h, h, False, False, True),
+        ("cross entropy",): lambda: cross_entropy.cross_entropy_(meta(M, V), targets, -1, one),
+        ("cross entropy, odd",): lambda: cross_entropy.cross_entropy_(
             meta(M, V - 47), targets, -1, one
         ),
-        "cross entropy, padded": lambda: cross_entropy.cross_entropy_(
+        ("cross entropy, padded",): lambda: cross_entropy.cross_entropy_(
             meta(M, V)[:, :-47], targets, -1, one
         ),
-        "norm backward": lambda: layer_norm.backward(*norm),
-        "squares": lambda: adamw.sum_of_squares(table, chunks),
-        "adamw": lambda: adamw.launch_update(table, chunks, *update),
+        ("norm backward",): lambda: layer_norm.backward(*norm),
+        ("squares",): lambda: adamw.sum_of_squares(table, chunks),
+        ("attention",): lambda: attention.packed_forward(qkv, 12, None, 0.0),
+        ("attention delta", "attention dk dv", "attention dq"): lambda: attention.packed_backward(
+            y, qkv, y, lse, None, 12, 0.0
+        ),
+        ("adamw",): lambda: adamw.launch_update(table, chunks, *update),
     }
 
 
@@ -60,20 +69,23 @@ def record(launch: _launch.Launch, arch: int) -> dict[str, Any]:
     threads = 32 * launch.options.get("num_warps", 4)
     per_thread = elements / threads
     loads = [i.name for i in code if i.name.split(".")[0] in sass.LOADS]
+    bodies = [code[first : last + 1] for first, last in innermost(sass.loops(code))]
+    bodies = [body for body in bodies if len(body) > WAITS]
     return {
         "registers": registers,
         "blocks": 65536 // (-(-registers // 8) * 8 * threads),  # on a multiprocessor, by registers
         "spills": sass.spills(code),
         "widest_load": max(map(sass.width, loads)),
         "all": len(code) / per_thread,
-        "loops": [n / per_thread for n in innermost(sass.loops(code))],
+        "loops": [len(body) / per_thread for body in bodies],
+        "walks": sorted({i.name.split(".")[0] for body in bodies for i in body} & set(WALKS)),
     }
 
 
-def innermost(loops: list[tuple[int, int]]) -> list[int]:
-    """The number of instructions in each loop that has no other inside."""
+def innermost(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those that have no other inside."""
     return [
-        last - first + 1
+        (first, last)
         for first, last in loops
         if not any((first <= a and b < last) or (first < a and b <= last) for a, b in loops)
     ]
@@ -82,10 +94,11 @@ def innermost(loops: list[tuple[int, int]]) -> list[int]:
 def main() -> None:
     arch = int(sys.argv[1].removeprefix("sm_")) if sys.argv[1:] else 90
     records = {}
-    for name, call in calls().items():
+    for names, call in calls().items():
         with _launch.record(arch) as launches:
             call()
-        records[name] = record(launches[0], arch)
+        for name, launch in zip(names, launches, strict=False):
+            records[name] = record(launch, arch)
     print(json.dumps(records, indent=1))
 
 

@@ -23,6 +23,7 @@ class Bound(NamedTuple):
     all: float = float("inf")  # instructions per element of a thread
     loops: tuple[float, ...] = ()  # the same of each innermost loop
     blocks: tuple[int, int] = (1, 32)  # on a multiprocessor, as far as registers decide
+    walks: tuple[str, ...] = ()  # what loops may load with
 
 
 BOUNDS = {
@@ -35,6 +36,11 @@ BOUNDS = {
     # 7 programs of 2 warps are launched on a multiprocessor
     "cross entropy, padded": Bound(64, 128, loops=(3, 10, 7), blocks=(2, 2)),
     "norm backward": Bound(128, 128, loops=(25,), blocks=(7, 32)),
+    # left of the diagonal and on it, dk and dv the other way around; an element is a score
+    "attention": Bound(128, 128, loops=(10.5, 13), blocks=(2, 2), walks=("UTMALDG",)),
+    "attention delta": Bound(64, 128),
+    "attention dk dv": Bound(232, 128, loops=(14, 11.5), walks=("UTMALDG",)),
+    "attention dq": Bound(128, 128, loops=(8, 11), blocks=(2, 2), walks=("UTMALDG",)),
     "squares": Bound(64, 128),
     "adamw": Bound(128, 128),
 }
@@ -61,6 +67,8 @@ def test_hot_kernels_stay_within_their_bounds(compiled, kernel):
     if bound.loops:
         assert len(found["loops"]) == len(bound.loops)
         assert all(n <= most for n, most in zip(found["loops"], bound.loops, strict=True)), found
+    if bound.walks:
+        assert tuple(found["walks"]) == bound.walks
     assert bound.blocks[0] <= found["blocks"] <= bound.blocks[1]
 
 
