@@ -13,6 +13,7 @@ from fastgpt.commands.inspect import SHARED_LIMITS, compilable
 
 triton = pytest.importorskip("triton", reason="the compiler under test")
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 DESCRIPTORS = hasattr(triton.language, "make_tensor_descriptor")
 
 ROOT = Path(__file__).parents[2]
@@ -94,13 +95,17 @@ def test_shared_memory_fits(compiled):
 
 
 def may_spill(row: dict) -> bool:
-    """The three exceptions."""
+    """The exceptions."""
     if row["kernel"] == "gemm_gelu.gemm_gelu_kernel":  # off tensor cores, K masked
         return row["config"]["PRECISION"] == "ieee" and not row["config"]["EVEN_K"]
     if row["kernel"] == "layer_norm.backward_kernel":
         return row["config"]["BLOCK_N"] > 8192  # dw and db of such a row fill half the registers
+    if not row["kernel"].startswith("attention_"):
+        return False
+    if TRITON < (3, 6):  # takes more registers than later ones for five of the same sources
+        return row["spills"] < 100
     with_dropout = row["kernel"] == "attention_backward.dkdv_kernel" and row["config"]["D"] == 64
-    return with_dropout and triton.__version__.startswith("3.6.") and row["spills"] < 10
+    return with_dropout and TRITON == (3, 6) and row["spills"] < 10
 
 
 def test_hopper_code_does_not_spill(compiled):

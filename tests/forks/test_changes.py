@@ -51,7 +51,7 @@ Change = Callable[[Any, ExitStack], Any]
 
 
 def doubles_draw_alike() -> bool:
-    """Whether float64 probabilities draw what the same in float32 do: in PyTorch 2.6 they do not."""
+    """Whether float64 probabilities draw what they do in float32: in PyTorch 2.6 they do not."""
     p = torch.arange(1.0, 26.0).expand(20, 25)
     floats, doubles = (
         torch.multinomial(q, 1, generator=torch.Generator().manual_seed(0)) for q in (p, p.double())

@@ -115,7 +115,7 @@ class _Tied(nn.Module):
 
 
 class _Reads(nn.Module):
-    """Asks whether its GELU has a forward of its own, and does not call it: as untouched.py does."""
+    """Asks whether its GELU has a forward of its own and does not call it, as untouched.py does."""
 
     def __init__(self) -> None:
         super().__init__()
