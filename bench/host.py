@@ -51,7 +51,11 @@ class _Driver:
     class utils:
         @staticmethod
         def load_binary(*_: Any) -> tuple[int, ...]:
-            return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads at most
+            from triton.compiler import CompiledKernel
+
+            loaded = 1, 1, 32, 0, 1024  # module, function, registers, spills, threads at most
+            most_threads = "n_max_threads" in CompiledKernel._init_handles.__code__.co_names
+            return loaded if most_threads else loaded[:4]  # Triton 3.2 asks for no threads
 
         @staticmethod
         def unload_module(_: int) -> None: ...
@@ -61,9 +65,12 @@ class _Driver:
             return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
     class launcher_cls:
-        def __init__(self, *_: Any): ...
+        def __init__(self, source: Any, _: Any):
+            self.parameters = len(source.signature)  # constants among them since Triton 3.3
 
-        def __call__(self, *_: Any) -> None: ...
+        def __call__(self, *args: Any) -> None:
+            if len(args) != 9 + self.parameters:  # before them a grid, a stream, hooks
+                raise TypeError(f"{len(args)} arguments to a launcher of {self.parameters}")
 
     @staticmethod
     def is_active() -> bool:

@@ -217,7 +217,7 @@ def _dx(dlogits: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _rescaled(t: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """t * scale in `dtype`, in t where it is of that: no pass over memory where scale is 1."""
-    if t.is_cuda and t.dtype == dtype:
+    if t.device.type == "cuda" and t.dtype == dtype:  # PyTorch 2.6 does not trace is_cuda here
         from fastgpt.kernels.cross_entropy import registered_rescale_
 
         registered_rescale_(t, scale)

@@ -49,7 +49,8 @@ def training_step(config: GPTConfig, B: int, arch: int, processors: int) -> tupl
         with models.quietly():
             model = GPT(replace(config, return_logits=False))
         copies = {p: torch.empty_like(p, dtype=LOW) for p in model.parameters()}
-        optimizer = AdamW(_groups(model), LEARNING_RATE, BETAS, CLIP, copies)
+        with torch.device("cpu"):  # PyTorch 2.6 imports its compiler here, which needs real tensors
+            optimizer = AdamW(_groups(model), LEARNING_RATE, BETAS, CLIP, copies)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         counted = _Counted(_shape(config, B), launches)
         with _Counted(_shape(config, B), launches):  # the first step, which makes state and tables

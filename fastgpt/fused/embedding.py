@@ -40,6 +40,10 @@ class _Embed(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             if dwte is None:  # the head took no part in the loss
                 dwte = dx.new_zeros(wte_shape)
+            elif torch.compiler.is_compiling():
+                # it may come from another graph, as between DDP's buckets, and PyTorch 2.6 writes
+                # into no such input; in a graph of the whole model inductor drops the copy
+                dwte = dwte.clone()
             # only this unit can reach the alias, so nobody else reads the head's gradient
             ctx.add_rows_(dwte, idx.flatten(), dx.reshape(-1, dx.shape[-1]))
         dwpe = dx.new_zeros(wpe_shape)

@@ -16,6 +16,13 @@ from fastgpt.train_step import Batch, Forward, SkippedSteps
 from fastgpt.training.world import World
 
 
+def problem(device_type: str) -> str | None:
+    """Why this PyTorch can shard no model on such devices, or None."""
+    if device_type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        return f"FSDP2 of PyTorch {torch.__version__} needs GPUs: use a later one, or no --shard"
+    return None
+
+
 class ShardedStep:
     """Called like TrainStep, for a model that it shards in place among the processes of `world`."""
 
@@ -37,6 +44,8 @@ class ShardedStep:
             raise ValueError("--shard runs without --capture, in float32 or bfloat16")
         self.model, self.dtype, self.max_norm = model, dtype, max_norm
         self.device = model.lm_head.weight.device
+        if reason := problem(self.device.type):
+            raise ValueError(reason)
         _shard(model, self.device.type, world.size)
         self.forward: Forward = torch.compile(model) if compile else model
         how = (weight_decay, lr, betas, self.device.type)

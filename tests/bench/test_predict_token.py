@@ -13,7 +13,8 @@ from bench import predict
 from bench.peers import models
 from bench.prediction import token
 
-pytest.importorskip("triton", reason="what is predicted are its kernels")
+triton = pytest.importorskip("triton", reason="what is predicted are its kernels")
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,7 +28,7 @@ def test_launches_and_bytes():
     found = json.loads(done.stdout)
     assert found["launches"] <= 62
     assert 1.0 <= found["over_least"] <= 1.1
-    assert found["microseconds"] <= 300
+    assert found["microseconds"] <= (300 if TRITON >= (3, 6) else 310)  # 3.2 takes more registers
     assert not any(row["spills"] for row in found["kernels"])
     assert sum(row["launches"] for row in found["kernels"]) == found["launches"]
 

@@ -19,6 +19,7 @@ from fastgpt import cli
 from fastgpt.commands import train
 from fastgpt.commands.options import Parser
 from fastgpt.commands.prepare import prepare
+from fastgpt.training import sharded
 from tests.docs import pages, shims
 from tests.docs.pages import ALSO, PAGES, ROOT, Block
 from tests.marks import slow
@@ -69,6 +70,8 @@ def test_shell_blocks(page, tools, tmp_path):
     (tmp_path / "docs").mkdir()  # a page that a command writes into
     shutil.copy(ROOT / "docs/initialisation.md", tmp_path / "docs")
     for block in found:
+        if "--shard" in block and (reason := sharded.problem("cpu")):
+            pytest.skip(reason)
         run(block, tmp_path, tools)
 
 

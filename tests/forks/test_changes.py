@@ -50,6 +50,15 @@ UNSEEN = {
 Change = Callable[[Any, ExitStack], Any]
 
 
+def doubles_draw_alike() -> bool:
+    """Whether float64 probabilities draw what they do in float32: in PyTorch 2.6 they do not."""
+    p = torch.arange(1.0, 26.0).expand(20, 25)
+    floats, doubles = (
+        torch.multinomial(q, 1, generator=torch.Generator().manual_seed(0)) for q in (p, p.double())
+    )
+    return torch.equal(floats, doubles)
+
+
 def built(library: Any, changes: tuple[Change, ...], undo: ExitStack) -> Any:
     """A small GPT, changed. Its weights are far larger than new ones: every part counts."""
     model = library.GPT(library.GPTConfig(**SIZES))
@@ -211,7 +220,8 @@ def test_a_change_shows(name):
         isinstance(theirs, Exception) or difference(theirs, same) > 5e-4
         for theirs, same in zip(changed, plain, strict=True)
     ]
-    assert any(seen) != (name in UNSEEN)
+    shown = name not in UNSEEN or (name == "doubles" and not doubles_draw_alike())
+    assert any(seen) == shown
 
 
 @pytest.mark.parametrize("probe", [with_logits, without_logits], ids=lambda probe: probe.__name__)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt import GPT, GPTConfig, use_backend
+from fastgpt.training import sharded
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()),
@@ -159,9 +160,7 @@ def train_sharded(return_logits: bool, backend: str) -> tuple[list[float], dict[
     return losses, {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's FSDP2 needs a GPU"
-)
+@pytest.mark.skipif(sharded.problem("cpu") is not None, reason=str(sharded.problem("cpu")))
 @pytest.mark.parametrize(
     "backend, return_logits", [("auto", True), ("auto", False), on_kernels(False)]
 )

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastgpt import checkpoint, cli
+from fastgpt.training import sharded
 from fastgpt.training.trainer import Losses, Trainer
 from tests.marks import slow
 from tests.training.runs import (
@@ -29,7 +30,7 @@ from tests.training.runs import (
 pytestmark = needs_gloo
 SETTINGS = ("--grad-accum", 6, "--steps", 8, "--eval-every", 4)
 needs_fsdp_on_cpus = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this PyTorch's FSDP2 needs a GPU"
+    sharded.problem("cpu") is not None, reason=str(sharded.problem("cpu"))
 )
 
 
@@ -105,12 +106,23 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-@needs_fsdp_on_cpus
-def test_sharded_keeps_the_best_and_nothing_that_is_not_finite(folder, monkeypatch, capsys):
-    """In this process, a group of its own."""
+def in_a_group_of_its_own(monkeypatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", free_port())
+
+
+def test_a_pytorch_that_cannot_shard_on_cpus_is_refused(folder, monkeypatch, capsys):
+    in_a_group_of_its_own(monkeypatch)
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)  # as in PyTorch 2.6
+    argv = ["train", "--data", f"{folder}/data", "--out", f"{folder}/no", *SMALL.split()]
+    assert cli.main([*argv, "--shard", "--steps=1"]) == 2
+    assert f"PyTorch {torch.__version__} needs GPUs" in capsys.readouterr().err
+
+
+@needs_fsdp_on_cpus
+def test_sharded_keeps_the_best_and_nothing_that_is_not_finite(folder, monkeypatch, capsys):
+    in_a_group_of_its_own(monkeypatch)
     out, measured = folder / "best", {2: 1.0, 4: 3.0, 6: 2.0}
 
     def validate(trainer, stop):
