@@ -19,20 +19,27 @@ from torch import Tensor
 from fastgpt.kernels import gemm_gelu
 from fastgpt.kernels._autograd import differentiable_once
 from fastgpt.kernels._launch import device_problem
-from fastgpt.kernels.gelu import registered_backward, registered_forward
+from fastgpt.kernels.gelu import (
+    gelu_backward,
+    gelu_forward,
+    registered_backward,
+    registered_forward,
+)
 
 
 def _cublas_forward(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     """x (M, K), w (N, K), b (N,) -> h, gelu(h), both (M, N)."""
     h = F.linear(x, w, b)
-    return h, registered_forward(h, tanh)
+    run = registered_forward if torch.compiler.is_compiling() else gelu_forward
+    return h, run(h, tanh)
 
 
 def _cublas_dgrad(
     dy: Tensor, w: Tensor, h: Tensor, tanh: bool, with_bias: bool, with_output: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy (M, K), w (K, N), h (M, N) -> gelu_backward's results of dy @ w."""
-    return registered_backward(dy @ w, h, tanh, with_bias, with_output)
+    run = registered_backward if torch.compiler.is_compiling() else gelu_backward
+    return run(dy @ w, h, tanh, with_bias, with_output)
 
 
 class _LinearGelu(torch.autograd.Function):

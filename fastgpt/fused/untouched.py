@@ -7,7 +7,7 @@ checked again in every forward, because a script may change them between two for
 
 from collections.abc import Iterator
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,39 +130,52 @@ def embeddings_as_built(model: Any, like: Tensor, T: int) -> bool:
     )
 
 
+class BlockParts(NamedTuple):
+    """Modules of a Block, looked up once: a look-up takes longer than what is asked of it."""
+
+    attn: Any
+    layers: tuple[Any, ...]  # those with weights, in the order of Weights
+    gelu: Any
+    dropouts: tuple[Any, ...]
+
+
 def block_weights(block: Any, settings: Settings, C: int) -> Weights | None:
     """The parameters of a Block of width C; None if running the Block could give another result
     than block.py does with them and `settings`.
     """
-    if not block_as_built(block):
+    parts = block_as_built(block)
+    if parts is None:
         return None
-    attn, mlp = block.attn, block.mlp
-    dropouts = (attn.resid_dropout, mlp.dropout)
+    attn, layers, gelu, dropouts = parts
     rates = {m.p if m.training else 0.0 for m in dropouts}
     rates.add(attn.dropout if attn.training else 0.0)
-    tanh = mlp.gelu.approximate == "tanh"
+    tanh = gelu.approximate == "tanh"
     if rates != {settings.dropout_p} or (attn.n_head, tanh) != (settings.n_head, settings.tanh):
         return None
-    layers = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
     tensors: list[Any] = [t for layer in layers for t in (layer.weight, layer.bias)]
     weights = Weights(*tensors)
     return weights if attn.n_embd == C and _fit(weights, C) else None
 
 
-def block_as_built(block: Any) -> bool:
-    """Whether the modules of a Block are those of model.py, and only they run in it."""
-    if not (untouched(block, "Block") and untouched(block.attn, "CausalSelfAttention")):
-        return False
+def block_as_built(block: Any) -> BlockParts | None:
+    """The modules of a Block, if they are those of model.py, and only they run in it."""
+    if not untouched(block, "Block"):
+        return None
     attn, mlp = block.attn, block.mlp
-    if not (attn.flash and untouched(mlp, "MLP") and untouched(mlp.gelu, nn.GELU)):
-        return False
-    return (
-        all(untouched(m, "LayerNorm") for m in (block.ln_1, block.ln_2))
-        and all(untouched(m, nn.Linear) for m in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
-        and all(
-            untouched(m, nn.Dropout) and not m.inplace for m in (attn.resid_dropout, mlp.dropout)
-        )
+    if not (untouched(attn, "CausalSelfAttention") and attn.flash and untouched(mlp, "MLP")):
+        return None
+    ln_1, c_attn, attn_proj = block.ln_1, attn.c_attn, attn.c_proj
+    ln_2, c_fc, mlp_proj = block.ln_2, mlp.c_fc, mlp.c_proj
+    gelu, dropouts = mlp.gelu, (attn.resid_dropout, mlp.dropout)
+    as_built = (
+        all(untouched(m, "LayerNorm") for m in (ln_1, ln_2))
+        and all(untouched(m, nn.Linear) for m in (c_attn, attn_proj, c_fc, mlp_proj))
+        and untouched(gelu, nn.GELU)
+        and all(untouched(m, nn.Dropout) and not m.inplace for m in dropouts)
     )
+    layers = ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj
+    found = BlockParts(attn, layers, gelu, dropouts)
+    return found if as_built else None
 
 
 def _fit(weights: Weights, C: int) -> bool:
@@ -193,7 +206,7 @@ def decodable(model: Any) -> bool:
         and untouched(parts.drop, nn.Dropout)
         and untouched(parts.ln_f, "LayerNorm")
         and untouched(model.lm_head, nn.Linear)
-        and all(block_as_built(block) for block in parts.h)
+        and all(block_as_built(block) is not None for block in parts.h)
         and not any(rate > 0 for rate in _dropout_rates(parts))  # a mask for every position anew
     )
 

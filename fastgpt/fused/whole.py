@@ -103,10 +103,7 @@ class FusedModel(NamedTuple):
         if weights is None or not alike(self.weight, x, *weights):
             return None, block(_sum(delta, x))
         low = self._low_matrices(weights)
-        if not backend.autocasts(x):
-            return block_unit.block(self.run, self.settings, delta, x, weights, low)
-        with torch.autocast(x.device.type, enabled=False):  # every dtype is chosen here
-            return block_unit.block(self.run, self.settings, delta, x, weights, low)
+        return block_unit.block(self.run, self.settings, delta, x, weights, low)
 
     def _norm(self, ln_f: Any, delta: Tensor | None, x: Tensor) -> Tensor:
         """ln_f of the residual stream x + delta; in the matmuls' dtype if ln_f is as built."""

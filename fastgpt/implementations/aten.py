@@ -80,8 +80,11 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if _FROM_ACCUMULATOR and a.device.type == "cuda" and dtype != a.dtype:
         return torch.mm(a, b, out_dtype=dtype)
     if a.dtype == torch.float16 and dtype == torch.float32:  # the sum may overflow fp16
+        a, b = a.float(), b.float()
+        if not torch.is_autocast_enabled(a.device.type):
+            return a @ b
         with torch.autocast(a.device.type, enabled=False):
-            return a.float() @ b.float()
+            return a @ b
     return (a @ b).to(dtype)
 
 
