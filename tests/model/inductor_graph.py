@@ -5,7 +5,7 @@ generated.
 """
 
 import json
-from collections import Counter
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,20 +17,21 @@ from fastgpt import use_backend
 from tests.model import fake_cuda
 
 
+@dataclass
 class Generated:
     """Of inductor's forward and backward, counted."""
 
-    def __init__(self) -> None:
-        self.kernels = self.bytes = 0  # inductor's own, and what they read and write
-        self.operators: Counter[str] = Counter()
-        self.mutated: list[str] = []  # inputs: a graph that changes one is not replayed
+    kernels: int = 0  # inductor's own
+    bytes: int = 0  # that they read and write
+    operators: dict[str, int] = field(default_factory=dict)
+    mutated: list[str] = field(default_factory=list)  # a graph that changes inputs is not replayed
 
     def look(self, graph: Any, code: str) -> None:
         self.mutated += sorted(graph.mutated_inputs)
         for node in graph.scheduler.nodes:
             if isinstance(node, scheduler.ExternKernelSchedulerNode):
-                if operator := getattr(node.node, "op_overload", None):
-                    self.operators[str(operator)] += 1
+                if name := str(getattr(node.node, "op_overload", None) or ""):
+                    self.operators[name] = self.operators.get(name, 0) + 1
             elif not isinstance(node, scheduler.NopKernelSchedulerNode):
                 self.kernels += 1
                 self.bytes += node.get_read_write_buffers_sizes()
@@ -58,7 +59,7 @@ def main() -> None:
     fake_cuda.pretend()
     no_gpu.pretend_to_inductor()
     with FakeTensorMode(allow_non_fake_inputs=True), use_backend("auto"):
-        print(json.dumps({case: vars(generated(**CASES[case])) for case in CASES}))
+        print(json.dumps({case: asdict(generated(**CASES[case])) for case in CASES}))
 
 
 if __name__ == "__main__":
