@@ -203,11 +203,10 @@ def _linear_config(M: int, N: int, K: int) -> dict[str, int]:
 
 def _attend_config(S: int, D: int, R: int) -> dict[str, int]:
     """Chunks that make a few programs a head; of many rows the heads are enough. Not measured on
-    any GPU yet. Of wide heads 4 warps hold so much that Triton 3.8 spilled.
+    any GPU yet.
     """
     chunk = max(64, power_of_2(cdiv(S, 16) if R <= MAX_ROWS else S))
-    warps = 8 if D > 32 else 4
-    return dict(CHUNK=chunk, BLOCK_S=min(chunk, 4096 // power_of_2(D)), num_warps=warps)
+    return dict(CHUNK=chunk, BLOCK_S=min(chunk, 4096 // power_of_2(D)), num_warps=4)
 
 
 def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:

@@ -29,7 +29,8 @@ def test_launches_and_bytes():
     assert found["launches"] <= 62
     assert 1.0 <= found["over_least"] <= 1.1
     assert found["microseconds"] <= (300 if TRITON >= (3, 6) else 310)  # 3.2 takes more registers
-    assert not any(row["spills"] for row in found["kernels"])
+    few = 3 if TRITON >= (3, 8) else 0  # as in tests/commands/test_inspect.py
+    assert all(row["spills"] <= few for row in found["kernels"])
     assert sum(row["launches"] for row in found["kernels"]) == found["launches"]
 
 
