@@ -285,6 +285,11 @@ def attend_project(
            num_warps=8 if P > 8 else 4)  # fmt: skip
 
 
+def advance(positions: Tensor, last: Tensor) -> None:
+    """positions (R,) += 1, up to `last` (R,)"""
+    torch.minimum(positions.add_(1), last, out=positions)
+
+
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
     """Why a step with such a cache cannot run here, or None."""
     if head_dim > MAX_HEAD_DIM:

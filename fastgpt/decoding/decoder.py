@@ -47,7 +47,7 @@ class Decoder:
         self.positions = torch.zeros(rows * width, dtype=torch.int32, device=device)
         self.last, self.longest = self.ahead + capacity - 1, 0
         self.run: Any = None  # chosen at the first step: a single token needs none
-        self.graphs = Graphs(self._forward, capture_for(device))
+        self.graphs: Graphs | None = None  # of its functions
 
     def refresh(self, parameters: Parameters) -> None:
         """Take the values of `parameters`, where they are not the model's own already."""
@@ -111,6 +111,8 @@ class Decoder:
             facts = dict(head_dim=self.keys.shape[-1], rows=len(self.x))
             chosen = backend.choose("decode", self.parameters.like(), **facts)
             self.run = eager if chosen is reference else chosen
+        if self.graphs is None:
+            self.graphs = Graphs(self._forward, capture_for(self.x.device, self.run))
         rows, capacity = len(ids), self.keys.shape[-2]
         self.ids[:rows].copy_(ids)
         furthest = self.longest + rows // self.keys.shape[1] - 1
@@ -124,11 +126,8 @@ class Decoder:
 
     def advance(self) -> None:
         """The last step's guess of the next token was right: the guess is the next token now."""
-        self._next_positions()
+        self.run.advance(self.positions, self.last)
         self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
-
-    def _next_positions(self) -> None:
-        torch.minimum(self.positions.add_(1), self.last, out=self.positions)
 
     def _forward(self, bucket: int, rows: int) -> None:
         """All of a step that a device does, where every position is below `bucket`: the same calls
@@ -147,4 +146,4 @@ class Decoder:
             run.linear(hidden, x, w.fc, w.fc_bias, norm, None, p.approximate)
             run.linear(x, hidden, w.mlp_proj, w.mlp_proj_bias, None, x)
         run.linear(self.logits[:rows], x, p.head, None, (p.ln_f, p.ln_f_bias))
-        self._next_positions()
+        run.advance(self.positions, self.last)

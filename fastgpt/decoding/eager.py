@@ -59,3 +59,8 @@ def attend_project(
     seen = keys[:, :, : longest + 1], values[:, :, : longest + 1]
     y = reference.decode_attention_(*seen, qkv, positions)
     linear(out, y.to(out.dtype), weight, bias, residual=out)
+
+
+def advance(positions: Tensor, last: Tensor) -> None:
+    """positions (B,) += 1, up to `last` (B,)"""
+    torch.minimum(positions.add_(1), last, out=positions)

@@ -1,4 +1,6 @@
-"""A function that does the same on the same memory every time, replayed from CUDA graphs."""
+"""A function that does the same on the same memory every time, replayed: on CUDA from graphs, on a
+CPU from the C calls that native.py recorded.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -35,8 +37,9 @@ class Graphs:
         self.graphs[key].replay()
 
 
-def capture_for(device: torch.device) -> Capture | None:
-    return _capture if device.type == "cuda" else None
+def capture_for(device: torch.device, run: Any) -> Capture | None:
+    """How steps on the device, made of `run`'s functions, are captured; None if they are not."""
+    return _capture if device.type == "cuda" else getattr(run, "Recording", None)
 
 
 def _capture(run: Callable[[], None]) -> Any:

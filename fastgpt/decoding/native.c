@@ -132,7 +132,7 @@ static float total(vec v) {
 
 /* qkv (R, 3 H D): k and v of row r go to positions[r] of the cache (B, H, S, D) of its text, which
    R / B rows share, and q attends to all up to there -> y (R, H D) */
-#define ATTEND(NAME, T, FROM, TO)                                                                 \
+#define ATTEND(NAME, T, FROM, TO, LOAD)                                                           \
     void NAME(const float *qkv, T *keys, T *values, const int32_t *positions, float *y, int R,    \
               int B, int H, int S, int D, int threads) {                                          \
         for (int rh = 0; rh < R * H; rh++) { /* before any row of a text reads those before it */ \
@@ -151,12 +151,14 @@ static float total(vec v) {
             int64_t cache = ((int64_t)r / (R / B) * H + h) * S * D;                               \
             const T *ks = keys + cache, *vs = values + cache;                                     \
             float *p = malloc(sizeof(float) * (last + 1 + D)), *sums = p + last + 1;              \
-            float top = -INFINITY, total = 0, scale = 1 / sqrtf(D);                               \
+            float top = -INFINITY, all = 0, scale = 1 / sqrtf(D);                                 \
             for (int t = 0; t <= last; t++) {                                                     \
                 const T *k = ks + (int64_t)t * D;                                                 \
-                float s = 0;                                                                      \
-                _Pragma("omp simd reduction(+ : s)")                                              \
-                for (int d = 0; d < D; d++) s += q[d] * FROM(k[d]);                               \
+                vec products = {0};                                                               \
+                int d = 0;                                                                        \
+                for (; d + LANES <= D; d += LANES) products += load_f32(q + d) * LOAD(k + d);     \
+                float s = total(products);                                                        \
+                for (; d < D; d++) s += q[d] * FROM(k[d]);                                        \
                 p[t] = s * scale;                                                                 \
                 top = p[t] > top ? p[t] : top;                                                    \
             }                                                                                     \
@@ -164,10 +166,10 @@ static float total(vec v) {
             for (int t = 0; t <= last; t++) {                                                     \
                 const T *v = vs + (int64_t)t * D;                                                 \
                 float weight = expf(p[t] - top);                                                  \
-                total += weight;                                                                  \
+                all += weight;                                                                    \
                 for (int d = 0; d < D; d++) sums[d] += weight * FROM(v[d]);                       \
             }                                                                                     \
-            for (int d = 0; d < D; d++) y[(int64_t)rh * D + d] = sums[d] / total;                 \
+            for (int d = 0; d < D; d++) y[(int64_t)rh * D + d] = sums[d] / all;                   \
             free(p);                                                                              \
         }                                                                                         \
     }
@@ -175,5 +177,5 @@ static float total(vec v) {
 LINEAR(linear_float32, float, from_f32, load_f32)
 LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16)
 LINEAR(linear_int8, int8_t, from_int8, load_int8)
-ATTEND(attend_float32, float, from_f32, to_f32)
-ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16)
+ATTEND(attend_float32, float, from_f32, to_f32, load_f32)
+ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16, load_bf16)

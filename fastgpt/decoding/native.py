@@ -8,6 +8,7 @@ activations, fp32, bf16 or int8 weights, and fp32 or bf16 caches, contiguous.
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,40 @@ _CACHES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _WEIGHTS = _CACHES | {torch.int8: "int8"}
 MAX_ROWS = 8
 
-embed = eager.embed
+
+class Recording:
+    """The calls of a step, to be made again without what Python does before each of them: that
+    takes a millisecond a token at 12 layers.
+    """
+
+    def __init__(self, run: Callable[[], None]):
+        global _recording
+        self.calls: list[Callable[[], object]] = []
+        self.kept: list[Tensor] = []  # memory that only these calls know of
+        _recording = self
+        try:
+            run()
+        finally:
+            _recording = None
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+_recording: Recording | None = None
+
+
+def _do(function: Callable[..., object], *args: Any) -> None:
+    """Now, or when what is being recorded is replayed."""
+    if _recording is None:
+        function(*args)
+    else:
+        _recording.calls.append(functools.partial(function, *args))
+
+
+def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
+    _do(eager.embed, out, ids, positions, wte, wpe)
 
 
 def linear(
@@ -34,9 +68,9 @@ def linear(
     norm_weight, norm_bias = norm or (None, None)
     tensors = map(_address, (x, values, scales, bias, norm_weight, norm_bias, residual, out))
     sizes = len(x), *values.shape, torch.get_num_threads()
-    _functions("linear")[values.dtype](*tensors, *sizes)
+    _do(_functions("linear")[values.dtype], *tensors, *sizes)
     if approximate is not None:  # PyTorch's is in vectors, C's erff is not
-        torch.ops.aten.gelu_(out, approximate=approximate)
+        _do(functools.partial(torch.ops.aten.gelu_, approximate=approximate), out)
 
 
 def attend_project(
@@ -44,9 +78,16 @@ def attend_project(
     weight: Weight, bias: Tensor | None,
 ) -> None:  # fmt: skip
     y = torch.empty_like(out)
+    if _recording is not None:
+        _recording.kept.append(y)
     tensors = map(_address, (qkv, keys, values, positions, y))
-    _functions("attend")[keys.dtype](*tensors, len(qkv), *keys.shape, torch.get_num_threads())
+    sizes = len(qkv), *keys.shape, torch.get_num_threads()
+    _do(_functions("attend")[keys.dtype], *tensors, *sizes)
     linear(out, y, weight, bias, residual=out)
+
+
+def advance(positions: Tensor, last: Tensor) -> None:
+    _do(eager.advance, positions, last)
 
 
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
