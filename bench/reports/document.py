@@ -27,7 +27,9 @@ TRAINED: list[Wanted] = [  # size, B, T, dtype
     ("1.5B", 16, 1024, "bfloat16"),
     ("124M", 2, 256, "float32"),
     ("124M", 2, 256, "bfloat16"),
-    ("char", 16, 128, "float32"),
+    ("char", 12, 64, "float32"),
+    ("char", 12, 64, "bfloat16"),
+    ("char-384", 16, 256, "float32"),
 ]
 SHOWN = {
     "training": ("nanogpt", "nanogpt-compile", "liger-fused", "fastgpt"),
