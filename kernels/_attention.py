@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels._launch import has_tma, multiplies_shared_memory
+from fastgpt.kernels._launch import DESCRIPTORS, has_tma, multiplies_shared_memory
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is the hardware's exponential
 
@@ -32,9 +32,31 @@ def tiles_of(
 ):  # fmt: skip
     """What load_tile reads one head's (T, D) from: a descriptor, or ptr as it is."""
     if TMA:
-        return tl.make_tensor_descriptor(ptr, [T, D], [stride_t, 1], [BLOCK, BLOCK_D])
+        return _described_tiles(ptr, stride_t, T, D, BLOCK, BLOCK_D)
     else:
         return ptr
+
+
+@triton.jit
+def parts_of(ptr, T, TMA: tl.constexpr, BLOCK: tl.constexpr):
+    """What load_part reads one head's (T,) fp32 from."""
+    if TMA:
+        return _described_parts(ptr, T, BLOCK)
+    else:
+        return ptr
+
+
+def _described_tiles(ptr, stride_t, T, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    return tl.make_tensor_descriptor(ptr, [T, D], [stride_t, 1], [BLOCK, BLOCK_D])
+
+
+def _described_parts(ptr, T, BLOCK: tl.constexpr):
+    return tl.make_tensor_descriptor(ptr, [T], [1], [BLOCK])
+
+
+if DESCRIPTORS:  # else Triton would look for the name above, whatever TMA is
+    _described_tiles = triton.jit(_described_tiles)
+    _described_parts = triton.jit(_described_parts)
 
 
 @triton.jit
@@ -47,15 +69,6 @@ def load_tile(
         return tiles.load([start, 0])
     else:
         return load_rows(tiles, start + tl.arange(0, BLOCK), stride_t, stride_d, T, D, BLOCK_D)
-
-
-@triton.jit
-def parts_of(ptr, T, TMA: tl.constexpr, BLOCK: tl.constexpr):
-    """What load_part reads one head's (T,) fp32 from."""
-    if TMA:
-        return tl.make_tensor_descriptor(ptr, [T], [1], [BLOCK])
-    else:
-        return ptr
 
 
 @triton.jit
