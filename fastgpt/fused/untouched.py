@@ -174,8 +174,7 @@ def block_as_built(block: Any) -> BlockParts | None:
         and all(untouched(m, nn.Dropout) and not m.inplace for m in dropouts)
     )
     layers = ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj
-    found = BlockParts(attn, layers, gelu, dropouts)
-    return found if as_built else None
+    return BlockParts(attn, layers, gelu, dropouts) if as_built else None
 
 
 def _fit(weights: Weights, C: int) -> bool:
