@@ -130,13 +130,6 @@ def has_tma(t: Tensor) -> bool:
     return DESCRIPTORS and _generation(t) >= 9
 
 
-def multiplies_shared_memory(t: Tensor) -> bool:
-    """Whether the tensor cores of t's GPU read their operands there, where TMA puts them: Hopper's
-    and those of Blackwell's that are no GeForce.
-    """
-    return 9 <= _generation(t) < 12
-
-
 def _generation(t: Tensor) -> int:
     if _recorded is not None:
         return _recorded_arch // 10

@@ -13,29 +13,26 @@ from torch import Tensor
 
 from fastgpt.kernels._attention import (
     LOG2E,
-    describable,
     head_and_block,
     kept_scores,
     load_rows,
-    load_tile,
     store_rows,
-    tiles_of,
 )
-from fastgpt.kernels._launch import cdiv, dot_precision, launch_with_descriptors, power_of_2
+from fastgpt.kernels._launch import cdiv, dot_precision, launch, power_of_2
 from fastgpt.kernels._tuned import configured
 
 
 @triton.jit
 def _forward_blocks(
-    acc, total, top, q, k_tiles, v_tiles, seed_ptr, head, rows, first, last,
+    acc, total, top, q, k_ptr, v_ptr, seed_ptr, head, rows, first, last,
     stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p,
-    DIAGONAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Fold keys first..last into the running output, sum and maximum."""
     for start in range(first, last, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_tiles, start, stride_kt, stride_kd, T, TMA, D, BLOCK_N, BLOCK_D)
+        k = load_rows(k_ptr, cols, stride_kt, stride_kd, T, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if DIAGONAL:
             s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
@@ -49,7 +46,7 @@ def _forward_blocks(
             kept = kept_scores(tl.load(seed_ptr), head, rows[:, None], cols[None, :], dropout_p)
             p = tl.where(kept, p, 0.0)
 
-        v = load_tile(v_tiles, start, stride_vt, stride_vd, T, TMA, D, BLOCK_N, BLOCK_D)
+        v = load_rows(v_ptr, cols, stride_vt, stride_vd, T, D, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, total, top
 
@@ -61,7 +58,7 @@ def _forward_kernel(
     stride_qb, stride_qh, stride_qt, stride_qd, stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd, stride_ob, stride_oh, stride_ot, stride_od,
     H, T, scale, dropout_p, keep_scale,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block, head, b, h = head_and_block(BLOCK_M, T, H)
@@ -69,8 +66,6 @@ def _forward_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    k_tiles = tiles_of(k_ptr, stride_kt, T, TMA, D, BLOCK_N, BLOCK_D)
-    v_tiles = tiles_of(v_ptr, stride_vt, T, TMA, D, BLOCK_N, BLOCK_D)
     q = load_rows(q_ptr + b * stride_qb + h * stride_qh, rows, stride_qt, stride_qd, T, D, BLOCK_D)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -78,14 +73,14 @@ def _forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     diagonal = block * BLOCK_M
     acc, total, top = _forward_blocks(
-        acc, total, top, q, k_tiles, v_tiles, seed_ptr, head, rows, 0, diagonal,
+        acc, total, top, q, k_ptr, v_ptr, seed_ptr, head, rows, 0, diagonal,
         stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p,
-        False, TMA, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
+        False, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
     acc, total, top = _forward_blocks(
-        acc, total, top, q, k_tiles, v_tiles, seed_ptr, head, rows,
+        acc, total, top, q, k_ptr, v_ptr, seed_ptr, head, rows,
         diagonal, min(diagonal + BLOCK_M, T),
         stride_kt, stride_kd, stride_vt, stride_vd, T, scale, dropout_p,
-        True, TMA, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
+        True, PRECISION, D, BLOCK_N, BLOCK_D)  # fmt: skip
 
     o = acc * (keep_scale / total)[:, None]
     store_rows(o_ptr + b * stride_ob + h * stride_oh, o, rows, stride_ot, stride_od, T, D, BLOCK_D)
@@ -94,11 +89,11 @@ def _forward_kernel(
 
 
 def _config(D: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. Chosen so that sm_90 code does not spill
-    (`fastgpt inspect`); not measured on any GPU yet."""
+    """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. In 16 bits, up to D=128, what was
+    fastest of 50 on an H200; the rest so that sm_90 code does not spill (`fastgpt inspect`)."""
     block_d = max(16, power_of_2(D))
     if dtype != torch.float32:
-        block_m, block_n, warps, stages = (128, 64, 8, 3) if block_d <= 128 else (64, 32, 8, 2)
+        block_m, block_n, warps, stages = (64, 64, 4, 3) if block_d <= 128 else (64, 32, 8, 2)
     elif block_d <= 128:
         block_m, block_n, warps, stages = 64, 32 if block_d <= 64 else 16, 8, 2
     else:
@@ -115,12 +110,11 @@ def launch_forward(
     """q, k, v, o (B, H, T, D) any strides, lse (B, H, T) fp32 contiguous: writes o and lse."""
     B, H, T, D = q.shape
     config = configured(q, "attention_forward", _config, D, q.dtype)
-    roomy = seed is None or D <= 64  # with dropout registers are short as it is
-    launch_with_descriptors(
+    launch(
         _forward_kernel, B * H * cdiv(T, config["BLOCK_M"]), q, k, v, seed, o, lse,
         *q.stride(), *k.stride(), *v.stride(), *o.stride(),
         H, T, scale, dropout_p, keep_scale(dropout_p),
-        TMA=roomy and describable(k, v), PRECISION=dot_precision(q), D=D, **config)  # fmt: skip
+        PRECISION=dot_precision(q), D=D, **config)  # fmt: skip
 
 
 def keep_scale(dropout_p: float) -> float:

@@ -23,7 +23,6 @@ KERNELS = {  # file.kernel -> whether its work is matrix products
     "adamw.adamw_kernel": False,
     "adamw.square_kernel": False,
     "attention.mask_kernel": False,
-    "attention_backward.delta_kernel": False,
     "attention_backward.dkdv_kernel": True,
     "attention_backward.dq_kernel": True,
     "attention_forward.forward_kernel": True,
@@ -127,11 +126,11 @@ def test_an_offset_of_32_bits_is_noticed(tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     for path in (tmp_path / "kernels").glob("*.py"):
         path.write_text(path.read_text().replace(".to(tl.int64)", ""))
-    kernels = "--kernel", "gelu.gelu_kernel", "--kernel", "delta_kernel"  # flat; strides
+    kernels = "--kernel", "gelu.gelu_kernel", "--kernel", "attention_forward"  # flat; strides
     rows = inspect("--arch", "sm_90", "--dtype", "bfloat16", *kernels, root=tmp_path)
     assert {row["kernel"] for row in rows} == {
         "gelu.gelu_kernel",
-        "attention_backward.delta_kernel",
+        "attention_forward.forward_kernel",
     }
     assert all(row["narrow_offsets"] for row in rows)
 

@@ -3,7 +3,7 @@
     python -m tests.kernels.machine_code [sm_90]
 
 Launches are recorded, not started: no GPU is needed. `loops` are the instructions of each innermost
-loop that does more than wait, `all` those of the whole kernel, per element that a thread has in its
+loop, `all` those of the whole kernel, per element that a thread has in its
 block; `walks` is what these loops load with.
 """
 
@@ -19,8 +19,7 @@ from fastgpt.commands.inspect import compiled_kernel, specimen_of
 from fastgpt.kernels import _launch, adamw, attention, cross_entropy, gelu, layer_norm
 
 M, C, V, PARAMETERS = 16 * 1024, 768, 50304, 75
-WAITS = 3  # instructions of a loop that only waits for TMA
-WALKS = ("LDG", "LDGSTS", "UTMALDG")  # loads: of a thread, of a thread without waiting, of TMA
+WALKS = ("LDG", "LDGSTS")  # loads that a thread waits for, and others
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -51,7 +50,7 @@ def calls() -> dict[tuple[str, ...], Callable[[], Any]]:
         ("norm backward",): lambda: layer_norm.backward(*norm),
         ("squares",): lambda: adamw.sum_of_squares(table, chunks),
         ("attention",): lambda: attention.packed_forward(qkv, 12, None, 0.0),
-        ("attention delta", "attention dk dv", "attention dq"): lambda: attention.packed_backward(
+        ("attention dq", "attention dk dv"): lambda: attention.packed_backward(
             y, qkv, y, lse, None, 12, 0.0
         ),
         ("adamw",): lambda: adamw.launch_update(table, chunks, *update),
@@ -70,7 +69,6 @@ def record(launch: _launch.Launch, arch: int) -> dict[str, Any]:
     per_thread = elements / threads
     loads = [i.name for i in code if i.name.split(".")[0] in sass.LOADS]
     bodies = [code[first : last + 1] for first, last in innermost(sass.loops(code))]
-    bodies = [body for body in bodies if len(body) > WAITS]
     return {
         "registers": registers,
         "blocks": 65536 // (-(-registers // 8) * 8 * threads),  # on a multiprocessor, by registers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgpt import ops, reference, use_backend
-from fastgpt.kernels import _launch, attention, attention_backward, attention_forward
+from fastgpt.kernels import attention
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, compare, evaluate, randn
 
 pytestmark = pytest.mark.ops("causal_attention", "packed_causal_attention")
@@ -84,65 +84,6 @@ def results(op, inputs, grads):
     with use_backend("triton"):
         outputs, gradients = evaluate(op, inputs, grads, None)
     return outputs + gradients
-
-
-# the T of dk and dv's descriptors is a multiple of 4, their D at most 128
-@pytest.mark.parametrize("B, H, T, D", [*SHAPES[:4], (2, 2, 68, 24), (1, 2, 132, 80), WIDE[3]])
-@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
-def test_descriptors_read_what_pointers_do(B, H, T, D, layout, monkeypatch):
-    """float16, whose heads are described where there is TMA; the interpreter imitates it."""
-    place, half = LAYOUTS[layout], torch.float16
-    heads = [place(t) for t in qkv_of(B, H, T, D, half)]
-    calls = [
-        (ops.causal_attention, reference.causal_attention, heads, (B, H, T, D)),
-        (
-            functools.partial(ops.packed_causal_attention, n_head=H),
-            functools.partial(reference.packed_causal_attention, n_head=H),
-            [place(randn(B, T, 3 * H * D, dtype=half))],
-            (B, T, H * D),
-        ),
-    ]
-    for ours, ref, inputs, shape in calls:
-        grads = [place(randn(*shape, dtype=half))]
-        assert_as_accurate(ours, ref, *inputs, grads=grads)
-        by_descriptors = results(ours, inputs, grads)
-        with monkeypatch.context() as patch:
-            for module in (attention_forward, attention_backward):
-                patch.setattr(module, "describable", lambda *_: False)
-            assert_as_accurate(ours, ref, *inputs, grads=grads)
-            by_pointers = results(ours, inputs, grads)
-        if DEVICE == "cpu":  # a compiler may order the sums of the two differently
-            assert all(torch.equal(a, b) for a, b in zip(by_descriptors, by_pointers, strict=True))
-
-
-def described(qkv, n_head=2, dropout_p=0.0, arch=90):
-    """Whether the forward, dk/dv and dq use TMA; qkv (B, T, 3C)."""
-    seed = torch.empty(1, device="meta", dtype=torch.int64) if dropout_p else None
-    with _launch.record(arch) as launches:
-        y, lse = attention.packed_forward(qkv, n_head, seed, dropout_p)
-        attention.packed_backward(y, qkv, y, lse, seed, n_head, dropout_p)
-    return tuple(launch.options["TMA"] for launch in launches if "TMA" in launch.options)
-
-
-@pytest.mark.skipif(not _launch.DESCRIPTORS, reason="this Triton has no descriptors")
-def test_what_is_described():
-    """Where TMA can and pays; all else is loaded by pointers."""
-
-    def qkv(T=32, D=64, dtype=torch.bfloat16):
-        return torch.empty(2, T, 6 * D, device="meta", dtype=dtype)
-
-    assert described(qkv()) == described(qkv(), arch=100) == (True, True, True)
-    assert described(qkv(), arch=80) == described(qkv(), arch=120) == (False, False, False)
-    assert described(qkv(dtype=torch.float32)) == (False, False, False)
-    assert described(qkv(), dropout_p=0.1) == (True, True, True)
-    assert described(qkv(D=80), dropout_p=0.1) == (False, False, False)  # it would spill
-    assert described(qkv(T=33)) == (True, False, True)  # lse of the second head is misaligned
-    assert described(qkv(D=256)) == (True, False, True)
-    assert described(qkv(D=100)) == (False, False, False)  # a head begins at 200 bytes
-    heads = torch.zeros(2, 2, 32, 24, dtype=torch.float16)
-    taken = {name: attention_forward.describable(place(heads)) for name, place in LAYOUTS.items()}
-    assert [name for name in taken if taken[name]] == ["contiguous", "sliced", "expanded"]
-    assert not attention_forward.describable(heads[:, :, :1].expand(2, 2, 32, 24))
 
 
 def test_scale():

@@ -36,11 +36,10 @@ BOUNDS = {
     # 7 programs of 2 warps are launched on a multiprocessor
     "cross entropy, padded": Bound(64, 128, loops=(3, 10, 7), blocks=(2, 2)),
     "norm backward": Bound(128, 128, loops=(25,), blocks=(7, 32)),
-    # left of the diagonal and on it, dk and dv the other way around; an element is a score
-    "attention": Bound(128, 128, loops=(10.5, 13), blocks=(2, 2), walks=("UTMALDG",)),
-    "attention delta": Bound(64, 128),
-    "attention dk dv": Bound(232, 128, loops=(14, 11.5), walks=("UTMALDG",)),
-    "attention dq": Bound(128, 128, loops=(8, 11), blocks=(2, 2), walks=("UTMALDG",)),
+    # left of the diagonal; dk and dv on it and below; an element is a score
+    "attention": Bound(128, 128, loops=(12,), blocks=(4, 4), walks=("LDGSTS",)),
+    "attention dq": Bound(128, 128, loops=(9.5,), blocks=(4, 4), walks=("LDGSTS",)),
+    "attention dk dv": Bound(176, 128, loops=(19, 15.5), blocks=(2, 3), walks=("LDGSTS",)),
     "squares": Bound(64, 128),
     "adamw": Bound(128, 128),
 }
