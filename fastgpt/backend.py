@@ -47,15 +47,18 @@ _ATTENTION = {
 _LOSS = {"triton": _KERNELS + "cross_entropy", "aten": _OTHERS + "aten"}
 
 # "triton" is always our own kernel; "cublas" is PyTorch's GEMM followed by our elementwise kernels;
-# "cudnn" and "flash" are SDPA held to one of its own backends; "aten" is PyTorch's ops under a
-# backward of our own, which is where a CPU can be faster; "native" is C.
+# "cudnn" and "flash" are SDPA held to one of its own backends, "hybrid" is cuDNN's forward with our
+# backward; "aten" is PyTorch's ops under a backward of our own, which is where a CPU can be faster;
+# "native" is C.
 OPS: dict[str, Op] = {
     "layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
     "add_layer_norm": Op({"triton": _KERNELS + "layer_norm"}, "triton"),
     "linear_gelu": Op(_MLP, "cublas"),
     "mlp": Op(_MLP, "cublas"),
     "causal_attention": Op(_ATTENTION, "torch", calls_sdpa=True),
-    "packed_causal_attention": Op(_ATTENTION, "torch", calls_sdpa=True),
+    "packed_causal_attention": Op(
+        {**_ATTENTION, "hybrid": _OTHERS + "hybrid"}, "torch", calls_sdpa=True
+    ),
     "cross_entropy": Op(_LOSS, "triton", on_cpu="aten"),
     "linear_cross_entropy": Op(_LOSS, "triton", on_cpu="aten"),
     # no public functions: a GPT's fused path, and TrainStep's optimizer
@@ -158,7 +161,7 @@ def choose(op: str, *tensors: Tensor | None, **facts: Any) -> Any:
     choice = explain(op, operands, facts)
     if choice.implementation != "torch":
         return implementation(op, choice.implementation)
-    if operands[0].is_cuda and _mode == "auto":
+    if operands[0].is_cuda and _mode == "auto" and OPS[op].unmeasured != "torch":
         _warn_once(op, choice.reason)
     return reference
 

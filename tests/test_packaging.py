@@ -28,7 +28,7 @@ LAYERS = """
     reference kernels._tuned kernels._autograd timing init devices data weights
     implementations.interception implementations.compiled
     checks implementations.sdpa implementations.flash_attn implementations.aten
-    implementations.native
+    implementations.native implementations.hybrid [kernels]
     linear_cross_entropy [kernels]
     backend
     ops optim

@@ -96,12 +96,19 @@ def _torch_linear_cross_entropy(
 
 def _own_gemm(op: str) -> dict[str, Peer]:
     """Beside "fastgpt", which is cuBLAS with fastgpt's kernels around it."""
-    return {"fastgpt, own GEMM": Peer(functools.partial(_fused, getattr(ops, op), {op: "triton"}))}
+    return {"fastgpt, own GEMM": _ours(op, "triton")}
+
+
+def _ours(op: str, implementation: str) -> Peer:
+    return Peer(functools.partial(_fused, getattr(ops, op), {op: implementation}))
 
 
 def _attentions(op: str) -> dict[str, Peer]:
     modules = {"SDPA cuDNN": sdpa.cudnn, "SDPA flash": sdpa.flash, "flash-attn": flash_attn}
-    return {name: Peer(functools.partial(_attention, m, op)) for name, m in modules.items()}
+    peers = {name: Peer(functools.partial(_attention, m, op)) for name, m in modules.items()}
+    if "hybrid" in backend.OPS[op].implementations:
+        peers["cuDNN, fastgpt's backward"] = _ours(op, "hybrid")
+    return peers
 
 
 OF_ONE_OP: dict[str, dict[str, Peer]] = {

@@ -7,7 +7,7 @@ results, so that a unit does not know which set it calls.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class BlockImplementation(NamedTuple):
 FUSABLE: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("triton",),
     "mlp": ("triton", "cublas"),
-    "packed_causal_attention": ("triton", "torch", "cudnn", "flash"),
+    "packed_causal_attention": ("triton", "torch", "cudnn", "flash", "hybrid"),
 }
 # ops that a fused GPT replaces besides
 STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")
@@ -201,9 +201,14 @@ def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[PackedAttent
         from fastgpt.kernels import attention
 
         return PackedAttention(attention.seeded_forward, attention.seeded_backward), why
-    held = sdpa.choice(qkv, n_head, dropout_p) if name == "torch" else getattr(sdpa, name, None)
-    made = None if held is None else PackedAttention(held.packed_forward, held.packed_backward)
-    return made, why
+    held: Any
+    if name == "torch":
+        held = sdpa.choice(qkv, n_head, dropout_p)
+    else:
+        held = backend.implementation(_ATTENTION, name)
+    if not hasattr(held, "packed_backward"):
+        return None, why
+    return PackedAttention(held.packed_forward, held.packed_backward), why
 
 
 aten = BlockImplementation(_aten_unsupported, _of_aten)

@@ -157,7 +157,7 @@ def test_a_broken_file_is_ignored_with_a_warning(cache):
     cache.parent.mkdir(parents=True)
     cache.write_text("{")
     with pytest.warns(UserWarning, match="run fastgpt tune again"):
-        assert _tuned.entry("NVIDIA H200") == {}
+        assert _tuned.entry("NVIDIA H200") == _tuned.SHIPPED.get("NVIDIA H200", {})
 
 
 def test_what_was_measured_of_another_version_is_ignored(monkeypatch):

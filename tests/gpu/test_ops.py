@@ -45,9 +45,9 @@ def test_head_dims(D, T):
 
 
 @BOTH_ATTENTIONS
-@pytest.mark.parametrize("name", ["cudnn", "flash", "flash-attn"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "hybrid", "flash-attn"])
 def test_attention_of_others(name):
-    """SDPA held to one backend and the flash-attn package: dispatch may choose them."""
+    """SDPA held to one backend, also under our backward, and flash-attn: dispatch may take them."""
     H, T, D = 4, LENGTHS[1], 64
     qkv, grads = randn(2, T, 3 * H * D, dtype=HALF), [randn(2, T, H * D, dtype=HALF)]
     facts = {"head_dim": D, "dropout_p": 0.0}

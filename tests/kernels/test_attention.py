@@ -1,11 +1,13 @@
 """Causal attention, separate and packed, against float64; dropout against its own mask."""
 
 import functools
+import math
 
 import pytest
 import torch
 
 from fastgpt import ops, reference, use_backend
+from fastgpt.implementations import hybrid, sdpa
 from fastgpt.kernels import attention
 from tests.close import DEVICE, LAYOUTS, assert_as_accurate, compare, evaluate, randn
 
@@ -80,10 +82,32 @@ def test_every_tensor_in_its_own_layout():
     assert_as_accurate(ops.causal_attention, reference.causal_attention, q, k, v, grads=[do])
 
 
-def results(op, inputs, grads):
-    with use_backend("triton"):
-        outputs, gradients = evaluate(op, inputs, grads, None)
-    return outputs + gradients
+def forward_in_pytorch(qkv, n_head, dropout_p):
+    """As cuDNN's: y, and log-sum-exp (B, H, T, 1) as the first of the state."""
+    q, k, _ = reference.split_heads(qkv, n_head)
+    scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5
+    hidden = torch.ones(scores.shape[-2:], device=DEVICE).triu(1).bool()
+    lse = scores.masked_fill(hidden, -math.inf).logsumexp(-1, keepdim=True)
+    return reference.packed_causal_attention(qkv, n_head), (lse, None, None)
+
+
+def test_hybrid(dtype, monkeypatch):
+    """Our backward after another forward; where that would be slower, cuDNN's."""
+    H, D = 3, 16
+    qkv, dy = randn(2, 37, 3 * H * D, dtype=dtype), randn(2, 37, H * D, dtype=dtype)
+    ours, ref = (
+        functools.partial(module.packed_causal_attention, n_head=H)
+        for module in (hybrid, reference)
+    )
+    monkeypatch.setattr(hybrid, "packed_forward", forward_in_pytorch)
+    assert_as_accurate(ours, ref, qkv, grads=[dy])
+    monkeypatch.setattr(sdpa.cudnn, "packed_backward", lambda dy, qkv, *_: torch.full_like(qkv, 7))
+    for limit in ("LONGEST", "WIDEST"):
+        with monkeypatch.context() as patch:
+            patch.setattr(hybrid, limit, 15)
+            _, (dqkv,) = evaluate(ours, [qkv], [dy], None)
+        assert (dqkv == 7).all()
+    assert "dropout" in hybrid.unsupported((qkv,), D, 0.1)
 
 
 def test_scale():
