@@ -63,7 +63,7 @@ class Sampling:
         logits = logits / self.temperature
         if self.top_k is not None:
             kept = torch.topk(logits, min(self.top_k, logits.size(-1)), sorted=False).values
-            kth = kept.amin(dim=-1, keepdim=True)  # for less than it takes to sort them
+            kth = kept.amin(dim=-1, keepdim=True)  # no sort, and no index for the host to send
             logits = logits.masked_fill(logits < kth, -math.inf)  # ties with the k-th stay
         if self.top_p is not None:
             logits = _keep_nucleus(logits, self.top_p)
@@ -224,6 +224,8 @@ class NextLogits:
         """Whether the cache holds all of it but the last column."""
         return self.decoder is not None and self.filled == text.size(1) - 1
 
+    @torch.inference_mode(False)  # a call outside it may have to write to the decoder's weights
+    @torch.no_grad()
     def _new_decoder(self, rows: int, columns: int) -> Decoder:
         assert self.parameters is not None
         block_size, head = self.model.config.block_size, self.parameters.head
