@@ -20,6 +20,7 @@ from torch import Tensor
 from fastgpt import backend, checks, ops
 from fastgpt.decoding import pool
 from fastgpt.decoding.decoder import Decoder
+from fastgpt.decoding.graphs import notes_pytorch
 from fastgpt.decoding.lookup import Ahead, PromptLookup
 from fastgpt.decoding.parameters import Parameters, in_dtype, in_int8, parameters, state_of
 from fastgpt.fused.untouched import Snapshot
@@ -45,6 +46,15 @@ class Sampling:
     def greedy(self) -> bool:
         return not isinstance(self.temperature, Tensor) and self.temperature == 0
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `draw` does the same in every call, and nobody else's function has a part in it:
+        then a CUDA graph can replay it. A tensor of temperatures may be another in the next call.
+        """
+        numbers = (self.temperature, self.top_k or 1, self.top_p or 1.0)
+        plain = all(isinstance(n, int | float) for n in numbers)
+        return plain and (self.greedy or torch.multinomial is _multinomial)
+
     def draw(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> ids (B, 1), consuming the generator exactly as nanoGPT does."""
         checks.check_logits(logits)
@@ -52,7 +62,8 @@ class Sampling:
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits / self.temperature
         if self.top_k is not None:
-            kth = torch.topk(logits, min(self.top_k, logits.size(-1))).values[:, [-1]]
+            kept = torch.topk(logits, min(self.top_k, logits.size(-1)), sorted=False).values
+            kth = kept.amin(dim=-1, keepdim=True)  # no sort, and no index for the host to send
             logits = logits.masked_fill(logits < kth, -math.inf)  # ties with the k-th stay
         if self.top_p is not None:
             logits = _keep_nucleus(logits, self.top_p)
@@ -105,7 +116,7 @@ def stream(
         for filled in range(T, end):
             if watched and filled > T:
                 next_logits.look_again()
-            new = sampling.draw(next_logits(text[:, :filled]))
+            new = next_logits.draw(text[:, :filled], sampling)
             if stop_token is not None:
                 new = new.masked_fill(done, stop_token)
                 done |= new == stop_token
@@ -144,6 +155,7 @@ class NextLogits:
         self.seen: Snapshot | None = None
         self.state: Any = None
         self.key: pool.Key | None = None  # under which the decoder may be kept
+        self.fed = False  # the decoder has the last ids already, as it drew them
         self.look_again()
 
     def look_again(self) -> None:
@@ -159,7 +171,29 @@ class NextLogits:
             self.decoder: Decoder | None = None
             self.filled = 0  # columns in the decoder's cache
 
+    def draw(self, text: Tensor, sampling: Sampling) -> Tensor:
+        """Ids (B, 1) drawn from them. Where a step of the decoder is a CUDA graph, they are drawn
+        in that graph, and the next step finds them there. (Of a row that has met its stop token it
+        then reads what was drawn and not the stop token, which changes that row only.)
+        """
+        if not self._draws_in_a_step(text, sampling):
+            return sampling.draw(self(text))
+        assert self.decoder is not None
+        ids = None if self.fed else text[:, -1]
+        self.filled, self.fed = text.size(1), True
+        return self.decoder.step_and_draw(sampling, ids)
+
+    def _draws_in_a_step(self, text: Tensor, sampling: Sampling) -> bool:
+        return (
+            notes_pytorch(text.device)
+            and self._goes_on(text)
+            and self.ahead is None
+            and text.size(1) - min(self.starts) <= self.model.config.block_size
+            and sampling.capturable
+        )
+
     def __call__(self, text: Tensor) -> Tensor:
+        self.fed = False
         T, block_size = text.size(1), self.model.config.block_size
         moved = [T - start > block_size for start in self.starts]
         if T == 0 or self.parameters is None or all(moved):
@@ -173,9 +207,9 @@ class NextLogits:
 
     def _cached(self, text: Tensor) -> Tensor:
         T, first = text.size(1), min(self.starts)
-        if self.decoder is not None and self.filled == T - 1:
-            self.filled = T
-            new = text[:, -1]
+        if self._goes_on(text):
+            assert self.decoder is not None
+            self.filled, new = T, text[:, -1]
             return self.ahead.step(int(new)) if self.ahead else self.decoder.step(new)
         assert self.parameters is not None
         if self.decoder is None:
@@ -186,6 +220,12 @@ class NextLogits:
             self.ahead = Ahead(self.decoder, self.lookup, ids[0].tolist())
         return self.decoder.prefill(ids, lengths)
 
+    def _goes_on(self, text: Tensor) -> bool:
+        """Whether the cache holds all of it but the last column."""
+        return self.decoder is not None and self.filled == text.size(1) - 1
+
+    @torch.inference_mode(False)  # a call outside it may have to write to the decoder's weights
+    @torch.no_grad()
     def _new_decoder(self, rows: int, columns: int) -> Decoder:
         assert self.parameters is not None
         block_size, head = self.model.config.block_size, self.parameters.head

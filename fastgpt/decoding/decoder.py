@@ -6,7 +6,9 @@ linear and GELU; linear, added to the stream. What they run on is dispatched as 
 Rows have positions of their own: a row's tokens are those that it would get alone.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,17 @@ from fastgpt.decoding import eager
 from fastgpt.decoding.graphs import Graphs, capture_for
 from fastgpt.decoding.parameters import Parameters, dense, hidden_size
 from fastgpt.fused.block import Weights
+
+KEPT = 4  # ways to draw that have graphs: a service may be asked for any number of temperatures
+PATIENCE = 16  # tokens drawn so: a capture takes milliseconds, and saves a tenth of one a token
+
+
+class Drawing(Protocol):
+    """Hashable; equal ones draw alike."""
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """logits (B, V) -> ids (B, 1), by the same launches every time."""
+        ...
 
 
 class Decoder:
@@ -48,6 +61,7 @@ class Decoder:
         self.last, self.longest = self.ahead + capacity - 1, 0
         self.run: Any = None  # chosen at the first step: a single token needs none
         self.graphs: Graphs | None = None  # of its functions
+        self.drawing: dict[Drawing, Graphs] = {}  # of those and a draw, the latest at the end
 
     def refresh(self, parameters: Parameters) -> None:
         """Take the values of `parameters`, where they are not the model's own already."""
@@ -107,18 +121,50 @@ class Decoder:
 
         A text that is full stays so, and its logits mean nothing.
         """
+        rows = len(ids)
+        self.ids[:rows].copy_(ids)
+        self._do(self._steps(), rows)
+        return self.logits[:rows]
+
+    def step_and_draw(self, drawing: Drawing, ids: Tensor | None = None) -> Tensor:
+        """One more token ids (B,) a text -> the next ones (B, 1), drawn from its logits. Without
+        ids, the one more token is what the call before this one drew: the host gives nothing but
+        the word to go on.
+        """
+        if ids is not None:
+            self.ids.copy_(ids)
+        self._do(self._steps_that_draw(drawing), len(self.ids))
+        return self.ids[:, None].clone()  # the next step writes over them
+
+    def _do(self, steps: Graphs, rows: int) -> None:
+        capacity = self.keys.shape[-2]
+        furthest = self.longest + rows // self.keys.shape[1] - 1
+        steps(min(max(64, 1 << furthest.bit_length()), capacity), rows)
+        self.longest = min(self.longest + 1, capacity - 1)
+
+    def _steps(self) -> Graphs:
         if self.run is None:
             facts = dict(head_dim=self.keys.shape[-1], rows=len(self.x))
             chosen = backend.choose("decode", self.parameters.like(), **facts)
             self.run = eager if chosen is reference else chosen
         if self.graphs is None:
             self.graphs = Graphs(self._forward, capture_for(self.x.device, self.run))
-        rows, capacity = len(ids), self.keys.shape[-2]
-        self.ids[:rows].copy_(ids)
-        furthest = self.longest + rows // self.keys.shape[1] - 1
-        self.graphs(min(max(64, 1 << furthest.bit_length()), capacity), rows)
-        self.longest = min(self.longest + 1, capacity - 1)
-        return self.logits[:rows]
+        return self.graphs
+
+    def _steps_that_draw(self, drawing: Drawing) -> Graphs:
+        """Until one is worth its capture, they are steps that do not, and the draw after them."""
+        found = self.drawing.pop(drawing, None)
+        if found is None:
+            steps = self._steps()
+            whole, parts = (
+                functools.partial(self._forward_and_draw, forward, drawing)
+                for forward in (self._forward, steps)
+            )
+            found = Graphs(whole, steps.capture, parts, PATIENCE)
+        self.drawing[drawing] = found
+        if len(self.drawing) > KEPT:
+            del self.drawing[next(iter(self.drawing))]
+        return found
 
     def room(self) -> int:
         """How many more tokens the longest text can have."""
@@ -147,3 +193,9 @@ class Decoder:
             run.linear(x, hidden, w.mlp_proj, w.mlp_proj_bias, None, x)
         run.linear(self.logits[:rows], x, p.head, None, (p.ln_f, p.ln_f_bias))
         run.advance(self.positions, self.last)
+
+    def _forward_and_draw(
+        self, forward: Callable[[int, int], None], drawing: Drawing, bucket: int, rows: int
+    ) -> None:
+        forward(bucket, rows)
+        self.ids.copy_(drawing.draw(self.logits)[:, 0])

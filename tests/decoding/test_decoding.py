@@ -306,6 +306,9 @@ def test_a_kept_decoder(monkeypatch, dtype):
     monkeypatch.setattr(sampling, "keeps", lambda device: False)
     assert torch.equal(model.generate(idx, 9, **how), changed)
     monkeypatch.setattr(sampling, "keeps", lambda device: True)
+    for around in (torch.inference_mode(), torch.inference_mode(False)):
+        with around:
+            assert torch.equal(model.generate(idx, 8, **how), changed[:, :-1])
     streams = [model.generate_stream(idx, 9, **how) for _ in range(2)]
     columns = list(zip(*streams, strict=True))
     assert all(torch.equal(a, b) for a, b in columns)

@@ -31,6 +31,7 @@ KERNELS = [
     *(f"kernels/test_{name}" for name in ("attention", "adamw", "decode")),
     *(f"model/test_{name}" for name in ("fused", "train_step", "backend", "compile", "training")),
     "decoding/test_decoding",
+    "decoding/test_draws",
     "commands/test_tune",
 ]
 MAX_PROCESSES = 16
