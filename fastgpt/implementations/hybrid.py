@@ -36,9 +36,10 @@ def packed_backward(
         return sdpa.cudnn.packed_backward(dy, qkv, y, state, n_head, dropout_p)
     from fastgpt.kernels import attention
 
-    lse, *_ = state  # (B, H, T, 1)
+    lse, *_ = state
     assert lse is not None
-    return attention.seeded_backward(dy, qkv, y, (lse.squeeze(-1), None), n_head, dropout_p)
+    lse = lse.view(-1, n_head, T)  # cuDNN gives it a fourth dimension
+    return attention.seeded_backward(dy, qkv, y, (lse, None), n_head, dropout_p)
 
 
 class _Packed(torch.autograd.Function):

@@ -40,9 +40,10 @@ def test_inductor_keeps_our_operators_and_adds_little():
     cases = report("inductor_graph")
     whole = cases["124M"]
     assert 0 < whole["kernels"] <= 120
-    assert 1e9 < whole["bytes"] <= 3e9
+    assert 5e8 < whole["bytes"] <= 2e9
     times = {"add_layer_norm_forward": 24, "layer_norm_forward": 1, "layer_norm_backward": 25}
     times |= {"gelu_forward": 12, "gelu_backward": 12, "add_rows_": 1}
+    times |= {"packed_attention_backward": 12}  # as measured on an H200
     times |= {"cross_entropy_forward": 1, "cross_entropy_backward": 1}
     ours = {name: n for name, n in whole["operators"].items() if name.startswith("fastgpt.")}
     assert ours == {f"fastgpt.{name}.default": n for name, n in times.items()}
