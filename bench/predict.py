@@ -25,7 +25,7 @@ from bench.peers.models import SIZES, config_of
 from bench.prediction import inductor, machine_code, model, token
 from bench.prediction.kernel import Kernel
 from bench.prediction.model import GPUS, Gpu
-from bench.prediction.step import training_step
+from bench.prediction.step import training_step, with_products
 from fastgpt.kernels import _tuned
 
 
@@ -58,11 +58,15 @@ def predict(size: str, B: int, gpu: Gpu, generate: bool = False) -> Prediction:
 
     if _launch.INTERPRETED:
         raise ValueError("TRITON_INTERPRET=1 replaces the compiler; unset it to predict")
+    measured = _tuned.SHIPPED.get(gpu.name, {"configs": {}, "implementations": {}})
+    attention = measured["implementations"].get("packed_causal_attention", "cudnn")
     with ExitStack() as stack:
-        for key, config in _tuned.SHIPPED.get(gpu.name, {}).get("configs", {}).items():
+        for key, config in measured["configs"].items():
             stack.enter_context(_tuned.trying(key, config))
-        launches, ops = training_step(config_of(size), B, gpu.arch, gpu.processors)
-    kernels = Counter(machine_code.kernel_of(name, l, gpu.arch) for name, l in launches)
+        launches, ops = training_step(config_of(size), B, gpu.arch, gpu.processors, attention)
+    kernels = Counter(
+        with_products(machine_code.kernel_of(name, l, gpu.arch), l) for name, l in launches
+    )
     ours = [replace(kernel, launches=n) for kernel, n in kernels.items()] + ops
     return Prediction(size, B, gpu, ours, _compiled(size, B, generate))
 
@@ -88,6 +92,7 @@ def row(kernel: Kernel, gpu: Gpu) -> dict[str, Any]:
         "component": kernel.component,
         "kind": kernel.kind,
         "bytes": round(model.moved(kernel, gpu)),
+        "flops": kernel.flops,
         "instructions_per_element": round(kernel.instructions_per_element(), 1) if own else None,
         "registers": kernel.registers if own else None,
         "spills": kernel.spills if own else None,

@@ -5,7 +5,8 @@
     waiting    = waves of programs * loads of a program that wait for each other * LATENCY
     time       = START + max(memory, issue) + (min(memory, issue) + waiting) * ALONE / warps at once
                                                 of a Triton kernel; of a PyTorch op START + memory
-    time       = max(memory, FLOPs / (share of the peak))           of a GEMM or of attention
+    time       = max(memory, FLOPs / (share of the peak))           of a GEMM or of attention; of
+                                                our attention START + the same, or issue
     step       = max(sum over launches of time + GAP, sum of time * DRAW)
 
 Warps overlap only with others on their multiprocessor: of whatever takes less time a part shows, a
@@ -34,6 +35,7 @@ DRAW = {"products": 1.24, "the rest": 0.78}
 # of the peak FLOP/s: sums over all GEMMs of a phase, over both calls of cuDNN's with 64 a head
 PRODUCTS = {"forward": 0.80, "dgrad": 0.75, "wgrad": 0.74}
 ATTENTION_SHARE = {"forward": 0.32, "backward": 0.24}
+OWN_ATTENTION = 0.33  # of the peak FLOP/s, both kernels of our backward with 64 a head
 
 
 class Gpu(NamedTuple):
@@ -101,10 +103,11 @@ def microseconds(kernel: Kernel, gpu: Gpu) -> float:
     if kernel.kind == ATEN:
         return memory + START * kernel.parts
     issue = 1e6 * kernel.instructions / (ISSUE * gpu.issued())
+    products = 1e6 * kernel.flops / (OWN_ATTENTION * gpu.flops())
     at_once = programs_per_processor(kernel, gpu)
     waiting = LATENCY * kernel.waits * kernel.grid / (at_once * gpu.processors)
     shown = (min(memory, issue) + waiting) * ALONE / (at_once * kernel.warps)
-    return START + max(memory, issue) + shown
+    return START + max(max(memory, issue) + shown, products)
 
 
 def launches(kernels: list[Kernel]) -> int:
@@ -124,6 +127,6 @@ def step_ms(kernels: list[Kernel], gpu: Gpu) -> float:
 
 def drawn_ms(kernels: list[Kernel], gpu: Gpu) -> float:
     """How long a step's energy lasts at what the GPU may draw."""
-    products = kernels_ms([k for k in kernels if k.kind in (GEMM, ATTENTION)], gpu)
+    products = kernels_ms([k for k in kernels if k.flops], gpu)
     rest = kernels_ms(kernels, gpu) - products
     return DRAW["products"] * products + DRAW["the rest"] * rest

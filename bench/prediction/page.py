@@ -18,7 +18,7 @@ from bench.harness.timeline import OTHER, by_words
 from bench.harness.training_variant import MAX_NAME
 from bench.predict import Prediction
 from bench.prediction import model
-from bench.prediction.kernel import ATTENTION, GEMM, TRITON, Kernel
+from bench.prediction.kernel import GEMM, TRITON, Kernel
 from bench.prediction.model import GPUS
 from bench.reports.markdown import table
 
@@ -47,10 +47,11 @@ same for other sizes and GPUs.
 | microseconds, ms, ratio | modelled, by the rules and constants at the end |
 | measured | on the GPU, by torch.profiler in one step; the step's time without it |
 """
-GOALS_NOTE = """Ms of ours. Products and attention are libraries' on both sides. At the power limit
-one of them costs {draw} of a step and one of everything else {draw_else}, so that a goal leaves
-everything else (torch.compile's step / goal - {draw} * products and attention) / {draw_else}. The
-floor is what its bytes take at the bandwidth that these passes reach.
+GOALS_NOTE = """Ms of ours. Products are libraries' on both sides, and so is attention, but for our
+backward where it was measured as faster. At the power limit one of them costs {draw} of a step and
+one of everything else {draw_else}, so that a goal leaves everything else (torch.compile's step /
+goal - {draw} * products and attention) / {draw_else}. The floor is what its bytes take at the
+bandwidth that these passes reach.
 
 **{size} at B={B}: {goal:.2f} is out of reach of what is counted here.** Products and attention are
 {drawn:.1f} of the {wanted:.1f} ms that such a step may take, and leave {left:.1f} for passes that
@@ -233,7 +234,7 @@ def _shares(p: Prediction, goal: float) -> tuple[float, float, float, float]:
     """Of our step, in ms: products and attention; everything else; what its bytes take; and what
     it might take for the goal.
     """
-    libraries = [k for k in p.ours if k.kind in (GEMM, ATTENTION)]
+    libraries = [k for k in p.ours if k.flops]
     passes = [k for k in p.ours if k not in libraries]
     products, rest = (model.kernels_ms(kernels, p.gpu) for kernels in (libraries, passes))
     moved = sum(k.launches * model.moved(k, p.gpu) for k in passes)
@@ -272,7 +273,7 @@ def _model() -> str:
     lines = [
         [f"`{name}`", str(getattr(model, name)), named.get(name, "of the peak FLOP/s, by phase")]
         for name in ("BANDWIDTH", "ISSUE", "ALONE", "LATENCY", "START", "GAP", "DRAW",
-                     "PRODUCTS", "ATTENTION_SHARE")
+                     "PRODUCTS", "ATTENTION_SHARE", "OWN_ATTENTION")
     ]  # fmt: skip
     constants = table(["constant", "value", "of"], lines)
     return "\n".join(["```", *rules, "```\n", constants, "", MODEL_NOTE])

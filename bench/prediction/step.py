@@ -23,13 +23,12 @@ from bench.harness.timeline import OTHER, matmul_groups
 from bench.peers import models
 from bench.peers.training import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY
 from bench.prediction.kernel import ATEN, ATTENTION, GEMM, Kernel
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT, GPTConfig, backend
 from fastgpt.fused import block as block_unit
 from fastgpt.fused import embedding as embedding_unit
 from fastgpt.fused.block import Settings, Weights
 from fastgpt.fused.launchers import Launchers
 from fastgpt.fused.untouched import block_weights
-from fastgpt.implementations import sdpa
 from fastgpt.linear_cross_entropy import mean_loss
 from fastgpt.optim import AdamW
 
@@ -40,9 +39,11 @@ _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "lift_fresh", "pro
 _PARTS = {"sort": 8, "_scaled_dot_product_cudnn_attention_backward": 3}
 
 
-def training_step(config: GPTConfig, B: int, arch: int, processors: int) -> tuple[list, list]:
+def training_step(
+    config: GPTConfig, B: int, arch: int, processors: int, attention: str = "cudnn"
+) -> tuple[list, list]:
     """-> launches, (component, Launch) of every Triton kernel started; and the other ops, with
-    those alike counted together."""
+    those alike counted together. `attention` is one that the fused path may use (backend.OPS)."""
     from fastgpt.kernels import _launch, adamw
 
     with _launch.record(arch, processors) as launches, torch.device("meta"):
@@ -60,7 +61,8 @@ def training_step(config: GPTConfig, B: int, arch: int, processors: int) -> tupl
         launches.clear()
         optimizer.zero_grad()
         with counted:
-            loss = _forward(model, copies, counted, B)
+            run = launchers(attention, counted.labelled)
+            loss = _forward(model, run, copies, counted, B)
             counted.phase = "backward"
             # not loss.backward(): it would copy a gradient that the recorded launches hold on to
             grads = torch.autograd.grad(loss, params)
@@ -85,10 +87,12 @@ def _groups(model: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _forward(model: Any, copies: dict[Any, Tensor], counted: "_Counted", B: int) -> Tensor:
+def _forward(
+    model: Any, run: Launchers, copies: dict[Any, Tensor], counted: "_Counted", B: int
+) -> Tensor:
     """The chain of fused/whole.py: the loss, an fp32 scalar."""
     parts, cfg = model.transformer, model.config
-    run, settings = launchers(counted.labelled), Settings(cfg.n_head, cfg.gelu == "tanh", 0.0)
+    settings = Settings(cfg.n_head, cfg.gelu == "tanh", 0.0)
     idx = torch.empty(B, cfg.block_size, dtype=torch.int64)
     with counted.inside("embedding"):
         x, head = embedding_unit.embed(run.add_rows_, idx, parts.wte.weight, parts.wpe.weight)
@@ -104,9 +108,13 @@ def _forward(model: Any, copies: dict[Any, Tensor], counted: "_Counted", B: int)
     return mean_loss(run.cross_entropy_, x.flatten(0, 1), head, low_head, targets, -1)
 
 
-def launchers(labelled: Callable[[str, Any], Any] = lambda component, run: run) -> Launchers:
-    """On an unmeasured GPU: fastgpt's kernels, with the GEMMs of cuBLAS and cuDNN's attention."""
+def launchers(
+    attention: str, labelled: Callable[[str, Any], Any] = lambda component, run: run
+) -> Launchers:
+    """fastgpt's kernels, with the GEMMs of cuBLAS."""
     from fastgpt.kernels import cross_entropy, embedding, gelu, layer_norm
+
+    held = backend.implementation("packed_causal_attention", attention)
 
     def linear_gelu(x: Tensor, w: Tensor, b: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
         h = F.linear(x, w, b)
@@ -121,11 +129,21 @@ def launchers(labelled: Callable[[str, Any], Any] = lambda component, run: run) 
         norm_backward=labelled("norm", layer_norm.backward),
         linear_gelu=labelled("mlp", linear_gelu),
         gelu_dgrad=labelled("mlp", gelu_dgrad),
-        attention=labelled("attention", sdpa.cudnn.packed_forward),
-        attention_backward=labelled("attention", sdpa.cudnn.packed_backward),
+        attention=labelled("attention", held.packed_forward),
+        attention_backward=labelled("attention", held.packed_backward),
         add_rows_=labelled("embedding", embedding.add_rows_),
         cross_entropy_=labelled("loss", cross_entropy.cross_entropy_),
     )
+
+
+def with_products(kernel: Kernel, launch: Any) -> Kernel:
+    """With the FLOPs of attention's backward, if it is one of its kernels: causal, so half of 3 and
+    of 4 products, as the scores are made in both."""
+    phases = {"attention_backward.dq_kernel": 3.0, "attention_backward.dkdv_kernel": 4.0}
+    if (products := phases.get(kernel.name)) is None:
+        return kernel
+    B, H, T, D = launch.args[0].shape
+    return replace(kernel, flops=products * B * H * T * T * D)
 
 
 class _Counted(TorchDispatchMode):
