@@ -37,8 +37,8 @@ Weight = Tensor | tuple[Tensor, Tensor]  # or int8 values and the fp32 scales of
 
 MAX_ROWS = 64  # of 16-bit weights; for more, a GEMM of PyTorch's
 MAX_WIDE_ROWS = 16  # of fp32 weights, which need more arithmetic: less is no block of a product
+_OF_INT8 = tl.constexpr(tl.float16 if INTERPRETED else tl.bfloat16)  # both hold these integers
 MAX_NORMED_ROWS = 16  # by each program: more are normed once, by a launch of their own
-_TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _rows_kernel(
     y_ptr,                               # out: (M, N) fp32, which may be residual
     M, N, eps,
     K: tl.constexpr, GELU: tl.constexpr, TANH: tl.constexpr, EARLY: tl.constexpr,
-    LOW: tl.constexpr, PRECISION: tl.constexpr, LINES: tl.constexpr,
+    PRECISION: tl.constexpr, LINES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(M, BLOCK_M)
@@ -150,7 +150,9 @@ def _rows_kernel(
             shift = given(norm_b_ptr, cols, cols < K, 0.0)
             x = (x - mean[None, :, None]) * rstd[None, :, None] * gain[:, None, :]
             x += shift[:, None, :]
-        acc = tl.dot(x.to(LOW), w.to(LOW), acc, input_precision=PRECISION)
+        if w.dtype == tl.int8:
+            w = w.to(_OF_INT8)
+        acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION)
     y = tl.sum(acc, 0) * given(scales_ptr, outs, outs < N, 1.0)[None, :]
     y += given(bias_ptr, outs, outs < N, 0.0)[None, :]
     if GELU:
@@ -159,18 +161,19 @@ def _rows_kernel(
     tl.store(y_ptr + at, y + given(residual_ptr, at, mask, 0.0), mask=mask)
 
 
-def _row_config(N: int, K: int) -> dict[str, int]:
-    """A thread loads up to 16 times 16 bytes at once. Not measured on a GPU yet."""
+def _row_config(N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+    """A thread loads up to 16 times 16 bytes of 16-bit weights. Not measured on a GPU yet."""
     block_k = power_of_2(K)
     warps = min(16, max(4, block_k // 1024))
     block_n = max(1, (16 if N > 16384 else 4) * 1024 // max(1024, block_k // 2) * warps // 4)
     return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps)
 
 
-def _rows_config(M: int, N: int, K: int) -> dict[str, int]:
+def _rows_config(M: int, N: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     """Small blocks, for as many programs as there can be. Not measured on a GPU yet."""
     many = N > 16384
-    return dict(BLOCK_M=32 if many and M > 16 else 16, BLOCK_N=64 if many else 16, BLOCK_K=64,
+    return dict(BLOCK_M=32 if many and M > 16 else 16, BLOCK_N=64 if many else 16,
+                BLOCK_K=32 if dtype == torch.float32 else 64,
                 SPLIT=4, num_warps=4, num_stages=3)  # fmt: skip
 
 
@@ -185,34 +188,28 @@ def linear(
     if most_rows(values.dtype) < M:
         _linear_of_many(out, x, weight, bias, norm, residual, approximate)
         return
-    low = _multiplied_in(values.dtype)
     if norm is not None and M > MAX_NORMED_ROWS:
+        low = torch.float16 if INTERPRETED else torch.bfloat16
+        low = low if values.dtype == torch.int8 else values.dtype
         x, _, _ = layer_norm.forward(x, *norm, 1e-5, low)
         norm = None
     norm_w, norm_b = norm or (None, None)
     args = x, values, scales, bias, norm_w, norm_b, residual, out
     shared = dict(K=K, GELU=approximate is not None, TANH=approximate == "tanh") | early(x)
     if M == 1:
-        config = configured(x, "decode_row", _row_config, N, K)
+        config = configured(x, "decode_row", _row_config, N, K, values.dtype)
         launch(_row_kernel, cdiv(N, config["BLOCK_N"]), *args, N, 1e-5, **shared, **config)
         return
-    config = configured(x, "decode_rows", _rows_config, power_of_2(M), N, K)
+    config = configured(x, "decode_rows", _rows_config, power_of_2(M), N, K, values.dtype)
     lines = power_of_2(cdiv(config["BLOCK_N"] * K * values.element_size(), 128))
     launch(_rows_kernel, cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]), *args, M, N, 1e-5,
-           **shared, LOW=_TRITON[low], PRECISION=dot_precision(values), LINES=lines,
+           **shared, PRECISION=dot_precision(values), LINES=lines,
            **config)  # fmt: skip
 
 
 def most_rows(dtype: torch.dtype) -> int:
     """Of a weight of this dtype, in one program."""
     return MAX_WIDE_ROWS if dtype == torch.float32 else MAX_ROWS
-
-
-def _multiplied_in(dtype: torch.dtype) -> torch.dtype:
-    """What x is rounded to: the weights' dtype, or one that holds their integers."""
-    if dtype == torch.int8:
-        return torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter's is wrong
-    return dtype
 
 
 def _linear_of_many(
