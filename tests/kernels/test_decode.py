@@ -1,6 +1,11 @@
 """A decoding step's functions: in Triton, in C and in PyTorch, against float64."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from tests.close import DEVICE, EPS_BUDGET, randn
 
 pytestmark = pytest.mark.ops("decode")
 
+ROOT = Path(__file__).parents[2]
 RUNS = {"triton": decode, "eager": eager}
 if DEVICE == "cpu" and native.unsupported((torch.empty(1),), 16) is None:
     RUNS["native"] = native
@@ -87,7 +93,9 @@ def in_8_bits(N: int, K: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("case", ["plain", "norm, gelu", "residual"])
-@pytest.mark.parametrize("M, N, K", [(1, 7, 5), (3, 33, 100), (5, 16, 64), (17, 20, 33), (65, 16, 64)])
+@pytest.mark.parametrize(
+    "M, N, K", [(1, 7, 5), (3, 33, 100), (5, 16, 64), (17, 20, 33), (65, 16, 64)]
+)
 def test_linear_of_int8(run, case, M, N, K):
     with_norm, with_bias, with_residual, approximate = LINEARS[case]
     x, (weight, dense) = 3 + randn(M, K), in_8_bits(N, K)
@@ -140,12 +148,14 @@ ATTENTIONS = [  # texts, heads, capacity, head dim, tokens of each text, one aft
     (1, 1, 1, 16, 1),
     (1, 1, 4, 16, 4),
     (1, 1, 65, 8, 1),  # full, its last chunk has one position
-    (2, 3, 70, 50, 3),  # its projection takes two turns
+    (2, 3, 70, 50, 3),
+    (1, 3, 140, 50, 1),  # one row, whose chunks its projection joins
     (3, 2, 140, 64, 1),
     (1, 2, 300, 7, 5),
-    (1, 1, 150, 128, 1),  # a wide head is read in several blocks a chunk
-    (2, 1, 90, 200, 2),
-    (9, 1, 70, 8, 1),  # more rows than a program of the projection owns
+    (1, 1, 150, 128, 1),
+    (2, 1, 90, 200, 2),  # smaller chunks of a wide head
+    (1, 1, 1100, 8, 1),  # more chunks than the projection joins
+    (17, 1, 70, 8, 1),  # two blocks of rows
 ]
 
 
@@ -190,3 +200,20 @@ def test_embedding(run, dtype):
     out = torch.full((3, 24), math.nan, device=DEVICE)
     run.embed(out, ids, positions, wte, wpe)
     assert torch.equal(out, wte[ids].float() + wpe[positions.long()].float())
+
+
+def test_weights_are_read_before_the_wait():
+    """Where kernels start early: else that gains nothing. What is not a weight, or of an earlier
+    step, is read and written behind it. On other GPUs there is no waiting.
+    """
+    pytest.importorskip("triton.language.extra.cuda.gdc", reason="Triton 3.4's early starts")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.early_starts"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    for name, (before, _, stores) in found["sm_90"].items():
+        assert stores == 0 and bool(before) == (name != "_join_kernel"), (name, before, stores)
+    assert {name: after for name, (_, after, _) in found["sm_90"].items() if not after} == {}
+    assert set(found["sm_80"].values()) == {None}
+    assert found["sm_90"].keys() == found["sm_80"].keys() - {"_embed_kernel"}
