@@ -1,9 +1,9 @@
 """y = [residual +] [gelu] ([norm](x) @ w.T + bias) for few rows: a decoding step's linear layers.
 
-A program owns BLOCK_N outputs of all rows and norms the rows itself: they are in L2, and a pass of
-their own would be another launch. One row is a sum of products in registers, which hold a whole row
-of K. Several are a product on tensor cores, in SPLIT ranges of K side by side: one after the other
-they would take longer than reading the weights.
+A program owns BLOCK_N outputs of all rows or of BLOCK_M, and norms the rows itself: they are in L2,
+and a pass of their own would be another launch. One row is a sum of products in registers, which
+hold all of it. Several are multiplied on tensor cores, as the sum of two numbers of the weights'
+dtype, in SPLIT ranges of K side by side: one after the other they take longer than the reading.
 
 Where the GPU can, a kernel starts while the one in front of it still runs (programmatic dependent
 launch), reads its weights, and only then waits. `wait` returns when the kernel in front has ended,
@@ -152,7 +152,11 @@ def _rows_kernel(
             x += shift[:, None, :]
         if w.dtype == tl.int8:
             w = w.to(_OF_INT8)
-        acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION)
+        rounded = x.to(w.dtype)
+        acc = tl.dot(rounded, w, acc, input_precision=PRECISION)
+        if w.dtype != x.dtype:  # else a token would depend on how many rows there are
+            rest = (x - rounded.to(tl.float32)).to(w.dtype)
+            acc = tl.dot(rest, w, acc, input_precision=PRECISION)
     y = tl.sum(acc, 0) * given(scales_ptr, outs, outs < N, 1.0)[None, :]
     y += given(bias_ptr, outs, outs < N, 0.0)[None, :]
     if GELU:
