@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from fastgpt.kernels import layer_norm
 from fastgpt.kernels._launch import (
+    DESCRIPTORS,
     INTERPRETED,
     cdiv,
     dot_precision,
@@ -212,7 +213,9 @@ def linear(
 
 
 def most_rows(dtype: torch.dtype) -> int:
-    """Of a weight of this dtype, in one program."""
+    """Of a weight of this dtype, that a kernel of ours takes."""
+    if not DESCRIPTORS and not INTERPRETED:  # Triton before 3.4 crashes on products in SPLIT ranges
+        return 1
     return MAX_WIDE_ROWS if dtype == torch.float32 else MAX_ROWS
 
 

@@ -48,7 +48,8 @@ def assert_close(ours: Tensor, truth: Tensor, low: torch.dtype, eager_rounds: bo
 
 def rounds(run, rows: int) -> bool:
     """Whether PyTorch's matmuls run, or rows are normed into the weights' dtype."""
-    return run is eager or (run is decode and rows > decode_linear.MAX_NORMED_ROWS)
+    most = min(decode_linear.MAX_NORMED_ROWS, decode_linear.most_rows(torch.float16))
+    return run is eager or (run is decode and rows > most)
 
 
 def double(*tensors: Tensor | None) -> list[Tensor | None]:
