@@ -18,6 +18,12 @@ from torch import Tensor
 
 from fastgpt.kernels._autograd import constant_in_a_graph
 
+try:  # Triton 3.4's programmatic dependent launch
+    from triton.language.extra.cuda import gdc_launch_dependents as start_next
+    from triton.language.extra.cuda import gdc_wait as wait
+except ImportError:
+    start_next = wait = None
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by triton.jit too, once per process
 MIN_ARCH = 80
 DESCRIPTORS = hasattr(tl, "make_tensor_descriptor")  # Triton 3.4's way to TMA
@@ -128,6 +134,16 @@ def has_tma(t: Tensor) -> bool:
     interpreter imitates it.
     """
     return DESCRIPTORS and _generation(t) >= 9
+
+
+def early(t: Tensor) -> dict[str, bool]:
+    """Options of a kernel's launch on t's GPU. EARLY: it starts while the kernel in front of it in
+    the stream runs, from the moment that all programs of that one have called `start_next` or
+    ended. Before it calls `wait` it must not touch what that kernel, or one before it, writes.
+    """
+    if wait is None or INTERPRETED or _generation(t) < 9:
+        return dict(EARLY=False)
+    return dict(EARLY=True, launch_pdl=True)
 
 
 def _generation(t: Tensor) -> int:

@@ -1,30 +1,35 @@
 """A decoding step for few rows: every weight is read once, and the cache once.
 
     embed           x = wte[id] + wpe[position]
-    linear          y = [residual +] [gelu] ([norm](x) @ w.T + bias)
+    linear          y = [residual +] [gelu] ([norm](x) @ w.T + bias), in decode_linear.py
     attend_project  x += softmax(q @ K.T / sqrt(D)) @ V @ w.T + bias,  K and V up to the position
 
-A program of `linear` owns BLOCK_N outputs of BLOCK_M rows, and norms the rows it reads by itself:
-they are in L2, and a pass of their own would be another launch. Attention splits the keys of a head
-into chunks, a program each (flash decoding, arXiv 2311.01282); the program whose chunk a new token
-falls into writes its key and value. Rows may be texts, or tokens of one that follow each other:
-these see each other in qkv, where no program writes. Chunks leave o, not divided by its sum, the
-sum and the maximum; the projection's programs join them while they read. Five launches a layer.
+Attention splits the keys of a head into chunks, a program each (flash decoding, arXiv 2311.01282);
+the program whose chunk a new token falls into writes its key and value. Rows may be texts, or
+tokens of one that follow each other: these see each other in qkv, where no program writes. Chunks
+leave o, not divided by its sum, the sum and the maximum. Of one row the projection's programs join
+them while they read: five launches a layer, six for several rows. What a kernel may do before the
+one in front of it has ended is said in decode_linear.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastgpt.kernels._launch import cdiv, device_problem, launch, power_of_2
-from fastgpt.kernels._math import gelu
+from fastgpt.kernels._launch import (
+    cdiv,
+    device_problem,
+    early,
+    launch,
+    power_of_2,
+    start_next,
+    wait,
+)
 from fastgpt.kernels._tuned import configured
+from fastgpt.kernels.decode_linear import Weight, given, linear
 
-Weight = Tensor | tuple[Tensor, Tensor]  # or int8 values and the fp32 scales of their rows
-
-MAX_ROWS = 8  # that a program owns; for more, PyTorch's GEMMs use tensor cores
+MAX_CHUNKS = 16  # that the projection's programs join
 MAX_HEAD_DIM = 256
 
 
@@ -32,8 +37,10 @@ MAX_HEAD_DIM = 256
 def _embed_kernel(
     ids_ptr, positions_ptr, wte_ptr, wpe_ptr,  # in: (B,) int64, (B,) int32, (V, C), (S, C)
     x_ptr,                                     # out: (B, C)
-    C, BLOCK_C: tl.constexpr,
+    C, EARLY: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        start_next()
     b = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C).to(tl.int64)
     mask = cols < C
@@ -44,224 +51,153 @@ def _embed_kernel(
 
 
 @triton.jit
-def _statistics(x_ptr, rows, M, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and 1 / deviation of rows of x (M, K), in two passes over what is in cache."""
-    sums = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        mask = (rows < M)[:, None] & (cols < K)[None, :]
-        sums += tl.sum(tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0), 1)
-    mean = sums / K
-    squares = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        mask = (rows < M)[:, None] & (cols < K)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=mask, other=0.0)
-        centred = tl.where(mask, x - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, 1)
-    return mean, 1.0 / tl.sqrt(squares / K + eps)
-
-
-@triton.jit
-def _finish(
-    acc, y_ptr, scales_ptr, bias_ptr, residual_ptr, rows, outs, M, N,
-    GELU: tl.constexpr, TANH: tl.constexpr,
-):  # fmt: skip
-    """Scales, bias, GELU, residual; acc (BLOCK_M, BLOCK_N) -> y (M, N)."""
-    if scales_ptr is not None:
-        acc *= tl.load(scales_ptr + outs, mask=outs < N, other=0.0)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + outs, mask=outs < N, other=0.0)[None, :]
-    if GELU:
-        acc = gelu(acc, TANH, tl.float32)
-    at, mask = rows[:, None] * N + outs[None, :], (rows < M)[:, None] & (outs < N)[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + at, mask=mask, other=0.0)
-    tl.store(y_ptr + at, acc, mask=mask)
-
-
-@triton.jit
-def _linear_kernel(
-    x_ptr, w_ptr,                        # in:  (M, K) fp32, (N, K)
-    scales_ptr, bias_ptr,                # in:  (N,) fp32 each or None
-    norm_w_ptr, norm_b_ptr,              # in:  (K,) fp32 each or None
-    residual_ptr,                        # in:  (M, N) fp32 or None
-    y_ptr,                               # out: (M, N) fp32, which may be residual
-    M, N, K, eps,
-    GELU: tl.constexpr, TANH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    outs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if norm_w_ptr is not None:
-        mean, rstd = _statistics(x_ptr, rows, M, K, eps, BLOCK_M, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        w_mask = (outs < N)[:, None] & (cols < K)[None, :]
-        w = tl.load(w_ptr + outs[:, None] * K + cols[None, :], mask=w_mask, other=0.0)
-        x_mask = (rows < M)[:, None] & (cols < K)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * K + cols[None, :], mask=x_mask, other=0.0)
-        if norm_w_ptr is not None:
-            gain = tl.load(norm_w_ptr + cols, mask=cols < K, other=0.0)
-            x = (x - mean[:, None]) * rstd[:, None] * gain[None, :]
-            if norm_b_ptr is not None:
-                x += tl.load(norm_b_ptr + cols, mask=cols < K, other=0.0)[None, :]
-        acc += tl.sum(x[:, None, :] * w.to(tl.float32)[None, :, :], 2)
-    _finish(acc, y_ptr, scales_ptr, bias_ptr, residual_ptr, rows, outs, M, N, GELU, TANH)
-
-
-@triton.jit
 def _attend_kernel(
     qkv_ptr, keys_ptr, values_ptr, positions_ptr,  # (R, 3HD) fp32, (B, H, S, D) each, (R,) int32
     o_ptr, sum_ptr, top_ptr,                       # out: (R, H, P, D), (R, H, P) each, fp32
     H, S, P, NEW, scale,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ALONE: tl.constexpr, EARLY: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        start_next()
     part, head = tl.program_id(0) % P, (tl.program_id(0) // P).to(tl.int64)
     r, h = head // H, head % H
     position = tl.load(positions_ptr + r)
     old = position - r % NEW  # keys of the cache: behind them are the rows of this step
     cache = (r // NEW * H + h) * S
-    ds = tl.arange(0, BLOCK_D)
+    ts, ds = part * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
+    at = (cache + ts)[:, None] * D + ds[None, :]
+    is_old = (ts < old)[:, None] & (ds < D)[None, :]
+    k = tl.load(keys_ptr + at, mask=is_old, other=0.0)
+    v = tl.load(values_ptr + at, mask=is_old, other=0.0)
+    if EARLY:
+        wait()
+
     q_ptr = qkv_ptr + h * D + ds
     k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
     dtype: tl.constexpr = keys_ptr.dtype.element_ty  # what new keys and values are rounded to
-    if position // CHUNK == part:
-        at = (cache + position) * D + ds
-        new_k = tl.load(k_ptr + r * 3 * H * D, mask=ds < D, other=0.0)
-        new_v = tl.load(v_ptr + r * 3 * H * D, mask=ds < D, other=0.0)
-        tl.store(keys_ptr + at, new_k.to(dtype), mask=ds < D)
-        tl.store(values_ptr + at, new_v.to(dtype), mask=ds < D)
-
     q = tl.load(q_ptr + r * 3 * H * D, mask=ds < D, other=0.0) * scale
-    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
-    total, top = 0.0, -1e30  # finite: a chunk behind the position leaves a sum of 0
-    for start in range(part * CHUNK, min(part * CHUNK + CHUNK, position + 1), BLOCK_S):
-        ts = start + tl.arange(0, BLOCK_S)
-        at = (cache + ts)[:, None] * D + ds[None, :]
-        new_at = (r - position + ts)[:, None] * 3 * H * D
-        is_old = (ts < old)[:, None] & (ds < D)[None, :]
-        is_new = ((ts >= old) & (ts <= position))[:, None] & (ds < D)[None, :]
-        k = tl.load(keys_ptr + at, mask=is_old, other=0.0)
-        k += tl.load(k_ptr[None, :] + new_at, mask=is_new, other=0.0).to(dtype)
-        s = tl.sum(q[None, :] * k.to(tl.float32), 1)
-        s = tl.where(ts <= position, s, -1e30)
-        new_top = tl.maximum(top, tl.max(s, 0))
-        p = tl.where(ts <= position, tl.exp(s - new_top), 0.0)
-        shrink = tl.exp(top - new_top)
-        v = tl.load(values_ptr + at, mask=is_old, other=0.0)
-        v += tl.load(v_ptr[None, :] + new_at, mask=is_new, other=0.0).to(dtype)
-        acc = acc * shrink + tl.sum(p[:, None] * v.to(tl.float32), 0)
-        total, top = total * shrink + tl.sum(p, 0), new_top
+    new_k = tl.load(k_ptr + r * 3 * H * D, mask=ds < D, other=0.0).to(dtype)
+    new_v = tl.load(v_ptr + r * 3 * H * D, mask=ds < D, other=0.0).to(dtype)
+    own = (ts == position)[:, None]
+    k, v = tl.where(own, new_k[None, :], k), tl.where(own, new_v[None, :], v)
+    if NEW != 1:
+        between_at = (r - position + ts)[:, None] * 3 * H * D
+        between = ((ts >= old) & (ts < position))[:, None] & (ds < D)[None, :]
+        k += tl.load(k_ptr[None, :] + between_at, mask=between, other=0.0).to(dtype)
+        v += tl.load(v_ptr[None, :] + between_at, mask=between, other=0.0).to(dtype)
+    if position // CHUNK == part:
+        own_at = (cache + position) * D + ds
+        tl.store(keys_ptr + own_at, new_k, mask=ds < D)
+        tl.store(values_ptr + own_at, new_v, mask=ds < D)
 
+    s = tl.sum(q[None, :] * k.to(tl.float32), 1)
+    s = tl.where(ts <= position, s, -1e30)  # finite: a chunk behind the position leaves a sum of 0
+    top = tl.max(s, 0)
+    p = tl.where(ts <= position, tl.exp(s - top), 0.0)
+    total = tl.sum(p, 0)
+    o = tl.sum(p[:, None] * v.to(tl.float32), 0)
     out = head * P + part
-    tl.store(o_ptr + out * D + ds, acc, mask=ds < D)
-    tl.store(sum_ptr + out, total)
-    tl.store(top_ptr + out, top)
+    if ALONE:
+        o /= total
+    else:
+        tl.store(sum_ptr + out, total)
+        tl.store(top_ptr + out, top)
+    tl.store(o_ptr + out * D + ds, o, mask=ds < D)
+
+
+@triton.jit
+def _join_kernel(
+    o_ptr, sum_ptr, top_ptr,  # in:  (R, H, P, D), (R, H, P) each, fp32
+    y_ptr,                    # out: (R, H, D) fp32
+    P, D: tl.constexpr, EARLY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        start_next()
+        wait()
+    head = tl.program_id(0).to(tl.int64)
+    parts, ds = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    tops = tl.load(top_ptr + head * P + parts, mask=parts < P, other=-1e30)
+    sums = tl.load(sum_ptr + head * P + parts, mask=parts < P, other=0.0)
+    mask = (parts < P)[:, None] & (ds < D)[None, :]
+    o = tl.load(o_ptr + (head * P + parts)[:, None] * D + ds[None, :], mask=mask, other=0.0)
+    share = tl.exp(tops - tl.max(tops, 0))
+    y = tl.sum(share[:, None] * o, 0) / tl.sum(share * sums, 0)
+    tl.store(y_ptr + head * D + ds, y, mask=ds < D)
 
 
 @triton.jit
 def _project_kernel(
-    o_ptr, sum_ptr, top_ptr,     # in:  (R, H, P, D), (R, H, P) each, fp32
+    o_ptr, sum_ptr, top_ptr,     # in:  (H, P, D), (H, P) each, fp32
     w_ptr, scales_ptr, bias_ptr, # in:  (N, H D), (N,) fp32 or None each
-    y_ptr,                       # in and out: (R, N) fp32, the residual stream
-    M, N, H,
-    D: tl.constexpr, P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    y_ptr,                       # in and out: (N,) fp32, the residual stream
+    N,
+    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
+    if EARLY:
+        start_next()
     outs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, H * D, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        mask = (rows < M)[:, None] & (cols < H * D)[None, :]
-        at = (rows[:, None] * H + (cols // D)[None, :]) * P  # of the head's first chunk
-        top = tl.full([BLOCK_M, BLOCK_K], -1e30, tl.float32)
-        for part in tl.static_range(P):  # unrolled: loads that wait for each other would be slow
-            top = tl.maximum(top, tl.load(top_ptr + at + part, mask=mask, other=0.0))
-        total = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
-        y = tl.zeros([BLOCK_M, BLOCK_K], dtype=tl.float32)
-        for part in tl.static_range(P):
-            share = tl.exp(tl.load(top_ptr + at + part, mask=mask, other=0.0) - top)
-            total += share * tl.load(sum_ptr + at + part, mask=mask, other=0.0)
-            o_at = (at + part) * D + (cols % D)[None, :]
-            y += share * tl.load(o_ptr + o_at, mask=mask, other=0.0)
-        y = y / tl.where(mask, total, 1.0)
-        w_mask = (outs < N)[:, None] & (cols < H * D)[None, :]
-        w = tl.load(w_ptr + outs[:, None] * H * D + cols[None, :], mask=w_mask, other=0.0)
-        acc += tl.sum(y[:, None, :] * w.to(tl.float32)[None, :, :], 2)
-    _finish(acc, y_ptr, scales_ptr, bias_ptr, y_ptr, rows, outs, M, N, False, False)
-
-
-def _linear_config(M: int, N: int, K: int) -> dict[str, int]:
-    """About two programs a multiprocessor where the outputs are few. Not measured on a GPU yet."""
-    block_n = 16 if N > 16384 else 4
-    block_k = min(power_of_2(K), max(64, 1024 // power_of_2(M)))
-    return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4)
+    heads, ds = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    head_mask = (heads < H)[:, None] & (ds < D)[None, :]
+    w_at = outs[:, None, None] * (H * D) + heads[None, :, None] * D + ds[None, None, :]
+    w_mask = (outs < N)[:, None, None] & head_mask[None, :, :]
+    w = tl.load(w_ptr + w_at, mask=w_mask, other=0.0)
+    scale, bias = given(scales_ptr, outs, outs < N, 1.0), given(bias_ptr, outs, outs < N, 0.0)
+    if EARLY:
+        wait()
+    residual = tl.load(y_ptr + outs, mask=outs < N, other=0.0)
+    parts = tl.arange(0, BLOCK_P)
+    at = heads[None, :] * P + parts[:, None]
+    mask = (heads < H)[None, :] & (parts < P)[:, None]
+    tops = tl.load(top_ptr + at, mask=mask, other=-1e30)
+    sums = tl.load(sum_ptr + at, mask=mask, other=0.0)
+    o_at, o_mask = (
+        at[:, :, None] * D + ds[None, None, :],
+        mask[:, :, None] & (ds < D)[None, None, :],
+    )
+    o = tl.load(o_ptr + o_at, mask=o_mask, other=0.0)
+    share = tl.exp(tops - tl.max(tops, 0)[None, :])
+    total = tl.where(heads < H, tl.sum(share * sums, 0), 1.0)
+    y = tl.sum((share / total[None, :])[:, :, None] * o, 0)
+    z = tl.sum(tl.sum(w.to(tl.float32) * y[None, :, :], 2), 1)
+    tl.store(y_ptr + outs, z * scale + bias + residual, mask=outs < N)
 
 
 def _attend_config(S: int, D: int, R: int) -> dict[str, int]:
-    """Chunks that make a few programs a head; of many rows the heads are enough. Not measured on
-    any GPU yet.
-    """
-    chunk = max(64, power_of_2(cdiv(S, 16) if R <= MAX_ROWS else S))
-    return dict(CHUNK=chunk, BLOCK_S=min(chunk, 4096 // power_of_2(D)), num_warps=4)
+    """A thread holds 32 keys' and 32 values' elements. Not measured on a GPU yet."""
+    chunk = 64 if D <= 128 else 32
+    return dict(CHUNK=chunk, num_warps=max(4, chunk * power_of_2(D) // 1024))
+
+
+def _project_config(N: int, K: int, P: int) -> dict[str, int]:
+    """Warps that hold all chunks in 64 registers a thread. Not measured on a GPU yet."""
+    held = power_of_2(K) * max(8, power_of_2(P)) // 64
+    return dict(BLOCK_N=4, num_warps=min(16, max(4, held // 32)))
 
 
 def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
     """ids, positions (B,), wte (V, C), wpe (block_size, C), rows contiguous -> out (B, C) fp32."""
     B, C = out.shape
-    launch(_embed_kernel, B, ids, positions, wte, wpe, out, C, BLOCK_C=power_of_2(C), num_warps=4)
-
-
-def linear(
-    out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None,
-    norm: tuple[Tensor, Tensor | None] | None = None, residual: Tensor | None = None,
-    approximate: str | None = None,
-) -> None:  # fmt: skip
-    """x (M, K) fp32, weight (N, K) -> out (M, N) fp32, which may be `residual`; all contiguous."""
-    if len(x) > MAX_ROWS:
-        _linear_of_many(out, x, weight, bias, norm, residual, approximate)
-        return
-    values, scales = (weight, None) if isinstance(weight, Tensor) else weight
-    (M, K), N = x.shape, values.shape[0]
-    norm_w, norm_b = norm or (None, None)
-    config = configured(x, "decode_linear", _linear_config, M, N, K)
-    launch(_linear_kernel, cdiv(N, config["BLOCK_N"]), x, values, scales, bias, norm_w, norm_b,
-           residual, out, M, N, K, 1e-5, GELU=approximate is not None, TANH=approximate == "tanh",
-           BLOCK_M=power_of_2(M), **config)  # fmt: skip
-
-
-def _linear_of_many(
-    out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None,
-    norm: tuple[Tensor, Tensor | None] | None, residual: Tensor | None, approximate: str | None,
-) -> None:  # fmt: skip
-    """`linear` by a GEMM of PyTorch's, which reads a weight once for all rows."""
-    y = x if norm is None else F.layer_norm(x, x.shape[1:], *norm)
-    if isinstance(weight, Tensor):
-        y = F.linear(y.to(weight.dtype), weight).float()
-    else:
-        values, scales = weight
-        y = F.linear(y.bfloat16(), values.bfloat16()).float() * scales  # integers that 16 bits hold
-    y = y if bias is None else y + bias
-    y = y if approximate is None else F.gelu(y, approximate=approximate)
-    out.copy_(y if residual is None else residual + y)
+    launch(_embed_kernel, B, ids, positions, wte, wpe, out, C, EARLY=early(out)["EARLY"],
+           BLOCK_C=power_of_2(C), num_warps=4)  # fmt: skip
 
 
 def attend(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (R, 3HD) fp32, keys, values (B, H, S, D), written to at `positions` (R,), none of them
-    beyond `longest` -> o (R, H, P, D), sums, maxima (R, H, P) of P chunks, fp32.
+    beyond `longest` -> o (R, H, P, D), sums, maxima (R, H, P) of P chunks, fp32. A single chunk is
+    divided by its sum, and neither sums nor maxima are written.
     """
     (B, H, S, D), R = keys.shape, len(qkv)
-    config = configured(keys, "decode_attend", _attend_config, S, D, R)
+    config = configured(keys, "decode_attend", _attend_config, S, D, power_of_2(R))
     P = cdiv(longest + 1, config["CHUNK"])
     o = torch.empty(R, H, P, D, device=qkv.device, dtype=torch.float32)
     sums, tops = (torch.empty(R, H, P, device=qkv.device, dtype=torch.float32) for _ in range(2))
     launch(_attend_kernel, R * H * P, qkv, keys, values, positions, o, sums, tops,
-           H, S, P, R // B, D**-0.5, D=D, BLOCK_D=power_of_2(D), **config)  # fmt: skip
+           H, S, P, R // B, D**-0.5, D=D, ALONE=P == 1, BLOCK_D=power_of_2(D), **early(qkv),
+           **config)  # fmt: skip
     return o, sums, tops
 
 
@@ -271,18 +207,32 @@ def attend_project(
 ) -> None:  # fmt: skip
     """out (R, N) fp32 += attention @ weight (N, HD).T + bias, for `attend`'s arguments."""
     o, sums, tops = attend(qkv, keys, values, positions, longest)
-    if len(qkv) > MAX_ROWS:
-        share = torch.exp(tops - tops.amax(2, keepdim=True))[..., None]
-        y = (share * o).sum(2) / (share * sums[..., None]).sum(2)
-        _linear_of_many(out, y.flatten(1), weight, bias, None, out, None)
+    if len(qkv) == 1 and 1 < o.shape[2] <= MAX_CHUNKS:
+        _project(out, o, sums, tops, weight, bias)
         return
+    y = o.flatten(1) if o.shape[2] == 1 else _join(o, sums, tops)
+    linear(out, y, weight, bias, residual=out)
+
+
+def _join(o: Tensor, sums: Tensor, tops: Tensor) -> Tensor:
+    """`attend`'s chunks -> (R, HD) fp32"""
+    R, H, P, D = o.shape
+    y = torch.empty(R, H * D, device=o.device, dtype=torch.float32)
+    launch(_join_kernel, R * H, o, sums, tops, y, P, D=D, BLOCK_P=power_of_2(P),
+           BLOCK_D=power_of_2(D), **early(o), num_warps=4)  # fmt: skip
+    return y
+
+
+def _project(
+    out: Tensor, o: Tensor, sums: Tensor, tops: Tensor, weight: Weight, bias: Tensor | None
+) -> None:
+    """Both for a single row: its chunks are joined by each program that needs them."""
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
-    (R, H, P, D), N = o.shape, values.shape[0]
-    block_k = min(power_of_2(H * D), max(64, 1024 // power_of_2(R)))
-    # 4 warps would hold 16 chunks' loads in more registers than there are
-    launch(_project_kernel, cdiv(N, 4), o, sums, tops, values, scales, bias, out, R, N, H,
-           D=D, P=P, BLOCK_M=power_of_2(R), BLOCK_N=4, BLOCK_K=block_k,
-           num_warps=8 if P > 8 else 4)  # fmt: skip
+    (_, H, P, D), N = o.shape, values.shape[0]
+    config = configured(o, "decode_project", _project_config, N, H * D, P)
+    launch(_project_kernel, cdiv(N, config["BLOCK_N"]), o, sums, tops, values, scales, bias, out, N,
+           H=H, D=D, P=P, BLOCK_H=power_of_2(H), BLOCK_D=power_of_2(D), BLOCK_P=power_of_2(P),
+           **early(o), **config)  # fmt: skip
 
 
 def advance(positions: Tensor, last: Tensor) -> None:

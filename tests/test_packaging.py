@@ -54,9 +54,9 @@ LAYERS = """
 KERNELS = """
     _launch _tuned _autograd _math
     _attention
-    gelu attention_forward attention_backward layer_norm cross_entropy embedding adamw decode
-    gemm_tma attention
-    gemm_gelu
+    gelu attention_forward attention_backward layer_norm cross_entropy embedding adamw
+    gemm_tma attention decode_linear
+    gemm_gelu decode
     mlp
 """
 OTHERS = {"bench": ["bench", "fastgpt"], "tests": ["tests", "fastgpt"]}

@@ -133,7 +133,7 @@ def _run_launchers(dtype: torch.dtype) -> None:
 
 
 def _run_decoding(decode: Any, dtype: torch.dtype) -> None:
-    """A step's launchers for one row and for several; TF32 changes nothing in them."""
+    """A step's launchers for one row and for several."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)
