@@ -24,6 +24,7 @@ from fastgpt.fused.untouched import (
     block_weights,
     calls_untouched,
     embeddings_as_built,
+    guard_tied_weights,
     plain,
     plain_matmul,
     untouched,
@@ -43,6 +44,8 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     torch.func, and inside torch.compile for small batches. Inside torch.compile the whole chain is
     traced, made of what backend.OPS has for "compiled".
     """
+    if torch.compiler.is_compiling():
+        guard_tied_weights(model.transformer.wte, model.lm_head)
     if torch.compiler.is_compiling() and _recomputes(model):
         return None  # up to PyTorch 2.11 checkpointing keeps what an autograd.Function saves
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
