@@ -39,6 +39,7 @@ LAYERS = """
     fused.block fused.embedding
     fused.untouched
     fused.whole
+    fused.eager_head
     decoding.parameters
     decoding.decoder
     decoding.pool decoding.lookup

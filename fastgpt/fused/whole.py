@@ -82,6 +82,11 @@ class FusedModel(NamedTuple):
 
     def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What GPT.forward returns."""
+        x, head_weight = self.hidden(idx)
+        return self.head(x, head_weight, targets)
+
+    def hidden(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last norm's output (B, T, C), and the tied weight's alias as `_embed` returns it."""
         parts = self.model.transformer
         again = _recomputes(self.model)
         x, head_weight = self._embed(idx)  # (B, T, C)
@@ -91,7 +96,7 @@ class FusedModel(NamedTuple):
                 delta, x = checkpoint(self._block, block, delta, x, use_reentrant=False)
             else:
                 delta, x = self._block(block, delta, x)
-        return self._head(self._norm(parts.ln_f, delta, x), head_weight, targets)
+        return self._norm(parts.ln_f, delta, x), head_weight
 
     def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, C), and the alias of the tied weight for the head (embedding.py), or None."""
@@ -114,9 +119,10 @@ class FusedModel(NamedTuple):
             return ln_f(_sum(delta, x))
         return block_unit.norm(self.run, delta, x, ln_f.weight, ln_f.bias, self.dtype)
 
-    def _head(
+    def head(
         self, x: Tensor, weight: Tensor | None, targets: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and loss; `weight` None calls the head as the module it is."""
         head, returned = self.model.lm_head, self.model.config.return_logits
         if targets is None:
             return head(x[:, [-1], :]), None
