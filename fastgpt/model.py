@@ -170,8 +170,8 @@ class GPT(nn.Module):
         if targets is not None and outside:
             from fastgpt.fused.eager_head import head_of_return_logits_eager
 
-            x = fused.hidden(idx)[0] if fused else self._hidden(idx)
-            return head_of_return_logits_eager(self, idx, x, targets)
+            x, weight = fused.hidden(idx) if fused else (self._hidden(idx), None)
+            return head_of_return_logits_eager(self, idx, x, weight, targets)
         if fused:
             return fused.forward(idx, targets)
 

@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.fused.untouched import plain_matmul
 from fastgpt.fused.whole import fused_model
 
 
 @torch.compiler.disable
 def head_of_return_logits_eager(
-    model: Any, idx: Tensor, x: Tensor, targets: Tensor
+    model: Any, idx: Tensor, x: Tensor, weight: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits and loss of a GPT's last hidden states x (B, T, C), as without torch.compile.
+    """Logits and loss of what FusedModel.hidden or GPT._hidden returned, as without torch.compile.
 
-    Its name is what PyTorch says under fullgraph=True, which this cannot be part of.
+    PyTorch's message under fullgraph=True, where this cannot be, has its name.
     """
     if fused := fused_model(model, idx):
-        weight = model.lm_head.weight if plain_matmul(model.lm_head) else None
         return fused.head(x, weight, targets)
     logits = model.lm_head(x)
     return logits, ops.cross_entropy(logits.flatten(0, 1), targets.reshape(-1))
