@@ -34,7 +34,7 @@ LAYERS = """
     ops optim
     decoding.eager decoding.graphs
     decoding.native
-    fused.second_stream
+    fused.second_stream fused.guards
     fused.launchers [kernels]
     fused.block fused.embedding
     fused.untouched

@@ -77,22 +77,13 @@ def _own_call(module: Any) -> bool:
 
 
 def _own_forward(module: Any) -> bool:
-    if not torch.compiler.is_compiling():
-        return "forward" not in module.__dict__
-    # read, so that torch.compile guards it: it guards no absence, and PyTorch 2.6 no bound method
-    if not callable(module.forward) or "forward" in module.__dict__:
-        return False
-    return module.forward.__func__ is type(module).forward
+    if torch.compiler.is_compiling():
+        from fastgpt.fused.guards import guard_forward
 
-
-def guard_tied_weights(*modules: Any) -> None:
-    """For torch.compile: that it sees when one of these modules gets a weight of its own. PyTorch
-    2.6 looks again only into the module that has changed, and finds nothing there to compare the
-    new weight with, unless it has to check the order of names in each.
-    """
-    for module in modules:
-        if isinstance(module, nn.Module):
-            tuple(module._parameters)
+        guard_forward(module)
+        if not callable(module.forward):
+            return False  # read it, so that torch.compile guards it: it guards no absence
+    return "forward" not in module.__dict__
 
 
 def plain_lookup(module: Any) -> bool:

@@ -24,7 +24,6 @@ from fastgpt.fused.untouched import (
     block_weights,
     calls_untouched,
     embeddings_as_built,
-    guard_tied_weights,
     plain,
     plain_matmul,
     untouched,
@@ -45,6 +44,8 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     traced, made of what backend.OPS has for "compiled".
     """
     if torch.compiler.is_compiling():
+        from fastgpt.fused.guards import guard_tied_weights
+
         guard_tied_weights(model.transformer.wte, model.lm_head)
     if torch.compiler.is_compiling() and _recomputes(model):
         return None  # up to PyTorch 2.11 checkpointing keeps what an autograd.Function saves

@@ -17,6 +17,7 @@ from torch.nn.modules import module as nn_module
 from fastgpt import GPT, GPTConfig, use_backend
 from tests.close import DEVICE
 from tests.marks import slow
+from tests.model.test_compile import Compiler
 
 WIDTH = 32
 
@@ -100,14 +101,16 @@ def step(forward: Any, model: GPT) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True)]
 
 
-def changed_after(change: Callable[[GPT], Any]) -> tuple[list[Tensor], list[Tensor], GPT, Any]:
+def changed_after(
+    change: Callable[[GPT], Any],
+) -> tuple[list[Tensor], list[Tensor], GPT, Compiler]:
     """What a compiled model computes before and after the change."""
-    model = small()
-    compiled = torch.compile(model, backend="eager")
+    model, compiler = small(), Compiler()
+    compiled = torch.compile(model, backend=compiler)
     before = step(compiled, model)
     torch.manual_seed(1)
     change(model)
-    return before, step(compiled, model), model, compiled
+    return before, step(compiled, model), model, compiler
 
 
 def another_class_is_unseen() -> bool:
@@ -127,7 +130,8 @@ def test_a_change_after_compiling(name):
     if name == "class" and another_class_is_unseen():
         pytest.skip("this PyTorch compiles no second graph for another class, whatever the model")
     with use_backend("triton"):
-        before, after, model, _ = changed_after(CHANGES[name])
+        before, after, model, compiler = changed_after(CHANGES[name])
+    assert "fastgpt.add_layer_norm_forward.default" in compiler.operators  # it is the fused path
     with use_backend("torch"):
         torch.testing.assert_close(after, step(model, model), atol=1e-4, rtol=1e-4)
     assert (after[0] - before[0]).abs() > 1e-5  # what tanh for erf does to it
