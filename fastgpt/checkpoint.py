@@ -151,7 +151,7 @@ def config_of(args: Mapping[str, Any]) -> GPTConfig:
         value = getattr(config, name)
         if isinstance(value, bool) or (isinstance(value, int) and value > LARGEST_COUNT):
             raise ValueError(f"{name}={value!r:.40} must be an integer up to {LARGEST_COUNT}")
-    for name in ("bias", "return_logits", "checkpoint_blocks"):
+    for name in ("bias", "checkpoint_blocks"):
         if not isinstance(getattr(config, name), bool):
             raise ValueError(f"{name}={getattr(config, name)!r:.40} must be True or False")
     dropout = config.dropout

@@ -29,6 +29,8 @@ def check_config(config: Any, known: type) -> None:
         )
     if config.gelu not in ("none", "tanh"):
         raise ValueError(f"unknown gelu={config.gelu!r}; use 'none' (exact) or 'tanh'")
+    if config.return_logits not in (True, False, "eager"):
+        raise ValueError(f"unknown return_logits={config.return_logits!r}; use a bool or 'eager'")
     init.linear_std(config), init.residual_std(config)  # raise on an unknown scheme
 
 

@@ -104,7 +104,9 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
-    return_logits: bool = True  # False: forward(idx, targets) returns (None, loss)
+    # False: forward(idx, targets) returns (None, loss). "eager": it returns logits, and the head is
+    # left out of the graph under torch.compile
+    return_logits: bool | str = True
     gelu: str = "none"  # exact; "tanh" is what OpenAI's weights were trained with
     residual_init: float | str = "0.02/sqrt(2*n_layer)"  # see init.py for the schemes
     linear_init: float | str = 0.02
@@ -163,18 +165,17 @@ class GPT(nn.Module):
         self._check_tokens(idx, self.config.block_size)
         if targets is None:
             checks.check_last_position(idx)
-        if fused := fused_model(self, idx):
+        fused = fused_model(self, idx)
+        outside = self.config.return_logits == "eager" and torch.compiler.is_compiling()
+        if targets is not None and outside:
+            from fastgpt.fused.eager_head import head_of_return_logits_eager
+
+            x, weight = fused.hidden(idx) if fused else (self._hidden(idx), None)
+            return head_of_return_logits_eager(self, idx, x, weight, targets)
+        if fused:
             return fused.forward(idx, targets)
 
-        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
-        tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        pos_emb = self.transformer.wpe(pos)  # (T, C)
-        x = self.transformer.drop(tok_emb + pos_emb)
-        recompute = self.config.checkpoint_blocks and torch.is_grad_enabled()
-        for block in self.transformer.h:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        x = self.transformer.ln_f(x)
-
+        x = self._hidden(idx)
         if targets is None:  # only the last position's; a list, to keep the time dimension
             return self.lm_head(x[:, [-1], :]), None
         targets, head = targets.reshape(-1), self.lm_head
@@ -183,6 +184,17 @@ class GPT(nn.Module):
         logits = head(x)
         loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
         return (logits if self.config.return_logits else None), loss
+
+    def _hidden(self, idx: Tensor) -> Tensor:
+        """What ln_f makes of idx (B, T), module by module: (B, T, C)."""
+        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe(pos)  # (T, C)
+        x = self.transformer.drop(tok_emb + pos_emb)
+        recompute = self.config.checkpoint_blocks and torch.is_grad_enabled()
+        for block in self.transformer.h:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return self.transformer.ln_f(x)
 
     def _check_tokens(self, idx: Tensor, longest: int | None) -> None:
         wte = self.transformer.wte

@@ -34,11 +34,12 @@ LAYERS = """
     ops optim
     decoding.eager decoding.graphs
     decoding.native
-    fused.second_stream
+    fused.second_stream fused.guards
     fused.launchers [kernels]
     fused.block fused.embedding
     fused.untouched
     fused.whole
+    fused.eager_head
     decoding.parameters
     decoding.decoder
     decoding.pool decoding.lookup

@@ -49,6 +49,9 @@ VARIANTS: dict[str, Callable[[Run], Step]] = {
     "fastgpt-compile-nologits": lambda run: _step(
         run, _gpt(run, return_logits=False), own_adamw, "auto", compiled=True
     ),
+    "fastgpt-compile-eager-logits": lambda run: _step(
+        run, _gpt(run, return_logits="eager"), own_adamw, "auto", compiled=True
+    ),
     "fastgpt-compile-ops": lambda run: _compiled_around_kernels(run),
     "fastgpt-step": lambda run: _own_step(run),
     "fastgpt-step-graph": lambda run: _own_step(run, capture=True),

@@ -7,7 +7,8 @@ train.py`.
 
 nanoGPT's train.py throws the logits of a training step away. `--no-logits` saves computing a loss
 that keeps them: forward(idx, targets) returns (None, loss), as under return_logits=False. A script
-that uses them finds None.
+that uses them finds None. `--eager-logits` keeps them, and their head out of torch.compile's graph,
+as under return_logits="eager".
 """
 
 import argparse
@@ -27,16 +28,30 @@ from fastgpt import devices, model
 class WithoutLogits(model.GPT):
     """A GPT under return_logits=False, of which a nanoGPT script's GPTConfig knows nothing."""
 
+    returned: bool | str = False
+
     def __init__(self, config: Any):
         super().__init__(config)
-        self.config.return_logits = False
+        self.config.return_logits = self.returned
+
+
+class WithEagerLogits(WithoutLogits):
+    """The same under return_logits="eager"."""
+
+    returned = "eager"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    logits = parser.add_mutually_exclusive_group()
+    logits.add_argument(
         "--no-logits",
         action="store_true",
         help="return None for logits beside a loss: faster, for scripts that ignore them",
+    )
+    logits.add_argument(
+        "--eager-logits",
+        action="store_true",
+        help="compute logits and loss outside the graph of torch.compile",
     )
     parser.add_argument("script", type=Path, help="train.py, sample.py, bench.py or your own")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="the script's own, all that follow")
@@ -45,17 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not args.script.is_file():
         raise FileNotFoundError(f"no script {args.script}; call this in nanoGPT's folder")
-    how = ", without logits beside a loss" if args.no_logits else ""
+    answer, how = model, ""
+    if args.no_logits:
+        answer, how = _model_with(WithoutLogits), ", without logits beside a loss"
+    elif args.eager_logits:
+        answer, how = _model_with(WithEagerLogits), ", logits outside compiled graphs"
     print(f"fastgpt: {args.script} runs with `model` answered by fastgpt{how}", flush=True)
     if math.isnan(devices.peak_flops(devices.pick_device(None))):
         print("fastgpt: this device's peak is not known, so mfu is nan", flush=True)
-    folder, answer = args.script.resolve().parent, _without_logits() if args.no_logits else model
-    return execute(args.script, args.args, folder=folder, model=answer)
+    return execute(args.script, args.args, folder=args.script.resolve().parent, model=answer)
 
 
-def _without_logits() -> ModuleType:
+def _model_with(gpt: type[model.GPT]) -> ModuleType:
     answer = ModuleType("model")
-    vars(answer).update({**vars(model), "GPT": WithoutLogits})
+    vars(answer).update({**vars(model), "GPT": gpt})
     return answer
 
 

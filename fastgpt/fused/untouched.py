@@ -77,8 +77,12 @@ def _own_call(module: Any) -> bool:
 
 
 def _own_forward(module: Any) -> bool:
-    if torch.compiler.is_compiling() and not callable(module.forward):
-        return False  # read it, so that torch.compile guards it: it guards no absence
+    if torch.compiler.is_compiling():
+        from fastgpt.fused.guards import guard_forward
+
+        guard_forward(module)
+        if not callable(module.forward):
+            return False  # read it, so that torch.compile guards it: it guards no absence
     return "forward" not in module.__dict__
 
 

@@ -43,6 +43,10 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
     torch.func, and inside torch.compile for small batches. Inside torch.compile the whole chain is
     traced, made of what backend.OPS has for "compiled".
     """
+    if torch.compiler.is_compiling():
+        from fastgpt.fused.guards import guard_tied_weights
+
+        guard_tied_weights(model.transformer.wte, model.lm_head)
     if torch.compiler.is_compiling() and _recomputes(model):
         return None  # up to PyTorch 2.11 checkpointing keeps what an autograd.Function saves
     weight, cfg = getattr(model.lm_head, "weight", None), model.config
@@ -79,6 +83,11 @@ class FusedModel(NamedTuple):
 
     def forward(self, idx: Tensor, targets: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What GPT.forward returns."""
+        x, head_weight = self.hidden(idx)
+        return self.head(x, head_weight, targets)
+
+    def hidden(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last norm's output (B, T, C), and the tied weight's alias as `_embed` returns it."""
         parts = self.model.transformer
         again = _recomputes(self.model)
         x, head_weight = self._embed(idx)  # (B, T, C)
@@ -88,7 +97,7 @@ class FusedModel(NamedTuple):
                 delta, x = checkpoint(self._block, block, delta, x, use_reentrant=False)
             else:
                 delta, x = self._block(block, delta, x)
-        return self._head(self._norm(parts.ln_f, delta, x), head_weight, targets)
+        return self._norm(parts.ln_f, delta, x), head_weight
 
     def _embed(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, C), and the alias of the tied weight for the head (embedding.py), or None."""
@@ -111,9 +120,10 @@ class FusedModel(NamedTuple):
             return ln_f(_sum(delta, x))
         return block_unit.norm(self.run, delta, x, ln_f.weight, ln_f.bias, self.dtype)
 
-    def _head(
+    def head(
         self, x: Tensor, weight: Tensor | None, targets: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and loss; `weight` None calls the head as the module it is."""
         head, returned = self.model.lm_head, self.model.config.return_logits
         if targets is None:
             return head(x[:, [-1], :]), None

@@ -162,7 +162,9 @@ class TestRun:
         assert last == seen
         assert (sys.argv, sys.path, sys.modules.get("model")) == before
 
-    @pytest.mark.parametrize("flags, logits", [((), True), (("--no-logits",), False)])
+    @pytest.mark.parametrize(
+        "flags, logits", [((), True), (("--no-logits",), False), (("--eager-logits",), True)]
+    )
     def test_logits_beside_a_loss(self, tmp_path, capsys, flags, logits):
         """As train.py builds and calls a model; without targets there is nothing else."""
         script = tmp_path / "script.py"
@@ -175,6 +177,8 @@ class TestRun:
             "alone, nothing = model(idx)\n"
             "print(isinstance(model, GPT), logits is not None, loss.shape, alone.shape, nothing)\n"
             "print(sys.argv[1:])\n"
+            "assert model.config.return_logits == %r\n"
+            % ("eager" if "--eager-logits" in flags else logits)
         )
         assert (
             cli.main(["run", *flags, str(script), "--no-logits"]) == 0
@@ -183,6 +187,9 @@ class TestRun:
         assert ("without logits" in printed[0]) != logits
         expected = f"True {logits} torch.Size([]) torch.Size([1, 1, 11]) None"
         assert printed[-2:] == [expected, "['--no-logits']"]
+
+    def test_no_logits_that_are_eager(self, capsys):
+        assert "not allowed with" in refused(capsys, "run", "--no-logits", "--eager-logits", "x.py")
 
     def test_a_missing_script(self, capsys, tmp_path):
         assert "no script" in refused(capsys, "run", tmp_path / "train.py")
