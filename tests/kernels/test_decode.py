@@ -46,6 +46,14 @@ def assert_close(ours: Tensor, truth: Tensor, low: torch.dtype, eager_rounds: bo
     assert error <= limit * scale, (error, scale)
 
 
+def settle() -> None:
+    """Weights and caches are read while kernels in front still run; a step's `embed` waits for all
+    that was before.
+    """
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def rounds(run, rows: int) -> bool:
     """Whether PyTorch's matmuls run, or rows are normed into the weights' dtype."""
     most = min(decode_linear.MAX_NORMED_ROWS, decode_linear.most_rows(torch.float16))
@@ -82,6 +90,7 @@ def test_linear(run, low, case, M, N, K):
     )  # fmt: skip
     out = torch.full((M, N), math.nan, device=DEVICE) if residual is None else residual
     given = [t.clone() for t in (x, weight)]
+    settle()
     run.linear(out, x, weight, bias, norm, residual, approximate)
     assert torch.equal(x, given[0]) and torch.equal(weight, given[1])
     assert_close(out, truth, low, rounds(run, M) and low != torch.float32)
@@ -109,6 +118,7 @@ def test_linear_of_int8(run, case, M, N, K):
         x.double(), dense, *double(bias), wide, *double(residual), approximate
     )
     out = torch.full((M, N), math.nan, device=DEVICE) if residual is None else residual
+    settle()
     run.linear(out, x, weight, bias, norm, residual, approximate)
     assert_close(out, truth, torch.bfloat16, rounds(run, M))
 
@@ -142,6 +152,7 @@ def test_attention_projected_by_int8(run):
     positions = torch.tensor([4, 8], device=DEVICE, dtype=torch.int32)
     y = reference.decode_attention_(keys.double(), values.double(), qkv.double(), positions)
     truth = x.double() + y @ dense.t() + bias.double()
+    settle()
     run.attend_project(x, qkv, keys, values, positions, 8, weight, bias)
     assert_close(x, truth, torch.bfloat16, rounds(run, 2))
 
@@ -179,6 +190,7 @@ def test_attention_and_its_projection(run, low, B, H, S, D, new, filled):
     rounded[:, C:] = qkv[:, C:].to(low)
     y = reference.decode_attention_(wide_keys, wide_values, rounded.double(), positions)
     truth = x.double() + y @ weight.double().t() + bias.double()
+    settle()
     run.attend_project(x, qkv, keys, values, positions, furthest + new - 1, weight, bias)
     assert_close(x, truth, low, rounds(run, len(x)) and low != torch.float32)
     torch.testing.assert_close(keys.double(), wide_keys, equal_nan=True)
@@ -200,6 +212,7 @@ def test_embedding(run, dtype):
     ids = torch.tensor([3, 10, 0], device=DEVICE)
     positions = torch.tensor([0, 8, 2], device=DEVICE, dtype=torch.int32)
     out = torch.full((3, 24), math.nan, device=DEVICE)
+    settle()
     run.embed(out, ids, positions, wte, wpe)
     assert torch.equal(out, wte[ids].float() + wpe[positions.long()].float())
 
