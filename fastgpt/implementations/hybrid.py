@@ -22,10 +22,12 @@ packed_forward = sdpa.cudnn.packed_forward
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, dropout_p: float) -> str | None:
     from fastgpt.kernels import attention
 
+    qkv = tensors[0]
     if dropout_p > 0:
         return "fastgpt's backward cannot draw cuDNN's dropout again"
-    problem = sdpa.cudnn.unsupported(tensors, head_dim, dropout_p)
-    return problem or attention.unsupported(tensors, head_dim, dropout_p)
+    if sdpa.choice(qkv, qkv.shape[-1] // (3 * head_dim), dropout_p) is not sdpa.cudnn:
+        return "SDPA would not run cuDNN for such queries"
+    return attention.unsupported(tensors, head_dim, dropout_p)
 
 
 def packed_backward(
