@@ -277,7 +277,7 @@ def _wanted(op: str, tensor: Tensor) -> tuple[str, str]:
     choice, source = OPS[op].unmeasured, "the conservative choice"
     if tensor.is_cuda:
         choice, source = _measured_on(tensor.device, op) or (choice, source)
-    if _mode == "triton" and choice == "torch":
+    if _mode == "triton" and OPS[op].implementations.get(choice, _OTHERS).startswith(_OTHERS):
         return "triton", "the backend is set to triton"
     return choice, source
 

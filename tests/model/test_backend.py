@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -346,3 +347,19 @@ def test_an_op_that_is_given_to_pytorch_is_left_to_it_in_a_fused_gpt_too(op):
 def test_the_start_value_triton_loads_what_torch_compile_cannot_import():
     code = "import fastgpt; from fastgpt import backend; print(len(backend._loaded))"
     assert int(run_python(code, FASTGPT_BACKEND="triton", TRITON_INTERPRET="1").stdout) > 5
+
+
+@pytest.mark.parametrize("measured", ["hybrid", "cudnn", "flash", "torch"])
+def test_mode_triton_is_our_kernels_whatever_was_measured(measured, monkeypatch):
+    """The fused MLP's "cublas" is ours: PyTorch's GEMM under our kernels."""
+    fastest = {"packed_causal_attention": measured, "mlp": "cublas"}
+    monkeypatch.setattr(backend, "_measured_on", lambda device, op: (fastest[op], "measured"))
+    on_a_gpu = types.SimpleNamespace(is_cuda=True, device="cuda:0")
+
+    def wanted(mode, op):
+        with use_backend(mode):
+            return backend._wanted(op, on_a_gpu)[0]
+
+    assert wanted("auto", "packed_causal_attention") == measured
+    assert wanted("triton", "packed_causal_attention") == "triton"
+    assert wanted("auto", "mlp") == wanted("triton", "mlp") == "cublas"
