@@ -246,11 +246,13 @@ def random_batch(
     generator: torch.Generator,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Random windows x (B, T) of `ids`, and y (B, T), the id that follows each of theirs."""
+    """Random windows x (B, T) of `ids`, and y (B, T), the id that follows each of theirs; both
+    contiguous, as nanoGPT's loss takes targets.view(-1).
+    """
     windows = random_windows(ids, batch_size, block_size, generator)
     if device.type == "cuda":  # from pinned memory the copy does not hold up the CPU
         windows = windows.pin_memory().to(device, non_blocking=True)
-    return windows[:, :-1], windows[:, 1:]
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def random_windows(

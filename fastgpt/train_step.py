@@ -30,7 +30,9 @@ class TrainStep:
     `capture` records forward and backward of a batch in a CUDA graph at the first call and replays
     it from then on, for batches of that shape: no Python between kernels, which is what small
     batches wait for. `overlap` puts weight gradients on a second stream of that graph, beside
-    passes over memory: the same bits. `compile` runs the model under torch.compile.
+    passes over memory: the same bits, faster (an H200: 3 % at 124M), for the memory of a block's
+    operands; by default wherever there is such a graph. `compile` runs the model under
+    torch.compile.
 
     `data_parallel` averages the gradients of all processes of torch.distributed's group, which each
     call it with as many batches of their own. The loss that it returns is this process's.
@@ -51,7 +53,7 @@ class TrainStep:
         compile: bool = False,
         max_skipped: int = 100,
         data_parallel: bool = False,
-        overlap: bool = False,
+        overlap: bool | None = None,
     ):
         self.model, self.dtype = model, dtype
         # not the head's: a fork's may have no weight of its own
@@ -63,7 +65,7 @@ class TrainStep:
             raise ValueError("capture=True records one process's step; leave data_parallel or it")
         if overlap and (compile or not capture):
             raise ValueError("overlap=True needs capture=True, and not compile=True")
-        self.overlap = overlap
+        self.overlap = capture and not compile if overlap is None else overlap
         self.forward: Forward = torch.compile(model) if compile else model
         if data_parallel:  # makes the weights those of process 0, before they are copied
             devices_used = [self.device] if self.device.type == "cuda" else None

@@ -48,7 +48,7 @@ SUITE = "tests.gpu --resume --out {out} --budget {seconds} --part"
 TRAIN = "bench.train --out {out}/records --size {size} --block-size {T}"
 B16 = f"{TRAIN} --batch-size {{large}} --rounds {{rounds}} --steps {{steps}} --variants"
 B4 = f"{TRAIN} --batch-size {{small}} --rounds {{rounds}} --steps {{steps}} --variants"
-OWN = "fastgpt-step-graph fastgpt-step-overlap fastgpt fastgpt-step fastgpt-nologits"
+OWN = "fastgpt-step-overlap fastgpt-step-graph fastgpt fastgpt-step fastgpt-nologits"
 # the record is written after every variant: what is cut off comes last
 COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt fastgpt-compile fastgpt-compile-ops"
 MORE = "nanogpt fastgpt-nologits liger-fused"  # so that one record has every variant

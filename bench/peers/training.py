@@ -54,7 +54,7 @@ VARIANTS: dict[str, Callable[[Run], Step]] = {
     ),
     "fastgpt-compile-ops": lambda run: _compiled_around_kernels(run),
     "fastgpt-step": lambda run: _own_step(run),
-    "fastgpt-step-graph": lambda run: _own_step(run, capture=True),
+    "fastgpt-step-graph": lambda run: _own_step(run, capture=True, overlap=False),
     "fastgpt-step-overlap": lambda run: _own_step(run, capture=True, overlap=True),
 }
 

@@ -28,7 +28,7 @@ def windows(split: Split, batch_size: int, block_size: int, seed: int) -> Tensor
 
 def moved(rows: Tensor, device: torch.device) -> Batch:
     rows = rows.to(device, non_blocking=True)
-    return rows[:, :-1], rows[:, 1:]
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 class Batches:

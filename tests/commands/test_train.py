@@ -199,6 +199,7 @@ class TestPrepare:
         ids = data.load_split(tmp_path, "val")
         x, y = data.random_batch(ids, 2, 8, generator, torch.device("cpu"))
         assert x.min() > 32767 and torch.equal(y, x + 1)
+        assert x.is_contiguous() and y.is_contiguous()  # nanoGPT takes targets.view(-1)
         assert "".join(tokenizer.stream(x[0].tolist())) in text
 
     def test_batches_reach_both_ends(self, tmp_path):
