@@ -14,6 +14,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 FAILURES = "failures.txt"  # at once: a process that is ended never prints its tracebacks
 MAX_TEXT = 6000  # characters of one
 BROKEN = 70  # exit code: the device answers this process no longer
@@ -50,6 +52,7 @@ def pytest_configure(config):
         config.pluginmanager.register(Outcomes(config.getoption("outcomes")))
 
 
+@pytest.hookimpl(trylast=True)  # what -m leaves out will not run, and nobody waits for it
 def pytest_collection_modifyitems(config, items):
     first, step = map(int, config.getoption("shard").split("/"))
     kept, path = items[first::step], config.getoption("outcomes")
