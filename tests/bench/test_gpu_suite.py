@@ -53,10 +53,8 @@ def test_rehearsal(tmp_path):
 def test_nobody_waits_for_a_test_that_is_left_out(tmp_path):
     file, log = tmp_path / "test_slow.py", tmp_path / "outcomes-0.jsonl"
     file.write_text("import pytest\n@pytest.mark.slow\ndef test_a(): pass\ndef test_b(): pass\n")
-    log = tmp_path / "outcomes-0.jsonl"
-    done = run(
-        *command, "-m", "not slow", "--outcomes", str(log), "-c", "pyproject.toml", str(file)
-    )
+    command = ["pytest", "-c", "pyproject.toml", "-m", "not slow", "-p", "tests.gpu.shard"]
+    done = run("-m", *command, "--outcomes", str(log), str(file))
     assert done.returncode == 0, done.stdout
     assert [line["outcome"] for line in outcomes(tmp_path).values()] == ["passed"]
 
