@@ -51,7 +51,7 @@ B4 = f"{TRAIN} --batch-size {{small}} --rounds {{rounds}} --steps {{steps}} --va
 OWN = "fastgpt-step-overlap fastgpt-step-graph fastgpt fastgpt-step fastgpt-nologits"
 # the record is written after every variant: what is cut off comes last
 COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt fastgpt-compile fastgpt-compile-ops"
-MORE = "nanogpt fastgpt-nologits liger-fused"  # so that one record has every variant
+MORE = "nanogpt fastgpt-nologits fastgpt-compile-eager-logits liger-fused"  # so that one record has every variant
 PROFILE = "bench.profiler --out {out} --size {size} --batch-size {large} --variant"
 OPS = (
     "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
@@ -76,7 +76,7 @@ STAGES = (
     Stage("gemm", "bench.gpu.gemms --tokens {tokens} --width {width} --vocabulary {vocabulary}"
           " --seconds {sampling}", 30, 12),
     Stage("train-b16", f"{B16} eager {{compile}} {OWN} nanogpt liger-fused", 170, 60),
-    Stage("train-b16-compiled", f"{B16} eager {COMPILED} {MORE}", 340, 140),
+    Stage("train-b16-compiled", f"{B16} eager {COMPILED} {MORE}", 360, 140),
     Stage("suite-huge", f"{SUITE} huge", 120, 40, fine=(0, 1)),
     Stage("profile-step", f"{PROFILE} fastgpt-step", 60, 25),
     Stage("profile-compile", f"{PROFILE} {{compile}}", 120, 60),
