@@ -51,7 +51,8 @@ B4 = f"{TRAIN} --batch-size {{small}} --rounds {{rounds}} --steps {{steps}} --va
 OWN = "fastgpt-step-overlap fastgpt-step-graph fastgpt fastgpt-step fastgpt-nologits"
 # the record is written after every variant: what is cut off comes last
 COMPILED = "{compile} fastgpt-step-graph fastgpt-step fastgpt fastgpt-compile fastgpt-compile-ops"
-MORE = "nanogpt fastgpt-nologits fastgpt-compile-eager-logits liger-fused"  # so that one record has every variant
+# so that one record has every variant
+MORE = "nanogpt fastgpt-nologits fastgpt-compile-eager-logits liger-fused"
 PROFILE = "bench.profiler --out {out} --size {size} --batch-size {large} --variant"
 OPS = (
     "bench.ops --results {out}/records --tokens {tokens} --width {width} --vocabulary {vocabulary}"
