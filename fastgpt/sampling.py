@@ -25,7 +25,7 @@ from fastgpt.decoding.lookup import Ahead, PromptLookup
 from fastgpt.decoding.parameters import Parameters, in_dtype, in_int8, parameters, state_of
 from fastgpt.fused.untouched import Snapshot
 
-_multinomial = torch.multinomial
+_multinomial, _largest = torch.multinomial, torch.topk
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Sampling:
         """
         numbers = (self.temperature, self.top_k or 1, self.top_p or 1.0)
         plain = all(isinstance(n, int | float) for n in numbers)
-        return plain and (self.greedy or torch.multinomial is _multinomial)
+        replaced = torch.multinomial is not _multinomial or torch.topk is not _largest
+        return plain and (self.greedy or not replaced)
 
     def draw(self, logits: Tensor) -> Tensor:
         """logits (B, V) -> ids (B, 1), consuming the generator exactly as nanoGPT does."""
@@ -62,8 +63,8 @@ class Sampling:
             return logits.argmax(dim=-1, keepdim=True)
         logits = logits / self.temperature
         if self.top_k is not None:
-            kept = torch.topk(logits, min(self.top_k, logits.size(-1)), sorted=False).values
-            kth = kept.amin(dim=-1, keepdim=True)  # no sort, and no index for the host to send
+            kept = _topk(logits, min(self.top_k, logits.size(-1)))
+            kth = kept.amin(dim=-1, keepdim=True)  # no index, which the host would have to send
             logits = logits.masked_fill(logits < kth, -math.inf)  # ties with the k-th stay
         if self.top_p is not None:
             logits = _keep_nucleus(logits, self.top_p)
@@ -71,6 +72,14 @@ class Sampling:
         if p.is_cuda and torch.multinomial is _multinomial:  # its own steps, but for a host wait
             return (p / torch.empty_like(p).exponential_()).argmax(dim=-1, keepdim=True)
         return torch.multinomial(p, num_samples=1)
+
+
+def _topk(logits: Tensor, k: int) -> Tensor:
+    """The k largest, which PyTorch's own need not sort: a caller's function gets nanoGPT's call."""
+    if torch.topk is _largest:
+        return _largest(logits, k, sorted=False).values
+    values, _ = torch.topk(logits, k)
+    return values
 
 
 def _keep_nucleus(logits: Tensor, top_p: float) -> Tensor:

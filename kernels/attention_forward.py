@@ -92,8 +92,11 @@ def _config(D: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. In 16 bits, up to D=128, what was
     fastest of 50 on an H200; the rest so that sm_90 code does not spill (`fastgpt inspect`)."""
     block_d = max(16, power_of_2(D))
-    if dtype != torch.float32:
-        block_m, block_n, warps, stages = (64, 64, 4, 3) if block_d <= 128 else (64, 32, 8, 2)
+    if dtype != torch.float32 and block_d > 128:
+        block_m, block_n, warps, stages = 64, 32, 8, 2
+    elif dtype != torch.float32:  # odd heads are read one element at a time, for many registers
+        block_m, warps = (128, 8) if block_d == 128 and D % 16 else (64, 4)
+        block_n, stages = 64, 3
     elif block_d <= 128:
         block_m, block_n, warps, stages = 64, 32 if block_d <= 64 else 16, 8, 2
     else:
