@@ -50,7 +50,7 @@ setup(
     package_data={
         "fastgpt": ["py.typed"],
         "fastgpt.decoding": ["native.c"],
-        "fastgpt.implementations": ["native.c"],
+        "fastgpt.implementations": ["native.c", "vectors.h"],
         "fastgpt.kernels": ["tuned.json"],
     },
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "tqdm"],

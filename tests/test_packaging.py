@@ -203,6 +203,9 @@ def test_beside_hugging_faces_kernels_each_keeps_its_own(tmp_path):
     assert Path(ours).resolve() == ROOT / "kernels/_launch.py"
 
 
+SOURCES = (".py", ".c", ".h")
+
+
 @pytest.mark.parametrize("link", [True, False], ids=["with the link", "git without links"])
 def test_the_wheel_holds_the_kernels_under_fastgpt_only(tmp_path, link):
     needs = [sys.executable, "-c", "import setuptools.command.bdist_wheel, pip"]
@@ -225,7 +228,9 @@ def test_the_wheel_holds_the_kernels_under_fastgpt_only(tmp_path, link):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("fastgpt/**/*.py")}
+    sources = {
+        str(path.relative_to(ROOT)) for path in ROOT.glob("fastgpt/**/*") if path.suffix in SOURCES
+    }
     sources |= {f"fastgpt/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
     assert sources | {"fastgpt/kernels/tuned.json"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastgpt"}

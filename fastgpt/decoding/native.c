@@ -1,27 +1,77 @@
 /* A decoding step's two loops over memory, for CPUs: see native.py.
 
    A GEMV reads each weight once. Every output is one dot product along a row of the weight, as
-   nanoGPT stores it, and the rows are shared among threads; sums are fp32 in vector lanes. */
+   nanoGPT stores it, and blocks of rows are shared among threads; sums are fp32 in vector lanes. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#define LANES 16
+#include "vectors.h"
 
-static float from_bf16(uint16_t bits) {
-    union { uint32_t bits; float value; } wide = {(uint32_t)bits << 16};
-    return wide.value;
+#define LANES_OF(T) __attribute__((vector_size(sizeof(T) * LANES)))
+typedef uint32_t words LANES_OF(uint32_t);
+typedef uint16_t halves LANES_OF(uint16_t);
+typedef int16_t shorts LANES_OF(int16_t);
+typedef int8_t bytes LANES_OF(int8_t);
+
+static inline float from_int8(int8_t value) { return value; }
+
+static inline floats load_f32(const float *p) { return *(const floats *)p; }
+
+static inline floats load_bf16(const uint16_t *p) {
+    halves bits;
+    memcpy(&bits, p, sizeof bits);
+    return (floats)(__builtin_convertvector(bits, words) << 16);
 }
 
-static uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays NaN */
-    union { float value; uint32_t bits; } wide = {value};
-    if (value != value) return 0x7fc0;
-    return (uint16_t)((wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16);
+static inline floats load_int8(const int8_t *p) { /* in steps that are instructions: GCC goes no
+                                                     other way */
+    bytes values;
+    memcpy(&values, p, sizeof values);
+    shorts wider = __builtin_convertvector(values, shorts);
+    return (floats)__builtin_convertvector(__builtin_convertvector(wider, ints), floats);
 }
 
-static float from_int8(int8_t value) { return value; }
-static float from_f32(float value) { return value; }
-static float to_f32(float value) { return value; }
+/* The first `count` of LANES numbers; the others are 0 */
+static inline floats some(const float *p, int count) {
+    floats v = {0};
+    memcpy(&v, p, sizeof(float) * count);
+    return v;
+}
+
+#define SHUFFLE __builtin_shufflevector
+
+/* Lanes of a and then of b, of which each group's two halves are added up: groups of 16, 8, 4, 2 */
+static inline floats fold16(floats a, floats b) {
+    return SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+static inline floats fold8(floats a, floats b) {
+    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+static inline floats fold4(floats a, floats b) {
+    return SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+
+static inline floats fold2(floats a, floats b) {
+    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* Lane i is the sum of v[i]'s lanes. 16 sums at once: one alone costs as much as half a row */
+static inline floats totals(const floats *v) {
+    floats a[8], b[4];
+    for (int i = 0; i < 8; i++) a[i] = fold16(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 4; i++) b[i] = fold8(a[2 * i], a[2 * i + 1]);
+    return fold2(fold4(b[0], b[1]), fold4(b[2], b[3]));
+}
+
+static inline floats gelu(floats h, int tanh) {
+    floats less;
+    return h * (tanh ? tanh_cdf(h, &less) : normal_cdf(h, exp_(h * h * -0.5f)));
+}
 
 static void layer_norm(const float *x, const float *weight, const float *bias, float *y, int N) {
     float sum = 0, squares = 0;
@@ -35,52 +85,18 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         y[i] = (x[i] - mean) * rstd * weight[i] + (bias ? bias[i] : 0);
 }
 
-#define LANES 16
-#define LANES_OF(T) __attribute__((vector_size(sizeof(T) * LANES)))
-typedef float vec LANES_OF(float);
-typedef uint32_t words LANES_OF(uint32_t);
-typedef int32_t ints LANES_OF(int32_t);
-typedef uint16_t halves LANES_OF(uint16_t);
-typedef int16_t shorts LANES_OF(int16_t);
-typedef int8_t bytes LANES_OF(int8_t);
+enum { GROUP = 4 }; /* rows of x in one pass over a weight */
 
-static vec load_f32(const float *p) {
-    vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static vec load_bf16(const uint16_t *p) {
-    halves bits;
-    memcpy(&bits, p, sizeof bits);
-    return (vec)(__builtin_convertvector(bits, words) << 16);
-}
-
-static vec load_int8(const int8_t *p) { /* in steps that are instructions: GCC goes no other way */
-    bytes values;
-    memcpy(&values, p, sizeof values);
-    shorts wider = __builtin_convertvector(values, shorts);
-    return __builtin_convertvector(__builtin_convertvector(wider, ints), vec);
-}
-
-static float total(vec v) {
-    float lanes[LANES];
-    memcpy(lanes, &v, sizeof v);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
-
-/* sums[r] = w . x[r]. Of one weight at a time, which is how memory is read fastest; in two parts, so
-   that an addition need not wait for the last one. A row's are added up in one order whichever rows
-   are beside it. */
+/* sums[r] = lane by lane w . x[r], rest[r] what is left of K. Of one weight at a time, which is how
+   memory is read fastest; in two parts, so that an addition need not wait for the last one. A row's
+   are added up in one order whichever rows are beside it. */
 #define DOTS(NAME, T, FROM, LOAD)                                                                 \
     static inline __attribute__((always_inline)) void NAME(                                       \
-        const T *w, const float *const *x, float *sums, int rows, int K) {                        \
-        vec even[4] = {0}, odd[4] = {0};                                                          \
+        const T *w, const float *const *x, floats *sums, float *rest, int rows, int K) {          \
+        floats even[GROUP] = {0}, odd[GROUP] = {0};                                               \
         int k = 0;                                                                                \
         for (; k + 2 * LANES <= K; k += 2 * LANES) {                                              \
-            vec first = LOAD(w + k), second = LOAD(w + k + LANES);                                \
+            floats first = LOAD(w + k), second = LOAD(w + k + LANES);                             \
             _Pragma("GCC unroll 4")                                                               \
             for (int r = 0; r < rows; r++) {                                                      \
                 even[r] += load_f32(x[r] + k) * first;                                            \
@@ -89,17 +105,19 @@ static float total(vec v) {
         }                                                                                         \
         _Pragma("GCC unroll 4")                                                                   \
         for (int r = 0; r < rows; r++) {                                                          \
-            sums[r] = total(even[r] + odd[r]);                                                    \
-            for (int j = k; j < K; j++) sums[r] += x[r][j] * FROM(w[j]);                          \
+            sums[r * LANES] = even[r] + odd[r];                                                   \
+            rest[r * LANES] = 0;                                                                  \
+            for (int j = k; j < K; j++) rest[r * LANES] += x[r][j] * FROM(w[j]);                  \
         }                                                                                         \
     }
 
-/* y (M, N) = [residual +] ([layer norm] (x (M, K)) @ w (N, K)^T [* scales] + bias) */
+/* y (M, N) = [residual +] [gelu]([layer norm] (x (M, K)) @ w (N, K)^T [* scales] + bias), GELU in
+   its tanh form if activation is 2, none if it is 0 */
 #define LINEAR(NAME, T, FROM, LOAD)                                                               \
     DOTS(NAME##_dots, T, FROM, LOAD)                                                              \
     void NAME(const float *x, const T *w, const float *scales, const float *bias,                 \
               const float *norm_weight, const float *norm_bias, const float *residual, float *y,  \
-              int M, int N, int K, int threads) {                                                 \
+              int M, int N, int K, int activation, int threads) {                                 \
         float *normed = NULL;                                                                     \
         if (norm_weight) {                                                                        \
             normed = malloc(sizeof(float) * M * K);                                               \
@@ -109,21 +127,34 @@ static float total(vec v) {
             x = normed;                                                                           \
         }                                                                                         \
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
-        for (int n = 0; n < N; n++) {                                                             \
-            const T *row = w + (int64_t)n * K;                                                    \
-            for (int first = 0; first < M; first += 4) {                                          \
-                const float *xs[4];                                                               \
-                for (int r = 0; r < 4; r++)                                                       \
+        for (int n = 0; n < N; n += LANES) {                                                      \
+            int count = N - n < LANES ? N - n : LANES;                                            \
+            for (int first = 0; first < M; first += GROUP) {                                      \
+                const float *xs[GROUP];                                                           \
+                for (int r = 0; r < GROUP; r++)                                                   \
                     xs[r] = x + (int64_t)(first + r < M ? first + r : first) * K;                 \
-                float sums[4];                                                                    \
-                if (M == 1)                                                                       \
-                    NAME##_dots(row, xs, sums, 1, K);                                             \
-                else                                                                              \
-                    NAME##_dots(row, xs, sums, 4, K);                                             \
-                for (int m = first; m < M && m < first + 4; m++) {                                \
+                floats sums[GROUP * LANES];                                                       \
+                float rest[GROUP * LANES];                                                        \
+                if (count < LANES) {                                                              \
+                    memset(sums, 0, sizeof sums);                                                 \
+                    memset(rest, 0, sizeof rest);                                                 \
+                }                                                                                 \
+                for (int i = 0; i < count; i++) {                                                 \
+                    const T *row = w + (int64_t)(n + i) * K;                                      \
+                    if (M == 1)                                                                   \
+                        NAME##_dots(row, xs, sums + i, rest + i, 1, K);                           \
+                    else                                                                          \
+                        NAME##_dots(row, xs, sums + i, rest + i, GROUP, K);                       \
+                }                                                                                 \
+                for (int m = first; m < M && m < first + GROUP; m++) {                            \
+                    int at = (m - first) * LANES;                                                 \
                     int64_t to = (int64_t)m * N + n;                                              \
-                    float sum = sums[m - first] * (scales ? scales[n] : 1) + (bias ? bias[n] : 0);\
-                    y[to] = residual ? residual[to] + sum : sum;                                  \
+                    floats out = totals(sums + at) + load_f32(rest + at);                         \
+                    if (scales) out *= some(scales + n, count);                                   \
+                    if (bias) out += some(bias + n, count);                                       \
+                    if (activation) out = gelu(out, activation == 2);                             \
+                    if (residual) out += some(residual + to, count);                              \
+                    memcpy(y + to, &out, sizeof(float) * count);                                  \
                 }                                                                                 \
             }                                                                                     \
         }                                                                                         \
@@ -146,36 +177,73 @@ static float total(vec v) {
         }                                                                                         \
         _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
         for (int rh = 0; rh < R * H; rh++) {                                                      \
-            int r = rh / H, h = rh % H, last = positions[r];                                      \
+            int r = rh / H, h = rh % H, length = positions[r] + 1;                                \
+            int whole = (length + LANES - 1) / LANES * LANES;                                     \
             const float *q = qkv + ((int64_t)r * 3 * H + h) * D;                                  \
             int64_t cache = ((int64_t)r / (R / B) * H + h) * S * D;                               \
-            const T *ks = keys + cache, *vs = values + cache;                                     \
-            float *p = malloc(sizeof(float) * (last + 1 + D)), *sums = p + last + 1;              \
-            float top = -INFINITY, all = 0, scale = 1 / sqrtf(D);                                 \
-            for (int t = 0; t <= last; t++) {                                                     \
-                const T *k = ks + (int64_t)t * D;                                                 \
-                vec products = {0};                                                               \
-                int d = 0;                                                                        \
-                for (; d + LANES <= D; d += LANES) products += load_f32(q + d) * LOAD(k + d);     \
-                float s = total(products);                                                        \
-                for (; d < D; d++) s += q[d] * FROM(k[d]);                                        \
-                p[t] = s * scale;                                                                 \
-                top = p[t] > top ? p[t] : top;                                                    \
-            }                                                                                     \
-            for (int d = 0; d < D; d++) sums[d] = 0;                                              \
-            for (int t = 0; t <= last; t++) {                                                     \
-                const T *v = vs + (int64_t)t * D;                                                 \
-                float weight = expf(p[t] - top);                                                  \
-                all += weight;                                                                    \
-                for (int d = 0; d < D; d++) sums[d] += weight * FROM(v[d]);                       \
-            }                                                                                     \
-            for (int d = 0; d < D; d++) y[(int64_t)rh * D + d] = sums[d] / all;                   \
+            float *p = malloc(sizeof(float) * whole);                                             \
+            float all = NAME##_probabilities(q, keys + cache, p, length, whole, D);               \
+            NAME##_mean(p, values + cache, y + (int64_t)rh * D, all, length, D);                  \
             free(p);                                                                              \
         }                                                                                         \
     }
 
+/* p[t] = exp(q . keys[t] / sqrt(D) - the largest), 0 past length; returns their sum */
+#define PROBABILITIES(NAME, T, FROM, LOAD)                                                        \
+    static float NAME(const float *q, const T *keys, float *p, int length, int whole, int D) {    \
+        float scale = 1 / sqrtf(D), top = -INFINITY, all = 0;                                     \
+        for (int t = 0; t < whole; t += LANES) {                                                  \
+            floats products[LANES] = {0}, rest = {0};                                             \
+            for (int i = 0; i < LANES && t + i < length; i++) {                                   \
+                const T *k = keys + (int64_t)(t + i) * D;                                         \
+                int d = 0;                                                                        \
+                for (; d + LANES <= D; d += LANES) products[i] += load_f32(q + d) * LOAD(k + d);  \
+                for (; d < D; d++) rest[i] += q[d] * FROM(k[d]);                                  \
+            }                                                                                     \
+            *(floats *)(p + t) = (totals(products) + rest) * scale;                               \
+        }                                                                                         \
+        _Pragma("omp simd reduction(max : top)")                                                  \
+        for (int t = 0; t < length; t++) top = p[t] > top ? p[t] : top;                           \
+        for (int t = length; t < whole; t++) p[t] = -INFINITY;                                    \
+        for (int t = 0; t < whole; t += LANES) *(floats *)(p + t) = exp_(load_f32(p + t) - top);  \
+        _Pragma("omp simd reduction(+ : all)")                                                    \
+        for (int t = 0; t < length; t++) all += p[t];                                             \
+        return all;                                                                               \
+    }
+
+/* y (D,) = sum of p[t] * values[t] / all: four or one vectors of y at a time */
+#define MEAN(NAME, T, FROM, LOAD)                                                                 \
+    static inline __attribute__((always_inline)) int NAME##_of(                                   \
+        const float *p, const T *values, float *y, float all, int length, int d, int D,           \
+        int width) {                                                                              \
+        for (; d + width * LANES <= D; d += width * LANES) {                                      \
+            floats sums[4] = {0};                                                                 \
+            for (int t = 0; t < length; t++) {                                                    \
+                const T *v = values + (int64_t)t * D + d;                                         \
+                _Pragma("GCC unroll 4")                                                           \
+                for (int j = 0; j < width; j++) sums[j] += p[t] * LOAD(v + j * LANES);            \
+            }                                                                                     \
+            for (int j = 0; j < width; j++) *(floats *)(y + d + j * LANES) = sums[j] / all;       \
+        }                                                                                         \
+        return d;                                                                                 \
+    }                                                                                             \
+    static void NAME(const float *p, const T *values, float *y, float all, int length, int D) {   \
+        int d = NAME##_of(p, values, y, all, length, 0, D, 4);                                    \
+        d = NAME##_of(p, values, y, all, length, d, D, 1);                                        \
+        for (; d < D; d++) {                                                                      \
+            float sum = 0;                                                                        \
+            for (int t = 0; t < length; t++) sum += p[t] * FROM(values[(int64_t)t * D + d]);      \
+            y[d] = sum / all;                                                                     \
+        }                                                                                         \
+    }
+
+#define ATTENTION(NAME, T, FROM, TO, LOAD)                                                        \
+    PROBABILITIES(NAME##_probabilities, T, FROM, LOAD)                                            \
+    MEAN(NAME##_mean, T, FROM, LOAD)                                                              \
+    ATTEND(NAME, T, FROM, TO, LOAD)
+
 LINEAR(linear_float32, float, from_f32, load_f32)
 LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16)
 LINEAR(linear_int8, int8_t, from_int8, load_int8)
-ATTEND(attend_float32, float, from_f32, to_f32, load_f32)
-ATTEND(attend_bfloat16, uint16_t, from_bf16, to_bf16, load_bf16)
+ATTENTION(attend_float32, float, from_f32, to_f32, load_f32)
+ATTENTION(attend_bfloat16, uint16_t, from_bf16, to_bf16, load_bf16)

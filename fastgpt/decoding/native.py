@@ -22,6 +22,7 @@ from fastgpt.implementations.compiled import library
 _SOURCE = Path(__file__).with_name("native.c")
 _CACHES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _WEIGHTS = _CACHES | {torch.int8: "int8"}
+_ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # as native.c numbers them
 MAX_ROWS = 8
 
 
@@ -67,10 +68,8 @@ def linear(
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
     norm_weight, norm_bias = norm or (None, None)
     tensors = map(_address, (x, values, scales, bias, norm_weight, norm_bias, residual, out))
-    sizes = len(x), *values.shape, torch.get_num_threads()
+    sizes = len(x), *values.shape, _ACTIVATIONS[approximate], torch.get_num_threads()
     _do(_functions("linear")[values.dtype], *tensors, *sizes)
-    if approximate is not None:  # PyTorch's is in vectors, C's erff is not
-        _do(functools.partial(torch.ops.aten.gelu_, approximate=approximate), out)
 
 
 def attend_project(
@@ -107,7 +106,7 @@ def _address(t: Tensor | None) -> int | None:
 
 @functools.cache
 def _functions(name: str) -> dict[torch.dtype, Any]:
-    pointers, sizes, words = (8, 4, _WEIGHTS) if name == "linear" else (5, 6, _CACHES)
+    pointers, sizes, words = (8, 5, _WEIGHTS) if name == "linear" else (5, 6, _CACHES)
     by_dtype = {dtype: getattr(library(_SOURCE), f"{name}_{word}") for dtype, word in words.items()}
     for function in by_dtype.values():
         function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * sizes

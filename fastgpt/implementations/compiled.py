@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastgpt.devices import cpu_info
 
+_SHARED = Path(__file__).with_name("vectors.h")  # what all of them include
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -24,7 +25,8 @@ def library(source: Path) -> ctypes.CDLL | str:
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         return "there is no C compiler (cc, gcc, clang) and $CC names none"
-    made_of = (source.read_bytes(), compiler, *_FLAGS, platform.machine(), _cpu())
+    read = source.read_bytes(), _SHARED.read_bytes()
+    made_of = (*read, compiler, *_FLAGS, platform.machine(), _cpu())
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastgpt"
     path /= f"{source.stem}-{key}.so"
@@ -41,7 +43,8 @@ def _compile(source: Path, compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        command = [*compiler.split(), *_FLAGS, str(source), "-o", str(temporary), "-lm"]
+        command = [*compiler.split(), *_FLAGS, f"-I{_SHARED.parent}", str(source)]
+        command += ["-o", str(temporary), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(temporary, path)
 

@@ -7,52 +7,16 @@
    them. All products are made of one tile of registers; what they read is copied once per head into
    fp32 and the order of reading, padded with zeros to whole tiles. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
 #ifdef __AVX512F__
-enum { LANES = 16, TILE = 8 }; /* floats in a vector; rows of a tile, which is two vectors wide */
+enum { TILE = 8 }; /* rows of a tile, which is two vectors wide */
 #else
-enum { LANES = 8, TILE = 4 };
+enum { TILE = 4 };
 #endif
 enum { WIDE = 2 * LANES, ROWS = 32 };
 
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-static float from_bf16(uint16_t bits) {
-    union { uint32_t bits; float value; } wide = {(uint32_t)bits << 16};
-    return wide.value;
-}
-
-static uint16_t to_bf16(float value) { /* to nearest, ties to even; NaN stays NaN */
-    union { float value; uint32_t bits; } wide = {value};
-    uint32_t rounded = (wide.bits + 0x7fff + ((wide.bits >> 16) & 1)) >> 16;
-    return value != value ? 0x7fc0 : (uint16_t)rounded;
-}
-
-static float from_f32(float value) { return value; }
-static float to_f32(float value) { return value; }
-
 static int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-/* e^x for x <= 0: exactly 0 where it would be subnormal; NaN stays NaN */
-static inline floats exp_(floats x) {
-    floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to a whole number */
-    floats n = shifted - 12582912.0f;
-    floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ints power = ((ints)shifted << 23) + (127 << 23); /* the whole number is in the low bits */
-    ints kept = ~(x < -87.0f);
-    return (floats)((ints)(p * (floats)power) & kept);
-}
 
 /* c (TILE, WIDE) [+]= a (TILE, K) @ b (K, WIDE), a in any strides */
 static inline void multiply_tile(const float *a, int64_t a_row, int64_t a_column, const float *b,
@@ -224,23 +188,11 @@ static float softmax(float *row, int64_t count, int64_t end, const float *lse) {
 ATTENTION(float32, float, from_f32, to_f32)
 ATTENTION(bfloat16, uint16_t, from_bf16, to_bf16)
 
-static inline floats either(ints mask, floats yes, floats no) {
-    return (floats)(((ints)yes & mask) | ((ints)no & ~mask));
-}
-
-/* x -> gelu(x), and its slope in place of x; from the half x <= 0, where exp cannot overflow */
+/* x -> gelu(x), and its slope in place of x */
 static void gelu_exact(float *x, float *y, int count) {
     for (int i = 0; i < count; i += LANES) {
         floats h = *(floats *)(x + i), below = exp_(h * h * -0.5f);
-        floats t = 1.0f / (1.0f + 0.33f * either(h < 0.0f, -h, h));
-        /* normal cdf / exp(-h^2 / 2), a minimax fit: the cdf is off by 3e-9 at most */
-        floats q = 0.044655803f * t - 0.21636101f;
-        q = q * t + 0.322958469f;
-        q = q * t - 0.0807278533f;
-        q = q * t + 0.176091762f;
-        q = q * t + 0.120953195f;
-        q = (q * t + 0.132429638f) * t * below;
-        floats cdf = either(h > 0.0f, 1.0f - q, q);
+        floats cdf = normal_cdf(h, below);
         *(floats *)(y + i) = h * cdf;
         *(floats *)(x + i) = cdf + h * below * 0.398942280f;
     }
@@ -248,13 +200,10 @@ static void gelu_exact(float *x, float *y, int count) {
 
 static void gelu_tanh(float *x, float *y, int count) {
     for (int i = 0; i < count; i += LANES) {
-        floats h = *(floats *)(x + i), square = h * h;
-        floats twice = h * (1.59576912f + 0.0713548163f * square); /* (1 + tanh(u)) / 2 of 2u */
-        floats small = exp_(either(twice < 0.0f, twice, -twice)), less = small / (1.0f + small);
-        floats half = either(twice > 0.0f, 1.0f - less, less);
+        floats h = *(floats *)(x + i), less, half = tanh_cdf(h, &less);
         *(floats *)(y + i) = h * half;
         *(floats *)(x + i) =
-            half + h * (1.0f - less) * less * (1.59576912f + 0.214064449f * square);
+            half + h * (1.0f - less) * less * (1.59576912f + 0.214064449f * h * h);
     }
 }
 
