@@ -166,16 +166,22 @@ class GPT(nn.Module):
         if targets is None:
             checks.check_last_position(idx)
         fused = fused_model(self, idx)
-        outside = self.config.return_logits == "eager" and torch.compiler.is_compiling()
-        if targets is not None and outside:
+        if fused and fused.head_is_outside(targets):  # a break further down would make two graphs
             from fastgpt.fused.eager_head import head_of_return_logits_eager
 
-            x, weight = fused.hidden(idx) if fused else (self._hidden(idx), None)
-            return head_of_return_logits_eager(self, idx, x, weight, targets)
+            return head_of_return_logits_eager(self, idx, *fused.hidden(idx), targets)
         if fused:
             return fused.forward(idx, targets)
 
-        x = self._hidden(idx)
+        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe(pos)  # (T, C)
+        x = self.transformer.drop(tok_emb + pos_emb)
+        recompute = self.config.checkpoint_blocks and torch.is_grad_enabled()
+        for block in self.transformer.h:
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = self.transformer.ln_f(x)
+
         if targets is None:  # only the last position's; a list, to keep the time dimension
             return self.lm_head(x[:, [-1], :]), None
         targets, head = targets.reshape(-1), self.lm_head
@@ -184,17 +190,6 @@ class GPT(nn.Module):
         logits = head(x)
         loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
         return (logits if self.config.return_logits else None), loss
-
-    def _hidden(self, idx: Tensor) -> Tensor:
-        """What ln_f makes of idx (B, T), module by module: (B, T, C)."""
-        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
-        tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        pos_emb = self.transformer.wpe(pos)  # (T, C)
-        x = self.transformer.drop(tok_emb + pos_emb)
-        recompute = self.config.checkpoint_blocks and torch.is_grad_enabled()
-        for block in self.transformer.h:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return self.transformer.ln_f(x)
 
     def _check_tokens(self, idx: Tensor, longest: int | None) -> None:
         wte = self.transformer.wte

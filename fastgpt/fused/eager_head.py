@@ -18,7 +18,7 @@ from fastgpt.fused.whole import fused_model
 def head_of_return_logits_eager(
     model: Any, idx: Tensor, x: Tensor, weight: Tensor | None, targets: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Logits and loss of what FusedModel.hidden or GPT._hidden returned, as without torch.compile.
+    """Logits and loss of what FusedModel.hidden returned, as without torch.compile.
 
     PyTorch's message under fullgraph=True, where this cannot be, has its name.
     """

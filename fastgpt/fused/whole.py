@@ -86,6 +86,11 @@ class FusedModel(NamedTuple):
         x, head_weight = self.hidden(idx)
         return self.head(x, head_weight, targets)
 
+    def head_is_outside(self, targets: Tensor | None) -> bool:
+        """Whether the head is left out of the graph that is traced (eager_head.py)."""
+        wanted = self.model.config.return_logits == "eager" and targets is not None
+        return wanted and torch.compiler.is_compiling()
+
     def hidden(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
         """The last norm's output (B, T, C), and the tied weight's alias as `_embed` returns it."""
         parts = self.model.transformer

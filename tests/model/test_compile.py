@@ -72,11 +72,14 @@ def test_opcheck():
 
 
 class Compiler:
-    """All of torch.compile but the generated code; lists the operators of the graphs."""
+    """All of torch.compile but the generated code; lists the operators of the graphs, and shapes of
+    what the backward ones are given.
+    """
 
     def __init__(self) -> None:
         self.operators: set[str] = set()
-        self.compile = aot_autograd(fw_compiler=self._read, bw_compiler=self._read)
+        self.given_back: list[tuple[int, ...]] = []
+        self.compile = aot_autograd(fw_compiler=self._read, bw_compiler=self._read_backward)
 
     def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
         return self.compile(graph, inputs)
@@ -84,6 +87,10 @@ class Compiler:
     def _read(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
         self.operators |= {str(node.target) for node in graph.graph.nodes}
         return make_boxed_func(graph.forward)
+
+    def _read_backward(self, graph: GraphModule, inputs: Sequence[Any]) -> Any:
+        self.given_back += [tuple(t.shape) for t in inputs if isinstance(t, Tensor)]
+        return self._read(graph, inputs)
 
 
 def graphs() -> int:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import GPT, GPTConfig, use_backend
 from fastgpt.linear_cross_entropy import CHUNKS
@@ -125,68 +124,42 @@ def test_checkpointed_blocks():
     assert "fastgpt.add_layer_norm_forward.default" in compiler.operators
 
 
-@pytest.mark.parametrize(
-    "mode, changes, autocast",
-    [
-        ("triton", dict(dropout=0.2), False),
-        slow("torch", dict(dropout=0.2), False),
-        slow("torch", dict(checkpoint_blocks=True), True),
-        slow("auto", {}, True),
-    ],
-)
-def test_the_head_outside(mode, changes, autocast):
+@pytest.mark.parametrize("changes", [dict(dropout=0.2), slow(dict(bias=True))])
+def test_the_head_outside(changes):
     """One break, with the head after it: nothing as long as the vocabulary leaves the graph."""
     model, compiler = small(return_logits="eager", **changes), Compiler()
     idx = torch.arange(34, device=DEVICE).view(2, 17) % 33
 
     def gradients(forward: Any) -> list[Tensor]:
         torch.manual_seed(1)  # of the dropout
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-            logits, loss = forward(idx, idx.flip(1))
+        logits, loss = forward(idx, idx.flip(1))
         total = loss + logits.square().mean()
         return [logits, loss, *torch.autograd.grad(total, list(model.parameters()))]
 
-    with use_backend(mode):
+    with use_backend("triton"):
         found = gradients(torch.compile(model, backend=compiler))
-        close = dict(atol=1e-2, rtol=1e-2) if autocast else {}
-        torch.testing.assert_close(found, gradients(model), **close)
+        torch.testing.assert_close(found, gradients(model))
     assert graphs() == 1 and sum(counters["graph_break"].values()) == 1
     assert not any("cross_entropy" in name or "nll_loss" in name for name in compiler.operators)
-    kernels = {name for name in compiler.operators if name.startswith("fastgpt.")}
-    assert bool(kernels) == (mode == "triton")
+    assert any(name.startswith("fastgpt.") for name in compiler.operators)
 
 
-class _Zeros(TorchDispatchMode):
-    """Lists the shapes that are filled with zeros."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = op(*args, **(kwargs or {}))
-        if "zero" in op.name():
-            self.shapes.append(tuple(made.shape))
-        return made
-
-
-@pytest.mark.parametrize("returned, made", [(True, True), ("eager", False)])
-def test_a_gradient_of_unused_logits(returned, made):
-    """Is made of zeros, as long as they, for a graph that they left; for no other."""
-    model = small(return_logits=returned, n_layer=1)
+@pytest.mark.parametrize("returned, given", [(True, True), ("eager", False)])
+def test_a_gradient_of_unused_logits(returned, given):
+    """Is one of zeros, as long as they, for a graph that they left; for no other."""
+    model, compiler = small(return_logits=returned, n_layer=1), Compiler()
     idx = torch.arange(34, device=DEVICE).view(2, 17) % 33
-    with use_backend("torch"):
-        _, loss = torch.compile(model, backend=Compiler())(idx, idx)
-        with _Zeros() as zeros:
-            loss.backward()
-    assert ((2, 17, 33) in zeros.shapes) == made
+    with use_backend("triton"):
+        _, loss = torch.compile(model, backend=compiler)(idx, idx)
+        loss.backward()
+    assert ((2, 17, 33) in compiler.given_back) == given
 
 
 def test_fullgraph_says_what_keeps_the_head_outside():
     model = small(return_logits="eager", n_layer=1)
     compiled = torch.compile(model, backend=Compiler(), fullgraph=True)
     idx = torch.arange(17, device=DEVICE)[None]
-    with use_backend("torch"):
+    with use_backend("triton"):
         torch.testing.assert_close(compiled(idx), model(idx))  # without a loss it is inside
         with pytest.raises(torch._dynamo.exc.Unsupported, match="head_of_return_logits_eager"):
             compiled(idx, idx)
