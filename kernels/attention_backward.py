@@ -166,10 +166,10 @@ def _dkdv_kernel(
 def _config(D: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
     """Tiles for dk/dv, where BLOCK_N is a multiple of BLOCK_M, and for dq, the other way around.
 
-    In 16 bits, up to D=128, what was fastest of 40 on an H200; the rest so that sm_90 code does not
-    spill (`fastgpt inspect`): above a head dim of 128 only tiles too small for wgmma achieve that.
-    Heads that do not start at multiples of 16 elements are read one element at a time, whose
-    addresses take registers too.
+    In 16 bits, for D=64 and 128, the fastest tried on an H200 (bench/NOTES.md); the rest so that
+    sm_90 code does not spill (`fastgpt inspect`): above a head dim of 128 only tiles too small for
+    wgmma achieve that. Heads that do not start at multiples of 16 elements are read one element at
+    a time, whose addresses take registers too.
     """
     block_d = max(16, power_of_2(D))
 

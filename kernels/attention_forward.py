@@ -89,8 +89,10 @@ def _forward_kernel(
 
 
 def _config(D: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. In 16 bits, up to D=128, what was
-    fastest of 50 on an H200; the rest so that sm_90 code does not spill (`fastgpt inspect`)."""
+    """Tiles by head dim; BLOCK_M is a multiple of BLOCK_N. In 16 bits, for D=64 and 128, the
+    fastest tried on an H200 (bench/NOTES.md); the rest so that sm_90 code does not spill (`fastgpt
+    inspect`).
+    """
     block_d = max(16, power_of_2(D))
     if dtype != torch.float32 and block_d > 128:
         block_m, block_n, warps, stages = 64, 32, 8, 2

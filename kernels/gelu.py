@@ -68,8 +68,8 @@ def _gelu_backward_kernel(
 def _backward_config(
     M: int, N: int, with_bias: bool, processors: int
 ) -> tuple[int, dict[str, int]]:
-    """Strips of rows and tile; a bias gradient needs few strips. Without one the fastest
-    of 7 on an H200."""
+    """Strips of rows and tile; a bias gradient needs few strips. Without one 2 % off the
+    fastest of 7 on an H200."""
     if M == 1:
         return 1, dict(BLOCK_M=1, BLOCK_N=BLOCK, num_warps=4)
     tile = dict(BLOCK_M=16, BLOCK_N=128, num_warps=8)
