@@ -1,6 +1,7 @@
 """`fastgpt prepare` on many files: streamed in pieces, with the ids of the whole."""
 
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,8 @@ def test_offline_names_the_remedy(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read in /proc")
 def test_memory_does_not_grow_with_the_text(tmp_path):
+    # What is freed goes back at once. By default glibc keeps some of it, another amount each time.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks = []
     for megabytes in (2, 40):
         path = tmp_path / f"{megabytes}.txt"
@@ -89,6 +92,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         )
         argv = ["prepare", str(path), "--out", str(tmp_path / path.stem), "--processes", "1"]
         command = [sys.executable, "-c", code, *argv]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
         peaks.append(int(done.stdout.split()[-1]))  # kB
-    assert peaks[1] - peaks[0] < 30_000
+    assert peaks[1] - peaks[0] < 10_000
