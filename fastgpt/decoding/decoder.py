@@ -58,7 +58,7 @@ class Decoder:
         self.ahead = torch.arange(width, dtype=torch.int32, device=device)
         # of each text's next token, or of a text's next ones; and the largest of the next
         self.positions = torch.zeros(rows * width, dtype=torch.int32, device=device)
-        self.last, self.longest = self.ahead + capacity - 1, 0
+        self.last, self.longest = self.ahead.repeat(rows) + capacity - 1, 0
         self.run: Any = None  # chosen at the first step: a single token needs none
         self.graphs: Graphs | None = None  # of its functions
         self.drawing: dict[Drawing, Graphs] = {}  # of those and a draw, the latest at the end

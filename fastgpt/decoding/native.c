@@ -1,4 +1,4 @@
-/* A decoding step's two loops over memory, for CPUs: see native.py.
+/* A decoding step for CPUs: see native.py.
 
    A GEMV reads each weight once. Every output is one dot product along a row of the weight, as
    nanoGPT stores it, and blocks of rows are shared among threads; sums are fp32 in vector lanes. */
@@ -85,6 +85,43 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         y[i] = (x[i] - mean) * rstd * weight[i] + (bias ? bias[i] : 0);
 }
 
+/* A function of a step with its arguments. Every thread calls it, and it returns to all of them
+   when its work, which they share, is done. */
+struct call {
+    void (*function)(const struct call *);
+    void *pointers[8];
+    int32_t sizes[6];
+};
+
+void run(const struct call *calls, int count, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (int i = 0; i < count; i++) calls[i].function(calls + i);
+}
+
+/* positions (n,) += 1, up to last (n,) */
+void advance(const struct call *call) {
+    int32_t *positions = call->pointers[0];
+    const int32_t *last = call->pointers[1];
+#pragma omp for schedule(static)
+    for (int i = 0; i < call->sizes[0]; i++)
+        positions[i] = positions[i] < last[i] ? positions[i] + 1 : last[i];
+}
+
+/* wte (V, K)[ids (M,)] + wpe (block_size, K)[positions (M,)] -> y (M, K) */
+#define EMBED(NAME, T, FROM)                                                                      \
+    void NAME(const struct call *call) {                                                          \
+        const int64_t *ids = call->pointers[0];                                                   \
+        const int32_t *positions = call->pointers[1];                                             \
+        const T *wte = call->pointers[2], *wpe = call->pointers[3];                               \
+        float *y = call->pointers[4];                                                             \
+        int M = call->sizes[0], K = call->sizes[1];                                               \
+        _Pragma("omp for schedule(static)")                                                       \
+        for (int m = 0; m < M; m++)                                                               \
+            for (int k = 0; k < K; k++)                                                           \
+                y[(int64_t)m * K + k] = FROM(wte[ids[m] * K + k]) +                               \
+                                        FROM(wpe[(int64_t)positions[m] * K + k]);                 \
+    }
+
 enum { GROUP = 4 }; /* rows of x in one pass over a weight */
 
 /* sums[r] = lane by lane w . x[r], rest[r] what is left of K. Of one weight at a time, which is how
@@ -115,18 +152,24 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
    its tanh form if activation is 2, none if it is 0 */
 #define LINEAR(NAME, T, FROM, LOAD)                                                               \
     DOTS(NAME##_dots, T, FROM, LOAD)                                                              \
-    void NAME(const float *x, const T *w, const float *scales, const float *bias,                 \
-              const float *norm_weight, const float *norm_bias, const float *residual, float *y,  \
-              int M, int N, int K, int activation, int threads) {                                 \
+    void NAME(const struct call *call) {                                                          \
+        const float *x = call->pointers[0];                                                       \
+        const T *w = call->pointers[1];                                                           \
+        const float *scales = call->pointers[2], *bias = call->pointers[3];                       \
+        const float *norm_weight = call->pointers[4], *norm_bias = call->pointers[5];             \
+        const float *residual = call->pointers[6];                                                \
+        float *y = call->pointers[7];                                                             \
+        int M = call->sizes[0], N = call->sizes[1], K = call->sizes[2];                           \
+        int activation = call->sizes[3];                                                          \
         float *normed = NULL;                                                                     \
-        if (norm_weight) {                                                                        \
+        if (norm_weight) { /* by every thread for itself, which is sooner than waiting for one */ \
             normed = malloc(sizeof(float) * M * K);                                               \
             for (int m = 0; m < M; m++)                                                           \
                 layer_norm(x + (int64_t)m * K, norm_weight, norm_bias, normed + (int64_t)m * K,   \
                            K);                                                                    \
             x = normed;                                                                           \
         }                                                                                         \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
+        _Pragma("omp for schedule(static)")                                                       \
         for (int n = 0; n < N; n += LANES) {                                                      \
             int count = N - n < LANES ? N - n : LANES;                                            \
             for (int first = 0; first < M; first += GROUP) {                                      \
@@ -164,8 +207,14 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
 /* qkv (R, 3 H D): k and v of row r go to positions[r] of the cache (B, H, S, D) of its text, which
    R / B rows share, and q attends to all up to there -> y (R, H D) */
 #define ATTEND(NAME, T, FROM, TO, LOAD)                                                           \
-    void NAME(const float *qkv, T *keys, T *values, const int32_t *positions, float *y, int R,    \
-              int B, int H, int S, int D, int threads) {                                          \
+    void NAME(const struct call *call) {                                                          \
+        const float *qkv = call->pointers[0];                                                     \
+        T *keys = call->pointers[1], *values = call->pointers[2];                                 \
+        const int32_t *positions = call->pointers[3];                                             \
+        float *y = call->pointers[4];                                                             \
+        int R = call->sizes[0], B = call->sizes[1], H = call->sizes[2];                           \
+        int S = call->sizes[3], D = call->sizes[4];                                               \
+        _Pragma("omp for schedule(static)")                                                       \
         for (int rh = 0; rh < R * H; rh++) { /* before any row of a text reads those before it */ \
             int r = rh / H, h = rh % H;                                                           \
             const float *k = qkv + ((int64_t)r * 3 * H + H + h) * D, *v = k + H * D;              \
@@ -175,7 +224,7 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
                 values[at + d] = TO(v[d]);                                                        \
             }                                                                                     \
         }                                                                                         \
-        _Pragma("omp parallel for schedule(static) num_threads(threads)")                         \
+        _Pragma("omp for schedule(static)")                                                       \
         for (int rh = 0; rh < R * H; rh++) {                                                      \
             int r = rh / H, h = rh % H, length = positions[r] + 1;                                \
             int whole = (length + LANES - 1) / LANES * LANES;                                     \
@@ -242,6 +291,8 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
     MEAN(NAME##_mean, T, FROM, LOAD)                                                              \
     ATTEND(NAME, T, FROM, TO, LOAD)
 
+EMBED(embed_float32, float, from_f32)
+EMBED(embed_bfloat16, uint16_t, from_bf16)
 LINEAR(linear_float32, float, from_f32, load_f32)
 LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16)
 LINEAR(linear_int8, int8_t, from_int8, load_int8)

@@ -8,6 +8,8 @@ activations, fp32, bf16 or int8 weights, and fp32 or bf16 caches, contiguous.
 
 import ctypes
 import functools
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,50 +17,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.decoding import eager
 from fastgpt.decoding.eager import Norm, Weight
-from fastgpt.implementations.compiled import library
+from fastgpt.decoding.huge_pages import HugePages
+from fastgpt.implementations import compiled
 
 _SOURCE = Path(__file__).with_name("native.c")
-_CACHES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_WEIGHTS = _CACHES | {torch.int8: "int8"}
+_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+_CACHES = torch.float32, torch.bfloat16
 _ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # as native.c numbers them
+_MOVING = 0.1  # of a step's time, for pages of weights
 MAX_ROWS = 8
 
 
+class _Call(ctypes.Structure):
+    """native.c's struct call"""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("pointers", ctypes.c_void_p * 8),
+        ("sizes", ctypes.c_int32 * 6),
+    )
+
+
 class Recording:
-    """The calls of a step, to be made again without what Python does before each of them: that
-    takes a millisecond a token at 12 layers.
+    """The calls of a step, to be made again as one: Python before each of them would take a
+    millisecond a token at 12 layers, and so many starts of threads a tenth of one.
     """
 
     def __init__(self, run: Callable[[], None]):
-        global _recording
-        self.calls: list[Callable[[], object]] = []
         self.kept: list[Tensor] = []  # memory that only these calls know of
-        _recording = self
+        self.weights: list[Tensor] = []
+        self.calls: list[_Call] = []
+        _of_thread.recording = self
         try:
             run()
         finally:
-            _recording = None
+            _of_thread.recording = None
+        self.array = (_Call * len(self.calls))(*self.calls)
+        self.huge_pages = HugePages(self.weights)
 
     def replay(self) -> None:
-        for call in self.calls:
-            call()
+        start = time.perf_counter()
+        _run(self.array, len(self.array))
+        self.huge_pages.move(_MOVING * (time.perf_counter() - start))
 
 
-_recording: Recording | None = None
+class _OfThread(threading.local):
+    recording: Recording | None = None
 
 
-def _do(function: Callable[..., object], *args: Any) -> None:
+_of_thread = _OfThread()
+
+
+def _do(name: str, tensors: tuple[Tensor | None, ...], *sizes: int) -> None:
     """Now, or when what is being recorded is replayed."""
-    if _recording is None:
-        function(*args)
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
+    call = _Call(_address(name), (ctypes.c_void_p * 8)(*pointers), (ctypes.c_int32 * 6)(*sizes))
+    if _of_thread.recording is not None:
+        _of_thread.recording.calls.append(call)
     else:
-        _recording.calls.append(functools.partial(function, *args))
+        _run(ctypes.byref(call), 1)
+
+
+def _run(calls: Any, count: int) -> None:
+    library: Any = compiled.library(_SOURCE)
+    library.run(calls, count, torch.get_num_threads())
+
+
+@functools.cache
+def _address(name: str) -> int | None:
+    return ctypes.cast(getattr(compiled.library(_SOURCE), name), ctypes.c_void_p).value
 
 
 def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
-    _do(eager.embed, out, ids, positions, wte, wpe)
+    _do(f"embed_{_WORDS[wte.dtype]}", (ids, positions, wte, wpe, out), *out.shape)
 
 
 def linear(
@@ -66,10 +98,11 @@ def linear(
     residual: Tensor | None = None, approximate: str | None = None,
 ) -> None:  # fmt: skip
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
-    norm_weight, norm_bias = norm or (None, None)
-    tensors = map(_address, (x, values, scales, bias, norm_weight, norm_bias, residual, out))
-    sizes = len(x), *values.shape, _ACTIVATIONS[approximate], torch.get_num_threads()
-    _do(_functions("linear")[values.dtype], *tensors, *sizes)
+    if _of_thread.recording is not None:
+        _of_thread.recording.weights.append(values)
+    tensors = (x, values, scales, bias, *(norm or (None, None)), residual, out)
+    sizes = (len(x), *values.shape, _ACTIVATIONS[approximate])
+    _do(f"linear_{_WORDS[values.dtype]}", tensors, *sizes)
 
 
 def attend_project(
@@ -77,16 +110,15 @@ def attend_project(
     weight: Weight, bias: Tensor | None,
 ) -> None:  # fmt: skip
     y = torch.empty_like(out)
-    if _recording is not None:
-        _recording.kept.append(y)
-    tensors = map(_address, (qkv, keys, values, positions, y))
-    sizes = len(qkv), *keys.shape, torch.get_num_threads()
-    _do(_functions("attend")[keys.dtype], *tensors, *sizes)
+    if _of_thread.recording is not None:
+        _of_thread.recording.kept.append(y)
+    tensors = (qkv, keys, values, positions, y)
+    _do(f"attend_{_WORDS[keys.dtype]}", tensors, len(qkv), *keys.shape)
     linear(out, y, weight, bias, residual=out)
 
 
 def advance(positions: Tensor, last: Tensor) -> None:
-    _do(eager.advance, positions, last)
+    _do("advance", (positions, last), len(positions))
 
 
 def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> str | None:
@@ -96,19 +128,5 @@ def unsupported(tensors: tuple[Tensor, ...], head_dim: int, rows: int = 1) -> st
         return f"{rows} rows are more than {MAX_ROWS}: a GEMM reuses the weights better"
     if like.device.type != "cpu" or like.dtype not in _CACHES:
         return f"{like.dtype} on {like.device.type} is neither float32 nor bfloat16 on a CPU"
-    outcome = library(_SOURCE)
+    outcome = compiled.library(_SOURCE)
     return outcome if isinstance(outcome, str) else None
-
-
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-@functools.cache
-def _functions(name: str) -> dict[torch.dtype, Any]:
-    pointers, sizes, words = (8, 5, _WEIGHTS) if name == "linear" else (5, 6, _CACHES)
-    by_dtype = {dtype: getattr(library(_SOURCE), f"{name}_{word}") for dtype, word in words.items()}
-    for function in by_dtype.values():
-        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * sizes
-        function.restype = None
-    return by_dtype

@@ -18,6 +18,7 @@ SHORT += ["--prompt", "40", "--new-tokens", "40", "--rounds", "1"]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(decode, "read_ceiling", lambda device: 1e10)
+    monkeypatch.setattr(decode, "WARM_UP", 0.05)
     monkeypatch.setattr(machine, "check", lambda **_: {"load": 0.0, "busy": 0.0, "spread": 0.0})
     monkeypatch.setattr(models, "LOCAL_NANOGPT", Path("no such folder"))
     monkeypatch.delenv("NANOGPT_DIR", raising=False)

@@ -1,0 +1,69 @@
+"""Weights in pages of 2 MB instead of 4 KB, on Linux: a CPU reads them up to a quarter faster.
+
+Only where they lie in physical memory changes. To move a page takes as long as it then saves in a
+hundred tokens or more, so a step moves only some.
+"""
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor
+
+PAGE = 2**21  # bytes
+_GAP = 2**16  # between tensors that are as good as one: what an allocator keeps for itself
+_COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1
+
+
+class HugePages:
+    """The pages that lie wholly in `tensors`, which are kept for as long."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self.tensors = sorted(tensors, key=lambda t: t.data_ptr())
+        self.left = _pages(self.tensors)
+        self.owed = 0.0  # seconds that the last page took too long
+
+    def move(self, seconds: float) -> None:
+        """Those of them that take no longer together, over all calls. None is left after one that
+        this system cannot move, or has no free memory for.
+        """
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds - self.owed:
+            page = next(self.left, None)
+            if page is None:
+                return
+            if _madvise(page, PAGE, _COLLAPSE) != 0:
+                self.left = iter(())
+        self.owed += time.perf_counter() - start - seconds
+
+
+def _pages(tensors: list[Tensor]) -> Iterator[int]:
+    """Addresses, of tensors in the order of theirs."""
+    start = end = 0  # of tensors as good as one
+    for t in tensors:
+        if t.data_ptr() > end + _GAP:
+            yield from _whole_pages(start, end)
+            start = t.data_ptr()
+        end = max(end, t.data_ptr() + t.nbytes)
+    yield from _whole_pages(start, end)
+
+
+def _whole_pages(start: int, end: int) -> range:
+    return range(-(-start // PAGE) * PAGE, end // PAGE * PAGE, PAGE)
+
+
+def _madvise(address: int, size: int, advice: int) -> int:
+    """0 where it was followed."""
+    function = _libc_madvise()
+    return -1 if function is None else function(address, size, advice)
+
+
+@functools.cache
+def _libc_madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
