@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgpt import backend, ops, reference
 from fastgpt.decoding import eager
-from fastgpt.decoding.graphs import Graphs, capture_for
+from fastgpt.decoding.graphs import Graphs, capture_for, notes_pytorch
 from fastgpt.decoding.parameters import Parameters, dense, hidden_size
 from fastgpt.fused.block import Weights
 
@@ -148,7 +148,9 @@ class Decoder:
             chosen = backend.choose("decode", self.parameters.like(), **facts)
             self.run = eager if chosen is reference else chosen
         if self.graphs is None:
-            self.graphs = Graphs(self._forward, capture_for(self.x.device, self.run))
+            device = self.x.device
+            patience = 1 if notes_pytorch(device) else 0  # whose kernels a first call compiles
+            self.graphs = Graphs(self._forward, capture_for(device, self.run), patience=patience)
         return self.graphs
 
     def _steps_that_draw(self, drawing: Drawing) -> Graphs:

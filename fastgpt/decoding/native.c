@@ -6,6 +6,8 @@
 #define LANES 16
 #include "vectors.h"
 
+#include <omp.h>
+
 #define LANES_OF(T) __attribute__((vector_size(sizeof(T) * LANES)))
 typedef uint32_t words LANES_OF(uint32_t);
 typedef uint16_t halves LANES_OF(uint16_t);
@@ -85,24 +87,36 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
         y[i] = (x[i] - mean) * rstd * weight[i] + (bias ? bias[i] : 0);
 }
 
-/* A function of a step with its arguments. Every thread calls it, and it returns to all of them
-   when its work, which they share, is done. */
+/* A function of a step with its arguments. Every thread calls it and does its share. */
 struct call {
     void (*function)(const struct call *);
     void *pointers[8];
     int32_t sizes[6];
+    int64_t weight_bytes; /* of a matrix at pointers[1], which threads read in equal parts */
 };
 
+enum { AHEAD = 32768 }; /* bytes */
+
+/* A thread that has done its share begins to read what is next: memory should not wait for the
+   slowest thread, nor a thread for the first bytes of a weight. */
 void run(const struct call *calls, int count, int threads) {
 #pragma omp parallel num_threads(threads)
-    for (int i = 0; i < count; i++) calls[i].function(calls + i);
+    for (const struct call *call = calls, *end = calls + count; call < end;) {
+        call->function(call);
+        if (++call < end && call->weight_bytes) {
+            int64_t share = call->weight_bytes / omp_get_num_threads();
+            const char *start = (const char *)call->pointers[1] + share * omp_get_thread_num();
+            for (int at = 0; at < AHEAD && at < share; at += 64) __builtin_prefetch(start + at);
+        }
+#pragma omp barrier
+    }
 }
 
 /* positions (n,) += 1, up to last (n,) */
 void advance(const struct call *call) {
     int32_t *positions = call->pointers[0];
     const int32_t *last = call->pointers[1];
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int i = 0; i < call->sizes[0]; i++)
         positions[i] = positions[i] < last[i] ? positions[i] + 1 : last[i];
 }
@@ -115,7 +129,7 @@ void advance(const struct call *call) {
         const T *wte = call->pointers[2], *wpe = call->pointers[3];                               \
         float *y = call->pointers[4];                                                             \
         int M = call->sizes[0], K = call->sizes[1];                                               \
-        _Pragma("omp for schedule(static)")                                                       \
+        _Pragma("omp for schedule(static) nowait")                                                \
         for (int m = 0; m < M; m++)                                                               \
             for (int k = 0; k < K; k++)                                                           \
                 y[(int64_t)m * K + k] = FROM(wte[ids[m] * K + k]) +                               \
@@ -169,7 +183,7 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
                            K);                                                                    \
             x = normed;                                                                           \
         }                                                                                         \
-        _Pragma("omp for schedule(static)")                                                       \
+        _Pragma("omp for schedule(static) nowait")                                                \
         for (int n = 0; n < N; n += LANES) {                                                      \
             int count = N - n < LANES ? N - n : LANES;                                            \
             for (int first = 0; first < M; first += GROUP) {                                      \
@@ -224,7 +238,7 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
                 values[at + d] = TO(v[d]);                                                        \
             }                                                                                     \
         }                                                                                         \
-        _Pragma("omp for schedule(static)")                                                       \
+        _Pragma("omp for schedule(static) nowait")                                                \
         for (int rh = 0; rh < R * H; rh++) {                                                      \
             int r = rh / H, h = rh % H, length = positions[r] + 1;                                \
             int whole = (length + LANES - 1) / LANES * LANES;                                     \

@@ -36,6 +36,7 @@ class _Call(ctypes.Structure):
         ("function", ctypes.c_void_p),
         ("pointers", ctypes.c_void_p * 8),
         ("sizes", ctypes.c_int32 * 6),
+        ("weight_bytes", ctypes.c_int64),
     )
 
 
@@ -69,12 +70,17 @@ class _OfThread(threading.local):
 _of_thread = _OfThread()
 
 
-def _do(name: str, tensors: tuple[Tensor | None, ...], *sizes: int) -> None:
+def _do(
+    name: str, tensors: tuple[Tensor | None, ...], *sizes: int, weight: Tensor | None = None
+) -> None:
     """Now, or when what is being recorded is replayed."""
-    pointers = (None if t is None else t.data_ptr() for t in tensors)
-    call = _Call(_address(name), (ctypes.c_void_p * 8)(*pointers), (ctypes.c_int32 * 6)(*sizes))
+    pointers = (ctypes.c_void_p * 8)(*(None if t is None else t.data_ptr() for t in tensors))
+    weight_bytes = 0 if weight is None else weight.nbytes
+    call = _Call(_address(name), pointers, (ctypes.c_int32 * 6)(*sizes), weight_bytes)
     if _of_thread.recording is not None:
         _of_thread.recording.calls.append(call)
+        if weight is not None:
+            _of_thread.recording.weights.append(weight)
     else:
         _run(ctypes.byref(call), 1)
 
@@ -98,11 +104,9 @@ def linear(
     residual: Tensor | None = None, approximate: str | None = None,
 ) -> None:  # fmt: skip
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
-    if _of_thread.recording is not None:
-        _of_thread.recording.weights.append(values)
     tensors = (x, values, scales, bias, *(norm or (None, None)), residual, out)
     sizes = (len(x), *values.shape, _ACTIVATIONS[approximate])
-    _do(f"linear_{_WORDS[values.dtype]}", tensors, *sizes)
+    _do(f"linear_{_WORDS[values.dtype]}", tensors, *sizes, weight=values)
 
 
 def attend_project(
