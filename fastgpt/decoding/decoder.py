@@ -19,6 +19,7 @@ from fastgpt.decoding import eager
 from fastgpt.decoding.graphs import Graphs, capture_for, notes_pytorch
 from fastgpt.decoding.parameters import Parameters, dense, hidden_size
 from fastgpt.fused.block import Weights
+from fastgpt.implementations import aten
 
 KEPT = 4  # ways to draw that have graphs: a service may be asked for any number of temperatures
 PATIENCE = 16  # tokens drawn so: a capture takes milliseconds, and saves a tenth of one a token
@@ -95,7 +96,7 @@ class Decoder:
                 last = x[torch.arange(B, device=x.device), lengths - 1]
             self.longest = T
             last = ops.layer_norm(last, p.ln_f, p.ln_f_bias)
-            return F.linear(last.to(p.dtype), dense(p.head, p.dtype)).to(x.dtype)
+            return aten.linear(last.to(p.dtype), dense(p.head, p.dtype), None).to(x.dtype)
 
     def _prefill_block(self, x: Tensor, w: Weights, keys: Tensor, values: Tensor) -> Tensor:
         """x (B, T, C) through one block, as training computes it; fills the layer's cache."""
@@ -103,7 +104,7 @@ class Decoder:
 
         def linear(t: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
             low = None if bias is None else bias.to(dtype)
-            return F.linear(t.to(dtype), dense(weight, dtype), low)
+            return aten.linear(t.to(dtype), dense(weight, dtype), low)
 
         qkv = linear(ops.layer_norm(x, w.ln_1, w.ln_1_bias), w.qkv, w.qkv_bias)
         _, k, v = reference.split_heads(qkv, self.parameters.n_head)

@@ -50,7 +50,7 @@ def _onednn_linear() -> Any:
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    """x (M, K) @ w.T + b: w (N, K), b (N,) -> (M, N)."""
+    """x (..., K) @ w.T + b: w (N, K), b (N,) -> (..., N)."""
     if _onednn_takes(x, w) and (onednn_linear := _onednn_linear()):
         return onednn_linear(x, w, b, "none", [], "")
     return F.linear(x, w, b)
