@@ -7,6 +7,7 @@ computed anew, as nanoGPT does. In fp32 cached logits equal the uncached ones to
 GEMM shapes); in bf16 they are as far apart as two runs of differently shaped GEMMs are.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -69,9 +70,40 @@ class Sampling:
         if self.top_p is not None:
             logits = _keep_nucleus(logits, self.top_p)
         p = F.softmax(logits, dim=-1)
-        if p.is_cuda and torch.multinomial is _multinomial:  # its own steps, but for a host wait
-            return (p / torch.empty_like(p).exponential_()).argmax(dim=-1, keepdim=True)
-        return torch.multinomial(p, num_samples=1)
+        return _race(p) if _may_race(p) else torch.multinomial(p, num_samples=1)
+
+
+def _race(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """p (B, V) -> ids (B, 1), as torch.multinomial draws one: the largest p / e, of exponential e.
+
+    On CUDA without its wait for the host. On a CPU e is made of the same random numbers in less
+    than half the time: of 50304 ids that is 0.7 ms a token.
+    """
+    if p.is_cuda:
+        e = torch.empty_like(p).exponential_(generator=generator)
+    else:
+        e = torch.empty_like(p, dtype=torch.float64).uniform_(generator=generator)
+        e = e.neg_().log1p_().neg_().to(p.dtype)
+    return (p / e).argmax(dim=-1, keepdim=True)
+
+
+def _may_race(p: Tensor) -> bool:
+    """Whether torch.multinomial is PyTorch's own, known to do the same, and would raise nothing."""
+    if torch.multinomial is not _multinomial:
+        return False
+    if p.is_cuda:
+        return True
+    plain = checks.can_be_read(p) and p.dtype == torch.float32 and p.is_contiguous()
+    return plain and not p.amax().isnan() and _multinomial_races()
+
+
+@functools.cache
+def _multinomial_races() -> bool:
+    """Asked of the PyTorch that is here: how it draws is nothing that it promises."""
+    p, (one, other) = torch.ones(3, 97) / 97, (torch.Generator().manual_seed(0) for _ in range(2))
+    pairs = [(_multinomial(p, 1, generator=one), _race(p, other)) for _ in range(4)]
+    states = one.get_state(), other.get_state()
+    return all(torch.equal(a, b) for a, b in [*pairs, states])
 
 
 def _topk(logits: Tensor, k: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig, sampling
 from fastgpt.decoding.decoder import Decoder
+from fastgpt.sampling import Sampling
 
 V, BLOCK_SIZE = 31, 12
 
@@ -283,3 +284,39 @@ def test_invalid_settings_are_refused_before_any_token(name, value):
     model = tiny()
     with pytest.raises(ValueError, match=f"{name}={value}.*(use None|0 .argmax. or positive)"):
         model.generate_stream(prompt(), 1, **{name: value})
+
+
+def three_draws(how: Sampling, logits: Tensor) -> list[Tensor]:
+    """Three draws, and what is left of the generator."""
+    torch.manual_seed(3)
+    torch.randn(1)  # the generator keeps a number for the next call
+    return [how.draw(logits) for _ in range(3)] + [torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("how", [{}, {"top_k": 1}, {"top_k": 20}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (1, 50257)], ids=str)
+def test_a_draw_is_that_of_multinomial(shape, how, monkeypatch):
+    logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = three_draws(Sampling(**how), logits)
+    monkeypatch.setattr(sampling, "_may_race", lambda p: False)
+    assert all(map(torch.equal, found, three_draws(Sampling(**how), logits)))
+
+
+@pytest.mark.parametrize("logits", [torch.full((1, 5), math.inf), torch.zeros(1, 5).double()])
+def test_what_is_left_to_multinomial(logits, monkeypatch):
+    """What it refuses, and dtypes nobody has compared."""
+    monkeypatch.setattr(sampling, "_race", None)
+    if logits.isinf().any():
+        with pytest.raises(RuntimeError, match="inf"):
+            Sampling().draw(logits)
+    else:
+        assert 0 <= Sampling().draw(logits) < 5
+
+
+def test_a_pytorch_that_draws_otherwise(monkeypatch):
+    monkeypatch.setattr(sampling, "_multinomial", lambda p, n, generator: p.argmin(-1, True))
+    sampling._multinomial_races.cache_clear()
+    try:
+        assert not sampling._multinomial_races()
+    finally:
+        sampling._multinomial_races.cache_clear()
