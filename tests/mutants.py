@@ -5,7 +5,7 @@
 The mutants are in tests/mutations/<name>.diff, one below another; tests/test_<name>.py is to catch
 them:
 
-    @@ file function or class: what is wrong now
+    @@ file function, class or macro: what is wrong now
     -text that occurs in it once
     +what stands there instead
 
@@ -16,6 +16,7 @@ first failure. A line per mutant says which test caught it; the exit status is 1
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import re
@@ -46,18 +47,26 @@ class Mutant(NamedTuple):
 
     def within(self, source: str) -> str:
         """The source of its file, broken."""
-        lines = source.splitlines(keepends=True)
-        for node in ast.parse(source).body:
-            if getattr(node, "name", None) == self.function:
-                first, last = node.lineno - 1, node.end_lineno
-                body = "".join(lines[first:last])
-                if body.count(self.old) == 1:
-                    broken = body.replace(self.old, self.new)
-                    return "".join([*lines[:first], broken, *lines[last:]])
+        for first, last in self._spans(source):
+            if source.count(self.old, first, last) == 1:
+                return (
+                    source[:first] + source[first:last].replace(self.old, self.new) + source[last:]
+                )
         raise ValueError(
             f"mutant {self.name!r} of tests/mutations/{self.test}.diff: {self.function} of "
             f"{self.file} no longer contains {self.old!r} once; adapt it to the code"
         )
+
+    def _spans(self, source: str) -> Iterator[tuple[int, int]]:
+        """Where the function stands: first and last character; C may say it anywhere."""
+        if not self.file.endswith(".py"):
+            yield 0, len(source)
+            return
+        lines = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
+        for node in ast.parse(source).body:
+            if getattr(node, "name", None) == self.function:
+                assert isinstance(node, ast.stmt) and node.end_lineno is not None
+                yield lines[node.lineno - 1], lines[node.end_lineno]
 
 
 class Verdict(NamedTuple):

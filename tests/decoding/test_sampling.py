@@ -302,6 +302,15 @@ def test_a_draw_is_that_of_multinomial(shape, how, monkeypatch):
     assert all(map(torch.equal, found, three_draws(Sampling(**how), logits)))
 
 
+def test_where_exponentials_are_known_they_are_made():
+    one, other = (torch.Generator().manual_seed(0) for _ in range(2))
+    e = torch.empty(97).exponential_(generator=one)
+    u = torch.empty(97, dtype=torch.float64).uniform_(generator=other)
+    if not torch.equal(e, -torch.log1p(-u).float()):
+        pytest.skip("this PyTorch makes exponential numbers in another way")
+    assert sampling._multinomial_races()
+
+
 @pytest.mark.parametrize("logits", [torch.full((1, 5), math.inf), torch.zeros(1, 5).double()])
 def test_what_is_left_to_multinomial(logits, monkeypatch):
     """What it refuses, and dtypes nobody has compared."""

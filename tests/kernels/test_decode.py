@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ops("decode")
 ROOT = Path(__file__).parents[2]
 RUNS = {"triton": decode, "eager": eager}
 if DEVICE == "cpu" and native.unsupported((torch.empty(1),), 16) is None:
-    RUNS["native"] = native
+    RUNS = {"native": native} | RUNS  # the soonest done, and the soonest to show what is wrong
 
 
 @pytest.fixture(params=RUNS)
@@ -215,6 +215,14 @@ def test_embedding(run, low):
     settle()
     run.embed(out, ids, positions, wte, wpe)
     assert torch.equal(out, wte[ids].float() + wpe[positions.long()].float())
+
+
+def test_positions_go_on_up_to_the_last(run):
+    positions = torch.tensor([0, 7, 8, 3], device=DEVICE, dtype=torch.int32)
+    last = torch.tensor([8, 8, 8, 3], device=DEVICE, dtype=torch.int32)
+    settle()
+    run.advance(positions, last)
+    assert positions.tolist() == [1, 8, 8, 3]
 
 
 def test_weights_are_read_before_the_wait():

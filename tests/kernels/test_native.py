@@ -142,6 +142,8 @@ def test_gelu_everywhere(approximate, dtype):
     for a, b in ((y, truth), (slope, true_slope)):
         off = (a.double() - b).abs()
         assert (off <= 4 * eps * b.abs().clamp(min=2**-2)).all(), off.max()
+        if dtype == torch.bfloat16:  # rounded to nearest, where not far into a tail
+            assert (a != b.to(dtype))[h.abs() < 3].double().mean() < 0.01
     odd = torch.tensor([[float("inf")], [float("-inf")], [float("nan")]], dtype=dtype)
     slope, y = native.linear_gelu(odd, one, zero, approximate == "tanh")
     assert y[0] == float("inf") and y[1:].isnan().all() and slope[2].isnan()
