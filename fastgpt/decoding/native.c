@@ -136,35 +136,54 @@ void advance(const struct call *call) {
                                         FROM(wpe[(int64_t)positions[m] * K + k]);                 \
     }
 
-enum { GROUP = 4 }; /* rows of x in one pass over a weight */
+/* How many rows of x, and of a weight, are multiplied together in registers */
+enum { GROUP = 4, PAIR = 2 };
 
-/* sums[r] = lane by lane w . x[r], rest[r] what is left of K. Of one weight at a time, which is how
-   memory is read fastest; in two parts, so that an addition need not wait for the last one. A row's
-   are added up in one order whichever rows are beside it. */
+/* sums[r] = lane by lane w[i] . x[r], for `wide` rows i of a weight; rest, what is left of K. A single
+   x takes one row of the weight at a time, which is how memory is read fastest. In two parts, so that
+   an addition need not wait for the last one, and in one order whatever rows are beside. */
 #define DOTS(NAME, T, FROM, LOAD)                                                                 \
     static inline __attribute__((always_inline)) void NAME(                                       \
-        const T *w, const float *const *x, floats *sums, float *rest, int rows, int K) {          \
-        floats even[GROUP] = {0}, odd[GROUP] = {0};                                               \
+        const T *w, const float *const *x, floats *sums, float *rest, int wide, int rows, int K) {\
+        floats even[PAIR][GROUP] = {0}, odd[PAIR][GROUP] = {0};                                   \
         int k = 0;                                                                                \
         for (; k + 2 * LANES <= K; k += 2 * LANES) {                                              \
-            floats first = LOAD(w + k), second = LOAD(w + k + LANES);                             \
+            floats first[PAIR], second[PAIR];                                                     \
+            _Pragma("GCC unroll 2")                                                               \
+            for (int i = 0; i < wide; i++) {                                                      \
+                first[i] = LOAD(w + (int64_t)i * K + k);                                          \
+                second[i] = LOAD(w + (int64_t)i * K + k + LANES);                                 \
+            }                                                                                     \
             _Pragma("GCC unroll 4")                                                               \
             for (int r = 0; r < rows; r++) {                                                      \
-                even[r] += load_f32(x[r] + k) * first;                                            \
-                odd[r] += load_f32(x[r] + k + LANES) * second;                                    \
+                floats left = load_f32(x[r] + k), right = load_f32(x[r] + k + LANES);             \
+                _Pragma("GCC unroll 2")                                                           \
+                for (int i = 0; i < wide; i++) {                                                  \
+                    even[i][r] += left * first[i];                                                \
+                    odd[i][r] += right * second[i];                                               \
+                }                                                                                 \
             }                                                                                     \
         }                                                                                         \
         _Pragma("GCC unroll 4")                                                                   \
         for (int r = 0; r < rows; r++) {                                                          \
-            sums[r * LANES] = even[r] + odd[r];                                                   \
-            rest[r * LANES] = 0;                                                                  \
-            for (int j = k; j < K; j++) rest[r * LANES] += x[r][j] * FROM(w[j]);                  \
+            _Pragma("GCC unroll 2")                                                               \
+            for (int i = 0; i < wide; i++) {                                                      \
+                float more = 0;                                                                   \
+                for (int j = k; j < K; j++) more += x[r][j] * FROM(w[(int64_t)i * K + j]);        \
+                sums[r * LANES + i] = even[i][r] + odd[i][r];                                     \
+                rest[r * LANES + i] = more;                                                       \
+            }                                                                                     \
         }                                                                                         \
     }
 
+/* Of weights for several rows of x: there the processor, busy multiplying, does not look ahead */
+static inline void to_level_2(const void *start, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char *)start + at, 0, 2);
+}
+
 /* y (M, N) = [residual +] [gelu]([layer norm] (x (M, K)) @ w (N, K)^T [* scales] + bias), GELU in
    its tanh form if activation is 2, none if it is 0 */
-#define LINEAR(NAME, T, FROM, LOAD)                                                               \
+#define LINEAR(NAME, T, FROM, LOAD, WIDE)                                                         \
     DOTS(NAME##_dots, T, FROM, LOAD)                                                              \
     void NAME(const struct call *call) {                                                          \
         const float *x = call->pointers[0];                                                       \
@@ -196,12 +215,15 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
                     memset(sums, 0, sizeof sums);                                                 \
                     memset(rest, 0, sizeof rest);                                                 \
                 }                                                                                 \
-                for (int i = 0; i < count; i++) {                                                 \
+                for (int i = 0, wide; i < count; i += wide) {                                     \
                     const T *row = w + (int64_t)(n + i) * K;                                      \
-                    if (M == 1)                                                                   \
-                        NAME##_dots(row, xs, sums + i, rest + i, 1, K);                           \
-                    else                                                                          \
-                        NAME##_dots(row, xs, sums + i, rest + i, GROUP, K);                       \
+                    wide = M > 1 && i + WIDE <= count ? WIDE : 1;                                 \
+                    if (M > 1 && first == 0 && n + i + LANES + wide <= N)                         \
+                        to_level_2(row + (int64_t)LANES * K, sizeof(T) * wide * K);               \
+                    if (M == 1) NAME##_dots(row, xs, sums + i, rest + i, 1, 1, K);                \
+                    else if (wide < WIDE) NAME##_dots(row, xs, sums + i, rest + i, 1, GROUP, K);  \
+                    else if (M == 2) NAME##_dots(row, xs, sums + i, rest + i, WIDE, 2, K);        \
+                    else NAME##_dots(row, xs, sums + i, rest + i, WIDE, GROUP, K);                \
                 }                                                                                 \
                 for (int m = first; m < M && m < first + GROUP; m++) {                            \
                     int at = (m - first) * LANES;                                                 \
@@ -307,8 +329,8 @@ enum { GROUP = 4 }; /* rows of x in one pass over a weight */
 
 EMBED(embed_float32, float, from_f32)
 EMBED(embed_bfloat16, uint16_t, from_bf16)
-LINEAR(linear_float32, float, from_f32, load_f32)
-LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16)
-LINEAR(linear_int8, int8_t, from_int8, load_int8)
+LINEAR(linear_float32, float, from_f32, load_f32, 1) /* of two, GCC would read each again for every x */
+LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16, PAIR)
+LINEAR(linear_int8, int8_t, from_int8, load_int8, PAIR)
 ATTENTION(attend_float32, float, from_f32, to_f32, load_f32)
 ATTENTION(attend_bfloat16, uint16_t, from_bf16, to_bf16, load_bf16)
