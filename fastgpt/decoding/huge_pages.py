@@ -14,6 +14,7 @@ from torch import Tensor
 
 PAGE = 2**21  # bytes
 _GAP = 2**16  # between tensors that are as good as one: what an allocator keeps for itself
+_BEFORE = 0.005  # seconds to save up before the first page: who wants a few tokens moves none
 _COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1
 
 
@@ -23,7 +24,7 @@ class HugePages:
     def __init__(self, tensors: Iterable[Tensor]):
         self.tensors = sorted(tensors, key=lambda t: t.data_ptr())
         self.left = _pages(self.tensors)
-        self.owed = 0.0  # seconds that the last page took too long
+        self.owed = _BEFORE  # seconds that pages took too long, or are to wait
 
     def move(self, seconds: float) -> None:
         """Those of them that take no longer together, over all calls. None is left after one that
