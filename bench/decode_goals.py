@@ -21,7 +21,7 @@ from bench import decode
 from bench.harness import machine, record
 from bench.reports import terminal
 
-ROUNDS = 5
+ROUNDS = 7
 VARIANTS = ["eager", "nanogpt", "fastgpt"]
 
 
