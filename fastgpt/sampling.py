@@ -100,7 +100,8 @@ def _may_race(p: Tensor) -> bool:
 @functools.cache
 def _multinomial_races() -> bool:
     """Asked of the PyTorch that is here: how it draws is nothing that it promises."""
-    p, (one, other) = torch.ones(3, 97) / 97, (torch.Generator().manual_seed(0) for _ in range(2))
+    p = torch.full((3, 97), 1 / 97, dtype=torch.float32, device="cpu")
+    one, other = (torch.Generator("cpu").manual_seed(0) for _ in range(2))
     pairs = [(_multinomial(p, 1, generator=one), _race(p, other)) for _ in range(4)]
     states = one.get_state(), other.get_state()
     return all(torch.equal(a, b) for a, b in [*pairs, states])

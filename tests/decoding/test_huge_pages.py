@@ -30,6 +30,13 @@ class Moves:
         return 0 if len(self.pages) <= self.allowed else -1
 
 
+def in_huge_pages() -> int:
+    if not SMAPS.exists():
+        return 0
+    lines = (line.split() for line in SMAPS.read_text().splitlines())
+    return next(1024 * int(words[1]) for words in lines if words[0] == "AnonHugePages:")
+
+
 def at(start: int, nbytes: int) -> Tensor:
     """Stands for a tensor there."""
 
@@ -85,20 +92,19 @@ def test_a_page_that_cannot_be_moved_is_the_last(monkeypatch, allowed):
     assert len(moves.pages) == allowed + 1
 
 
-def test_a_system_without_them(monkeypatch):
-    monkeypatch.setattr(huge_pages.sys, "platform", "darwin")
+@pytest.mark.parametrize("where", ["another system", "a forked process"])
+def test_where_no_page_is_moved(where, monkeypatch):
+    if where == "a forked process":
+        monkeypatch.setattr(huge_pages, "_LOADED_IN", -1)
+    else:
+        monkeypatch.setattr(huge_pages.sys, "platform", "darwin")
     huge_pages._libc_madvise.cache_clear()
     try:
-        pages = HugePages([torch.randn(PAGE)])
+        before, pages = in_huge_pages(), HugePages([torch.randn(PAGE)])
         pages.move(1)
-        assert next(pages.left, None) is None
+        assert next(pages.left, None) is None and in_huge_pages() == before
     finally:
         huge_pages._libc_madvise.cache_clear()
-
-
-def in_huge_pages() -> int:
-    lines = (line.split() for line in SMAPS.read_text().splitlines())
-    return next(1024 * int(words[1]) for words in lines if words[0] == "AnonHugePages:")
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="what lies in huge pages is read in /proc")
