@@ -57,9 +57,13 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
         return
     if idx.is_meta and not wte.weight.is_meta:  # a CPU's embedding takes them, and returns noise
         raise RuntimeError(f"idx is on meta, the model on {wte.weight.device}; move one with .to()")
+    check_ids(idx, wte.weight.shape[0])  # a fork may have given it more rows than num_embeddings
+
+
+def check_ids(idx: Tensor, V: int) -> None:
+    """IndexError for an id outside the vocabulary, where there are values to look at."""
     if can_be_read(idx):
         low, high = (t.item() for t in idx.aminmax())
-        V = wte.weight.shape[0]  # which a fork may have given more rows than num_embeddings
         if low < 0 or high >= V:
             raise IndexError(
                 f"idx holds ids from {low} to {high}, but vocab_size={V} allows 0 to {V - 1}; "

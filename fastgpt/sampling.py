@@ -88,7 +88,9 @@ def _race(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def _may_race(p: Tensor) -> bool:
-    """Whether torch.multinomial is PyTorch's own, known to do the same, and would raise nothing."""
+    """Whether torch.multinomial is PyTorch's own; on a CPU also, whether it is known to do the same
+    and would raise nothing.
+    """
     if torch.multinomial is not _multinomial:
         return False
     if p.is_cuda:

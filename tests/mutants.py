@@ -6,7 +6,7 @@ The mutants are in tests/mutations/<name>.diff, one below another; tests/test_<n
 them:
 
     @@ file function, class or macro: what is wrong now
-    -text that occurs in it once
+    -text that occurs in it once (in C: in the file)
     +what stands there instead
 
 A file is one of kernels/, or of fastgpt/ where that has none of the name. In a copy of the tree,
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 class Mutant(NamedTuple):
     file: str
-    function: str  # or class
+    function: str  # or class, or macro
     name: str
     old: str
     new: str
@@ -58,9 +58,10 @@ class Mutant(NamedTuple):
         )
 
     def _spans(self, source: str) -> Iterator[tuple[int, int]]:
-        """Where the function stands: first and last character; C may say it anywhere."""
+        """Where the function stands, first and last character; of C, the whole file."""
         if not self.file.endswith(".py"):
-            yield 0, len(source)
+            if re.search(rf"\b{self.function}\b", source):
+                yield 0, len(source)
             return
         lines = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
         for node in ast.parse(source).body:

@@ -113,6 +113,8 @@ def test_a_mutant_is_caught_or_survives(new, caught_by, tree):
 def test_a_mutant_of_c():
     mutant = mutants.Mutant("double.c", "DOUBLE", "wrong", "x * 2", "x * 3", "double")
     assert mutant.within("#define DOUBLE(x) (x * 2)\n") == "#define DOUBLE(x) (x * 3)\n"
+    with pytest.raises(ValueError, match="DOUBLE of"):
+        mutant.within("#define TWICE(x) (x * 2)\n")
 
 
 def test_a_mutant_whose_text_is_gone_is_an_error():

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import backend, ops, reference
+from fastgpt import backend, checks, ops, reference
 from fastgpt.decoding import eager
 from fastgpt.decoding.graphs import Graphs, capture_for, notes_pytorch
 from fastgpt.decoding.parameters import Parameters, dense, hidden_size
@@ -123,6 +123,7 @@ class Decoder:
         A text that is full stays so, and its logits mean nothing.
         """
         rows = len(ids)
+        checks.check_ids(ids, len(self.parameters.wte))  # drawn by a function of the caller's
         self.ids[:rows].copy_(ids)
         self._do(self._steps(), rows)
         return self.logits[:rows]
@@ -150,7 +151,7 @@ class Decoder:
             self.run = eager if chosen is reference else chosen
         if self.graphs is None:
             device = self.x.device
-            patience = 1 if notes_pytorch(device) else 0  # whose kernels a first call compiles
+            patience = int(notes_pytorch(device))  # on CUDA a first call compiles the kernels
             self.graphs = Graphs(self._forward, capture_for(device, self.run), patience=patience)
         return self.graphs
 

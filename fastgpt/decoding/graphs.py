@@ -53,7 +53,9 @@ def notes_pytorch(device: torch.device) -> bool:
 
 def capture_for(device: torch.device, run: Any) -> Capture | None:
     """How steps on the device, made of `run`'s functions, are captured; None if they are not."""
-    return _OnCuda(device) if device.type == "cuda" else getattr(run, "Recording", None)
+    if device.type == "cuda":
+        return _OnCuda(device)
+    return run.Recorder() if hasattr(run, "Recorder") else None
 
 
 class _OnCuda:

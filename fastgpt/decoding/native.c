@@ -329,7 +329,7 @@ static inline void to_level_2(const void *start, int64_t bytes) {
 
 EMBED(embed_float32, float, from_f32)
 EMBED(embed_bfloat16, uint16_t, from_bf16)
-LINEAR(linear_float32, float, from_f32, load_f32, 1) /* of two, GCC would read each again for every x */
+LINEAR(linear_float32, float, from_f32, load_f32, 1) /* GCC would keep no second row in registers */
 LINEAR(linear_bfloat16, uint16_t, from_bf16, load_bf16, PAIR)
 LINEAR(linear_int8, int8_t, from_int8, load_int8, PAIR)
 ATTENTION(attend_float32, float, from_f32, to_f32, load_f32)

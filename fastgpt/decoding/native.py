@@ -40,12 +40,23 @@ class _Call(ctypes.Structure):
     )
 
 
+class Recorder:
+    """Records the steps of a decoder."""
+
+    pages: HugePages | None = None  # of its weights, for all its recordings
+
+    def __call__(self, run: Callable[[], None]) -> "Recording":
+        recording = Recording(run, self.pages)
+        self.pages = recording.pages
+        return recording
+
+
 class Recording:
-    """The calls of a step, to be made again as one: Python before each of them would take a
-    millisecond a token at 12 layers, and so many starts of threads a tenth of one.
+    """The calls of a step, to be made again as one: Python before each of them takes a millisecond
+    a token at 12 layers, and so many starts of threads a few tenths.
     """
 
-    def __init__(self, run: Callable[[], None]):
+    def __init__(self, run: Callable[[], None], pages: HugePages | None = None):
         self.kept: list[Tensor] = []  # memory that only these calls know of
         self.weights: list[Tensor] = []
         self.calls: list[_Call] = []
@@ -55,12 +66,12 @@ class Recording:
         finally:
             _of_thread.recording = None
         self.array = (_Call * len(self.calls))(*self.calls)
-        self.huge_pages = HugePages(self.weights)
+        self.pages = pages or HugePages(self.weights)
 
     def replay(self) -> None:
         start = time.perf_counter()
         _run(self.array, len(self.array))
-        self.huge_pages.move(_MOVING * (time.perf_counter() - start))
+        self.pages.move(_MOVING * (time.perf_counter() - start))
 
 
 class _OfThread(threading.local):

@@ -82,16 +82,18 @@ def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
         named = weights._asdict().items()
         return Weights(**{name: to(dtype if name in _MATRICES else wide, t) for name, t in named})
 
-    of_embeddings = parameters.wte.dtype  # which an embedding of another dtype keeps
-    if of_embeddings != dtype:
-        of_embeddings = wide
+    head, wte = to(dtype, parameters.head), parameters.wte
+    if dtype in (wide, wte.dtype) and wte is parameters.head:
+        wte = head  # converted once
+    else:
+        wte = to(dtype if dtype == wte.dtype else wide, wte)
     return parameters._replace(
-        wte=to(of_embeddings, parameters.wte),
-        wpe=to(of_embeddings, parameters.wpe),
+        wte=wte,
+        wpe=to(wte.dtype, parameters.wpe),
         blocks=tuple(map(block, parameters.blocks)),
         ln_f=to(wide, parameters.ln_f),
         ln_f_bias=to(wide, parameters.ln_f_bias),
-        head=to(dtype, parameters.head),
+        head=head,
         dtype=dtype,
     )
 

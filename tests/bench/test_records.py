@@ -316,7 +316,8 @@ def test_what_is_committed_shows_what_is_committed():
     if shutil.which("git") and (ROOT / ".git").exists():
         command = ["git", "ls-files", str(folder)]
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        paths = [path for path in paths if str(path) in listed.stdout.split()]
+        committed = set(listed.stdout.split())
+        paths = [path for path in paths if str(path) in committed]
     records = sorted((record.load(ROOT / path) for path in paths), key=lambda r: r["date"])
     text = (ROOT / "README.md").read_text()
     assert document.replace_between(text, document.readme(records)) == text

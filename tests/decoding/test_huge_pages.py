@@ -72,8 +72,8 @@ def test_pages_are_whole_and_come_once(monkeypatch, ranges, pages):
 
 
 def test_pages_take_their_share_of_the_time(monkeypatch):
-    """Ten seconds a page, of which a call has four: one page in two or three calls; and in the
-    first milliseconds none.
+    """A page takes ten seconds and a call has four, so that every second or third call moves one;
+    in the first milliseconds none is moved.
     """
     moves, pages = Moves(monkeypatch, seconds=10), HugePages([at(0, 100 * PAGE)])
     pages.move(0.004)
@@ -100,7 +100,7 @@ def test_where_no_page_is_moved(where, monkeypatch):
         monkeypatch.setattr(huge_pages.sys, "platform", "darwin")
     huge_pages._libc_madvise.cache_clear()
     try:
-        before, pages = in_huge_pages(), HugePages([torch.randn(PAGE)])
+        pages, before = HugePages([torch.randn(PAGE)]), in_huge_pages()
         pages.move(1)
         assert next(pages.left, None) is None and in_huge_pages() == before
     finally:
@@ -109,7 +109,7 @@ def test_where_no_page_is_moved(where, monkeypatch):
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="what lies in huge pages is read in /proc")
 def test_values_stay():
-    weight, before = torch.randn(8 * PAGE // 4 + 5), in_huge_pages()
+    before, weight = in_huge_pages(), torch.randn(8 * PAGE // 4 + 5)
     expected, address = weight.clone(), weight.data_ptr()
     pages = HugePages([weight])
     if huge_pages._madvise(next(pages.left), PAGE, huge_pages._COLLAPSE) != 0:
