@@ -137,7 +137,11 @@ void advance(const struct call *call) {
     }
 
 /* How many rows of x, and of a weight, are multiplied together in registers */
+#ifdef __AVX512F__
 enum { GROUP = 4, PAIR = 2 };
+#else
+enum { GROUP = 4, PAIR = 1 };
+#endif
 
 /* sums[r] = lane by lane w[i] . x[r], for `wide` rows i of a weight; rest, what is left of K. A single
    x takes one row of the weight at a time, which is how memory is read fastest. In two parts, so that
