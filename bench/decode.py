@@ -141,7 +141,7 @@ def _fastgpt(run: Run) -> Generate:
 
 
 def _decode_for(model: Any, seconds: float) -> None:
-    """Until most of the weights are in pages of 2 MB (fastgpt/decoding/huge_pages.py)."""
+    """Meanwhile weights move to pages of 2 MB (fastgpt/decoding/huge_pages.py)."""
     end = time.perf_counter() + seconds
     first = torch.zeros(1, 1, dtype=torch.int64)
     while time.perf_counter() < end:

@@ -1,8 +1,8 @@
-"""Weights in pages of 2 MB instead of 4 KB, on Linux: a CPU reads them 10 to 30 % faster.
+"""Weights in pages of 2 MB instead of 4 KB, on Linux: a CPU reads them 8 to 29 % faster.
 
-Only where they lie in physical memory changes. Moving a page takes as long as it then saves in 30
-to 500 tokens, so a step moves only some. A forked process moves none: it shares its parent's memory
-and would get copies.
+Only where they lie in physical memory changes. Moving a page takes as long as it then saves in tens
+to hundreds of tokens, so a step moves only some. A forked process moves none: it shares its
+parent's memory and would get copies.
 """
 
 import ctypes

@@ -82,11 +82,10 @@ def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
         named = weights._asdict().items()
         return Weights(**{name: to(dtype if name in _MATRICES else wide, t) for name, t in named})
 
-    head, wte = to(dtype, parameters.head), parameters.wte
-    if dtype in (wide, wte.dtype) and wte is parameters.head:
-        wte = head  # converted once
-    else:
-        wte = to(dtype if dtype == wte.dtype else wide, wte)
+    head = to(dtype, parameters.head)
+    of_wte = dtype if parameters.wte.dtype == dtype else wide
+    shared = parameters.wte is parameters.head and of_wte == dtype
+    wte = head if shared else to(of_wte, parameters.wte)
     return parameters._replace(
         wte=wte,
         wpe=to(wte.dtype, parameters.wpe),

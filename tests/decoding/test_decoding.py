@@ -91,57 +91,6 @@ def test_after_crop_block_size(mode):
         assert_close(logits(text[:, :T]), whole(model, text[:, :T]))
 
 
-IN_C = pytest.mark.skipif("auto" not in MODES, reason="there is no C compiler")
-
-
-@IN_C
-@torch.no_grad()
-@pytest.mark.parametrize("rows, width", [(1, 1), (5, 1), (1, 5)])
-def test_threads_change_no_bit(rows, width):
-    """Of a step of several layers, each of which reads what other threads wrote."""
-    weights = in_dtype(
-        parameters(tiny(n_layer=3, n_embd=64, n_head=4, block_size=64)), torch.float32
-    )
-    ids, before, found = torch.arange(rows * width), torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            for _ in range(4):
-                decoder = Decoder(weights, rows, 64, width)
-                decoder.prefill(torch.zeros(rows, 1, dtype=torch.int64))
-                found.append(torch.stack([decoder.step(ids).clone() for _ in range(50)]))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(logits, found[0]) for logits in found)
-
-
-@IN_C
-@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_models_of_other_dtypes(own, low):
-    """Their tokens are those of the same model in fp32, to rounding: of the first few, all."""
-    model, idx = tiny().to(own), prompt(2, 3)
-    found = model.generate(idx, 5, temperature=0, dtype=low)
-    assert torch.equal(found, model.float().generate(idx, 5, temperature=0, dtype=low))
-
-
-@torch.no_grad()
-def test_a_tied_weight_is_converted_once():
-    model = tiny()
-    half = in_dtype(parameters(model.half()), torch.float32)
-    assert half.wte is half.head and half.wte.dtype == half.wpe.dtype == torch.float32
-    low = in_dtype(parameters(model.float()), torch.bfloat16)
-    assert low.wte.data_ptr() == model.lm_head.weight.data_ptr()
-
-
-@pytest.mark.parametrize("drawn", [-1, V])
-def test_a_drawn_id_outside_the_vocabulary(mode, drawn, monkeypatch):
-    """By a function of the caller's: as in nanoGPT an IndexError, and no reading there."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: torch.full((2, 1), drawn))
-    with pytest.raises(IndexError):
-        tiny().generate(prompt(2, 3), 3)
-
-
 def test_a_training_step_between_two_calls(mode):
     model, idx = tiny(), prompt(2, 4)
     greedy = dict(temperature=0)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.decoding import huge_pages, native
+from fastgpt.decoding import huge_pages
 from fastgpt.decoding.huge_pages import PAGE, HugePages
+from tests.decoding.test_in_c import IN_C
 
 SMAPS = Path("/proc/self/smaps_rollup")
 
@@ -119,9 +120,7 @@ def test_values_stay():
     assert torch.equal(weight, expected) and weight.data_ptr() == address
 
 
-@pytest.mark.skipif(
-    native.unsupported((torch.empty(1),), 8) is not None, reason="there is no C compiler"
-)
+@IN_C
 def test_decoding_moves_its_weights(monkeypatch):
     config = GPTConfig(block_size=32, vocab_size=4096, n_layer=1, n_head=4, n_embd=256)
     model, idx = GPT(config).eval(), torch.zeros(1, 1, dtype=torch.int64)
