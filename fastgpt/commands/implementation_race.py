@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, backend, examples, ops, reference, use_backend
-from fastgpt.commands.launch_search import MARGIN, Sizes, distance
+from fastgpt.commands.launch_search import MARGIN, distance
+from fastgpt.commands.searches import Sizes
 from fastgpt.devices import autocast
 from fastgpt.examples import example, outline
 from fastgpt.fused.launchers import FUSABLE

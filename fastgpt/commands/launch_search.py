@@ -5,122 +5,20 @@ cannot run, is left out, and one that is faster by less than MARGIN changes noth
 """
 
 import functools
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgpt.commands.searches import Search, Sizes, searches
 from fastgpt.kernels import _tuned
 from fastgpt.storage.printable import first_line
 from fastgpt.timing import Variants, in_turns
 
-Config = dict[str, int]
 MARGIN = 1.02  # a winner must be this many times as fast: less is noise
-
-
-class Sizes(NamedTuple):
-    """Of the model to tune for: M tokens of width C, heads of D, vocabulary V."""
-
-    M: int = 16384
-    C: int = 768
-    D: int = 64
-    V: int = 50304
-    dtype: torch.dtype = torch.bfloat16
-
-
-class Search(NamedTuple):
-    key: str  # under which _tuned.configured looks the configuration up
-    call: Callable[[], Any]  # launches the kernel
-    candidates: list[Any]
-    # what the kernel computes, where a second `call` would give something else
-    result: Callable[[], Any] | None = None
-
-
-def searches(device: torch.device, sizes: Sizes) -> Iterator[Search]:
-    """The kernels with most time to win first, as the last ones may be cut off."""
-    from fastgpt.kernels import attention, cross_entropy, gemm_gelu, gemm_tma, layer_norm
-
-    M, C, D, V, dtype = sizes
-    name = str(dtype).removeprefix("torch.")
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    T = min(M, 1024)
-    qkv = rand(M // T, T, 3 * C)
-    y, lse = attention.packed_forward(qkv, C // D, None, 0.0)
-    call: Callable[[], Any]
-    call = functools.partial(attention.packed_backward, y, qkv, y, lse, None, C // D, 0.0)
-    yield Search(f"attention_backward {D} {name}", call, _backward_tiles(D))
-    block = dict(BLOCK_D=(max(16, 1 << (D - 1).bit_length()),))
-    tiles = _grid(
-        BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), **block, num_warps=(4, 8), num_stages=(2, 3, 4)
-    )
-    call = functools.partial(attention.packed_forward, qkv, C // D, None, 0.0)
-    tiles = [t for t in tiles if t["BLOCK_M"] >= t["BLOCK_N"]]
-    yield Search(f"attention_forward {D} {name}", call, tiles)
-    x, wide, h = rand(M, C), rand(4 * C, C), rand(M, 4 * C)
-    tma = gemm_tma.takes(x, wide)
-    tiles = _grid(
-        BLOCK_M=(64, 128), BLOCK_N=(128, 256), BLOCK_K=(64,), GROUP_M=(8,), num_warps=(4, 8),
-        num_stages=(3, 4),
-    )  # fmt: skip
-    call = functools.partial(gemm_gelu.forward, x, wide, rand(4 * C), False)
-    halves = [dict(tile, PARTS=2, SPECIALIZED=False) for tile in tiles]
-    if not tma:
-        yield Search(f"gemm_gelu {name}", call, tiles)
-    else:
-        yield Search("gemm_tma_fc", call, halves)
-        call = functools.partial(gemm_tma.dgrad, x, rand(C, 4 * C), h, False, True, True)
-        fit = [t for t in tiles if t["BLOCK_M"] * t["BLOCK_N"] <= 2048 * t["num_warps"]]
-        yield Search("gemm_tma_dgrad", call, fit)  # larger ones spill by the hundred
-    x, w, block = rand(M, C), rand(C), dict(BLOCK_N=(max(16, 1 << (C - 1).bit_length()),))
-    tiles = _grid(BLOCK_M=(1, 2, 4, 8), **block, num_warps=(1, 2, 4, 8))
-    _, s, mean, rstd = layer_norm.add_forward(x, x, w, w, 1e-5, dtype)
-    call = functools.partial(layer_norm.add_forward, x, x, w, w, 1e-5, dtype)
-    yield Search(f"layer_norm_forward {C}", call, tiles)
-    call = functools.partial(layer_norm.backward, x, x, s, w, mean, rstd, True, dtype)
-    tiles = _grid(BLOCK_M=(1, 2, 4), **block, STAGES=(1, 2), num_warps=(1, 2, 4, 8))
-    yield Search(f"layer_norm_backward {C}", call, tiles)
-    logits, ids = rand(M, V), torch.randint(V, (M,), device=device)
-    leaf = logits.clone().requires_grad_()
-    blocks = _grid(BLOCK=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
-    tiles = _grid(BLOCK_M=(1,), BLOCK_V=(1024, 2048, 4096, 8192, 16384), num_warps=(4, 8, 16, 32))
-    factor = torch.ones((), device=device)
-
-    def in_place(x: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy.cross_entropy_(x, ids, -1, factor), x
-
-    def both_ways() -> tuple[Tensor, ...]:
-        loss = cross_entropy.cross_entropy(leaf, ids)
-        return loss, *torch.autograd.grad(loss, leaf)
-
-    call = functools.partial(in_place, logits.clone())
-    yield Search(f"cross_entropy_ {V}", call, blocks, lambda: in_place(logits.clone()))
-    yield Search(f"cross_entropy {V}", both_ways, tiles)
-
-
-def _grid(**choices: tuple[int, ...]) -> list[Config]:
-    return [dict(zip(choices, c, strict=True)) for c in itertools.product(*choices.values())]
-
-
-def _backward_tiles(D: int) -> list[tuple[Config, Config]]:
-    """One tile for dk and dv, and the same one transposed for dq."""
-    pairs = []
-    block = max(16, 1 << (D - 1).bit_length())
-    for tile in _grid(wide=(64, 128), narrow=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3)):
-        wide, narrow = tile.pop("wide"), tile.pop("narrow")
-        if wide >= narrow:
-            tile["BLOCK_D"] = block
-            pairs.append((
-                dict(BLOCK_M=narrow, BLOCK_N=wide, **tile),
-                dict(BLOCK_M=wide, BLOCK_N=narrow, **tile),
-            ))  # fmt: skip
-    return pairs
 
 
 def search(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from fastgpt.commands import implementation_race, launch_search
-from fastgpt.commands.launch_search import Sizes
 from fastgpt.commands.options import number
+from fastgpt.commands.searches import Sizes
 from fastgpt.kernels import _tuned
 from fastgpt.storage import files
 
@@ -38,7 +38,7 @@ def joined(entry: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = number(int, 1, 2**31)
     parser.add_argument(
-        "--seconds", type=number(float, 1), default=300, help="of measuring (%(default)g)"
+        "--seconds", type=number(float, 1), default=600, help="of measuring (%(default)g)"
     )
     parser.add_argument("--n-embd", type=size, default=768, help="model width (%(default)s)")
     parser.add_argument("--n-head", type=size, default=12, help="attention heads (%(default)s)")

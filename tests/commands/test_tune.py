@@ -24,9 +24,19 @@ def test_every_search_finds_its_kernels_configuration():
             with _tuned.trying(one.key, candidate), _launch.record() as after:
                 one.call()
             changed |= [launch.options for launch in after] != [launch.options for launch in before]
-            settings = [[set(launch.options) for launch in some] for some in (before, after)]
-            assert settings[0] == settings[1], "a measurement with other settings is ignored"
+            old, new = ({one.kernel: set(one.options) for one in some} for some in (before, after))
+            assert all(old[kernel] == new[kernel] for kernel in old.keys() & new.keys()), (
+                "a measurement with other settings is ignored"
+            )
         assert changed, one.key
+
+
+def test_a_result_is_not_written_over_by_the_next():
+    """A search holds a candidate's result against one from before it."""
+    for one in launch_search.searches(torch.device(DEVICE), SMALL):
+        first, second = ((one.result or one.call)() for _ in range(2))
+        pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
+        assert not [a for a, b in pairs if a.numel() and a.data_ptr() == b.data_ptr()], one.key
 
 
 def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
