@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastgpt import backend, checks, ops
 from fastgpt.decoding import pool
@@ -156,6 +157,8 @@ def stream(
         text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
         done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype, lookup)
+    # a fused optimizer writes into weights without PyTorch's counting it
+    steps = register_optimizer_step_post_hook(lambda *_: next_logits.forget())
     try:
         for filled in range(T, end):
             if watched and filled > T:
@@ -169,6 +172,7 @@ def stream(
             if stop_token is not None and done.all():
                 return
     finally:
+        steps.remove()
         next_logits.close()
 
 
@@ -214,6 +218,10 @@ class NextLogits:
             self.parameters, self.state = current, state
             self.decoder: Decoder | None = None
             self.filled = 0  # columns in the decoder's cache
+
+    def forget(self) -> None:
+        """Begin anew at the next look, whatever the model seems to be."""
+        self.state = None
 
     def draw(self, text: Tensor, sampling: Sampling) -> Tensor:
         """Ids (B, 1) drawn from them. Where a step of the decoder is a CUDA graph, they are drawn
@@ -282,10 +290,11 @@ class NextLogits:
         if not keeps(head.device):
             return Decoder(current, rows, min(block_size, columns), width)
         capacity = min(block_size, 1 << (columns - 1).bit_length())
-        addresses = [t.data_ptr() for t in self.parameters.tensors()]
+        p = self.parameters
+        built = p.n_head, p.approximate, *(t.data_ptr() for t in p.tensors())
         facts = dict(head_dim=head.shape[1] // self.parameters.n_head, rows=rows * width)
         chosen = backend.explain("decode", (current.like(),), facts).implementation
-        self.key = (rows, capacity, width, self.dtype, own, chosen, *addresses)
+        self.key = (rows, capacity, width, self.dtype, own, chosen, *built)
         if decoder := pool.take(self.model, self.key):
             decoder.refresh(current)
             return decoder

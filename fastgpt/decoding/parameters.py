@@ -61,11 +61,12 @@ def parameters(model: Any) -> Parameters | None:
     return result if alike(head, *result.tensors()) and head.is_contiguous() else None
 
 
-def state_of(parameters: Parameters) -> tuple[tuple[int, int], ...]:
-    """Where they lie and how often they were written to: what differs after a change of them."""
-    return tuple(
-        (t.data_ptr(), 0 if t.is_inference() else t._version) for t in parameters.tensors()
-    )
+def state_of(parameters: Parameters) -> tuple[Any, ...]:
+    """Where they lie and how often they were written to, as PyTorch counts it, and the rest of what
+    a change of the model changes.
+    """
+    counts = ((t.data_ptr(), 0 if t.is_inference() else t._version) for t in parameters.tensors())
+    return (parameters.n_head, parameters.approximate, *counts)
 
 
 def in_dtype(parameters: Parameters, dtype: torch.dtype) -> Parameters:
