@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.devices import autocast
+from fastgpt.fused.untouched import Snapshot, calls_untouched
+from fastgpt.implementations.interception import interception
 from fastgpt.model import GPT
 from fastgpt.optim import AdamW
 from fastgpt.storage.printable import first_line
@@ -63,6 +65,11 @@ class TrainStep:
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
         if capture and data_parallel:
             raise ValueError("capture=True records one process's step; leave data_parallel or it")
+        if capture and model.config.checkpoint_blocks:
+            raise ValueError(
+                "capture=True cannot record checkpoint_blocks=True, which asks for the state of "
+                "random numbers; leave one of them out"
+            )
         if overlap and (compile or not capture):
             raise ValueError("overlap=True needs capture=True, and not compile=True")
         self.overlap = capture and not compile if overlap is None else overlap
@@ -99,18 +106,20 @@ class TrainStep:
                 if isinstance(self.forward, DistributedDataParallel):  # shared once a step
                     self.forward.require_backward_grad_sync = number == len(batches) - 1
                 losses.append(run(x, y, len(batches)))
-        except RuntimeError as error:
+        except BaseException as error:
+            self._drop_gradients()  # of the batches before, which are no step's any more
             if (explained := _explained(error, batches[0][0])) is None:
                 raise
             raise explained from error
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.skipped.look(self.optimizer.skipped)
-        if self.graph is None:
-            self.optimizer.zero_grad()
-        elif len(batches) > 1:  # one batch's gradients are written anew, several are added up
-            self.optimizer.zero_grad(set_to_none=False)
+        if self.graph is None or len(batches) > 1:  # a graph writes one batch's gradients anew
+            self._drop_gradients()
         return torch.stack(losses).sum()
+
+    def _drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=self.graph is None)  # a graph adds to them in place
 
     def micro_step(self, x: Tensor, y: Tensor, count: int) -> Tensor:
         """Add the gradients of one of `count` batches -> its share of the loss."""
@@ -172,8 +181,9 @@ class _Graph:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def replay(self, x: Tensor, y: Tensor, count: int) -> Tensor:
-        if self.graph is None or self.recorded != self._facts():
-            self._record(x, y, count)
+        if self.graph is None or self.recorded != self._facts() or not self.modules.unchanged():
+            with torch.cuda.device(self.step.device):
+                self._record(x, y, count)
         if (x.shape, count) != (self.x.shape, self.count):
             raise ValueError(
                 f"captured for {self.count} batches of {tuple(self.x.shape)} a step, got {count} "
@@ -188,29 +198,35 @@ class _Graph:
         return self.loss.clone()
 
     def _facts(self) -> list[Any]:
-        """What a recording stands on: addresses, what needs a gradient, dropout."""
-        model = self.step.model
-        return [model.training, *((p.data_ptr(), p.requires_grad) for p in model.parameters())]
+        """What a recording stands on beside the model's modules: what is replaced in PyTorch,
+        addresses, what needs a gradient.
+        """
+        parameters = self.step.model.parameters()
+        addresses = ((p.data_ptr(), p.requires_grad) for p in parameters)
+        return [calls_untouched(), interception(), *addresses]
 
     def _record(self, x: Tensor, y: Tensor, count: int) -> None:
+        """On the current device, whose streams these are."""
         self.x, self.y, self.count = x.clone(), y.clone(), count
-        optimizer, aside = self.step.optimizer, torch.cuda.Stream(x.device)
-        aside.wait_stream(torch.cuda.current_stream(x.device))
+        optimizer, aside = self.step.optimizer, torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compile and allocate before anything is recorded
             for _ in range(3):
                 self.step.micro_step(self.x, self.y, count)
-        torch.cuda.current_stream(x.device).wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(aside)
         optimizer.zero_grad(set_to_none=count == 1)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=aside):
             self.loss = self.step.micro_step(self.x, self.y, count)
         optimizer.zero_grad(set_to_none=False)
         self.grads = [(p, p.grad) for p in self.step.model.parameters() if p.grad is not None]
-        self.recorded = self._facts()
+        self.recorded, self.modules = self._facts(), Snapshot(self.step.model)
 
 
-def _explained(error: RuntimeError, x: Tensor) -> RuntimeError | None:
+def _explained(error: BaseException, x: Tensor) -> RuntimeError | None:
     """PyTorch's out-of-memory errors, with what would help; None for any other."""
+    if not isinstance(error, RuntimeError):
+        return None
     reason = first_line(error)
     if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in reason:
         return None

@@ -232,10 +232,12 @@ class Snapshot:
 
     def holds(self) -> bool:
         """Whether nothing was replaced, added or removed; writes into tensors are not seen."""
+        return calls_untouched() and interception() is None and self.unchanged()
+
+    def unchanged(self) -> bool:
+        """The same of the model alone."""
         return (
-            calls_untouched()
-            and interception() is None
-            and not any(self.empty)
+            not any(self.empty)
             and list(map(type, self.objects)) == self.kinds
             and all(len(d) == len(v) and all(map(is_, d.values(), v)) for d, v in self.values)
         )

@@ -229,6 +229,22 @@ def test_capture_needs_a_gpu():
         captured(batches(0, 1, 8))
 
 
+def test_a_step_that_raises_leaves_no_gradient():
+    """Not even those of the batches before the one it was."""
+    good, bad = batches(0, 1, 8), [(torch.full((8, 16), 41), torch.zeros(8, 16, dtype=torch.int64))]
+    if DEVICE == "cuda":
+        bad = [(torch.zeros(8, 17, dtype=torch.int64, device=DEVICE),) * 2]  # too long
+    results = []
+    for first in ([], [[*good, *bad]]):
+        step = TrainStep(model(), 0.1, 1e-2, BETAS)
+        for these in first:
+            with pytest.raises((IndexError, ValueError)):
+                step(these)
+        step(batches(1, 1, 8))
+        results.append(list(step.model.parameters()))
+    assert all(map(torch.equal, *results))
+
+
 def test_a_batch_that_does_not_fit_names_three_ways_out(monkeypatch):
     step = TrainStep(model(), 0.1, 1e-2, BETAS)
 
