@@ -20,6 +20,7 @@ from torch import Tensor
 
 # torch.cuda.get_device_name() -> entry, with its "date"
 SHIPPED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("tuned.json").read_text())
+PARTS = "implementations", "configs"
 _trial: dict[str, Any] = {}
 
 
@@ -31,15 +32,27 @@ def path(device_name: str) -> Path:
 
 @functools.cache
 def entry(device_name: str) -> dict[str, Any]:
-    """What was measured on the device; {} if nothing was."""
-    file = path(device_name)
+    """What was measured on the device, by its user or else by us; {} if nothing was."""
+    file, shipped = path(device_name), SHIPPED.get(device_name, {})
     try:
-        return json.loads(file.read_text())
+        return joined(shipped, _checked(json.loads(file.read_text())))
     except FileNotFoundError:
-        return SHIPPED.get(device_name, {})
+        return shipped
     except (OSError, ValueError) as error:
         warnings.warn(f"fastgpt: {file} is ignored ({error}); run fastgpt tune again", stacklevel=2)
-        return SHIPPED.get(device_name, {})
+        return shipped
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    kinds = {"date": str} | dict.fromkeys(PARTS, dict)
+    if not isinstance(entry, dict) or [k for k in kinds if not isinstance(entry.get(k), kinds[k])]:
+        raise ValueError(f"it is no entry with {', '.join(kinds)}")
+    return entry
+
+
+def joined(entry: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """The entry with what `newer` has measured since."""
+    return newer | {part: {**entry.get(part, {}), **newer[part]} for part in PARTS}
 
 
 def configured(t: Tensor, kernel: str, guess: Callable[..., Any], *shape: Any) -> Any:

@@ -20,6 +20,7 @@ from bench.gpu import results, store
 from bench.gpu.stages import REAL
 from bench.harness import record
 from fastgpt import backend
+from fastgpt.kernels import _tuned
 
 ROOT = Path(__file__).parents[2]
 BENCHES = ("train", "ops", "curves")
@@ -201,7 +202,8 @@ def _shipped(path: Path, device: str, root: Path) -> bytes:
         if not tiles or not all(isinstance(t, dict) and _integers(t) for t in tiles):
             raise Refused(f"{path} has the configuration {config!r:.60} of {kernel!r}")
     shipped = root / "kernels/tuned.json"
-    entries = json.loads(shipped.read_text()) | {device: entry}
+    entries = json.loads(shipped.read_text())
+    entries[device] = _tuned.joined(entries.get(device, {}), entry)
     return (json.dumps(entries, indent=1, sort_keys=True) + "\n").encode()
 
 

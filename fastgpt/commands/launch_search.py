@@ -26,7 +26,7 @@ def search(
 ) -> list[dict[str, Any]]:
     """A row per candidate, the fastest of a kernel first. `only` names kernels; none means all.
 
-    over_default is how many times as fast as today's configuration it is. Compiling takes longer
+    over_today is how many times as fast as today's configuration it is. Compiling takes longer
     than measuring: when a kernel's share of the seconds is used up, its other candidates are left
     out.
     """
@@ -44,7 +44,7 @@ def search(
             if time.perf_counter() > now + share:
                 break
             tried.append(_try(one, config, expected, device, 0.3 * share / len(one.candidates)))
-        rows += sorted(tried, key=lambda row: -row.get("over_default", 0.0))
+        rows += sorted(tried, key=lambda row: -row.get("over_today", 0.0))
     return rows
 
 
@@ -66,7 +66,7 @@ def _try(
     except Exception as problem:  # out of shared memory, a compiler's refusal, a wrong result
         return row | {"problem": f"{type(problem).__name__}: {first_line(problem):.100}"}
     today, candidate = (statistics.median(times[name]) for name in calls)
-    return row | {"microseconds": 1e6 * candidate, "over_default": today / candidate}
+    return row | {"microseconds": 1e6 * candidate, "over_today": today / candidate}
 
 
 def _with(one: Search, config: Any) -> Any:
@@ -85,6 +85,6 @@ def winners(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """kernel -> the configuration that beat today's."""
     configs: dict[str, Any] = {}
     for row in rows:  # the fastest of a kernel comes first
-        if row.get("over_default", 0.0) > MARGIN:
+        if row.get("over_today", 0.0) > MARGIN:
             configs.setdefault(row["kernel"], row["config"])
     return configs

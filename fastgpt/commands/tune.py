@@ -29,12 +29,6 @@ def choose(races: list[dict[str, Any]], searched: list[dict[str, Any]]) -> dict[
     }
 
 
-def joined(entry: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
-    """The entry with what `chosen` has measured anew."""
-    parts = ("implementations", "configs")
-    return chosen | {part: {**entry.get(part, {}), **chosen[part]} for part in parts}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = number(int, 1, 2**31)
     parser.add_argument(
@@ -57,12 +51,12 @@ def main(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name(device)
     sizes = Sizes(args.tokens, args.n_embd, args.n_embd // args.n_head, args.vocab_size)
     path = _tuned.path(name)
-    entry = _tuned.entry(name) if args.only else {}
+    entry = _tuned.entry(name)  # what wins today wins over its configurations
     seconds = args.seconds if args.only else 0.7 * args.seconds
     searched = launch_search.search(device, sizes, seconds, args.only)
-    _write(path, joined(entry, choose([], searched)))
+    _write(path, _tuned.joined(entry, choose([], searched)))
     races = [] if args.only else implementation_race.race(device, sizes, 0.3 * args.seconds)
-    chosen = joined(entry, choose(races, searched))
+    chosen = _tuned.joined(entry, choose(races, searched))
     _write(path, chosen)
     for row in (*races, *searched):
         result = row.get("problem") or f"{row['microseconds']:.1f} us"

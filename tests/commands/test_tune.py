@@ -1,5 +1,6 @@
 """`fastgpt tune` on toy sizes, and that what it wrote is what runs."""
 
+import argparse
 import functools
 import types
 
@@ -48,7 +49,7 @@ def test_search_refuses_a_wrong_result_and_one_that_cannot_run(monkeypatch):
     monkeypatch.setattr(launch_search, "searches", lambda *_: [one])
     found = launch_search.search(torch.device(DEVICE), SMALL, 3.0)
     rows = {row["variant"]: row for row in found}
-    assert rows[str(good)]["over_default"] > 0
+    assert rows[str(good)]["over_today"] > 0
     assert "away from" in rows[str(candidates[1])]["problem"]  # half a row is another norm
     assert "problem" in rows[str(candidates[2])]
 
@@ -139,8 +140,8 @@ def test_without_a_race_of_the_block_its_parts_stay_fusable():
 
 def test_only_what_is_faster_than_noise_is_chosen():
     row = {"kernel": "gemm_gelu bfloat16", "config": {"BLOCK_M": 1}}
-    assert tune.choose([], [row | {"over_default": 1.01}])["configs"] == {}
-    won = [row | {"over_default": 1.2}, row | {"over_default": 1.1, "config": {}}]
+    assert tune.choose([], [row | {"over_today": 1.01}])["configs"] == {}
+    won = [row | {"over_today": 1.2}, row | {"over_today": 1.1, "config": {}}]
     assert tune.choose([], won)["configs"] == {"gemm_gelu bfloat16": {"BLOCK_M": 1}}
 
 
@@ -163,9 +164,37 @@ def test_what_was_measured_decides(cache):
     assert backend.measured("add_layer_norm", "NVIDIA H200") is None
 
 
-def test_a_broken_file_is_ignored_with_a_warning(cache):
+def test_of_what_the_user_did_not_measure_ours_is_left(cache, monkeypatch):
+    shipped = {"date": "then", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1}}
+    monkeypatch.setitem(_tuned.SHIPPED, "NVIDIA H200", shipped)
     cache.parent.mkdir(parents=True)
-    cache.write_text("{")
+    tune._write(cache, {"date": "now", "implementations": {}, "configs": {"b 1": 2}})
+    merged = {"date": "now", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1, "b 1": 2}}
+    assert _tuned.entry("NVIDIA H200") == merged
+
+
+def test_a_second_run_keeps_what_the_first_has_found(cache, monkeypatch, capsys):
+    """It measures candidates against the first one's winners, which nothing beats then."""
+    rows = [{"kernel": "a 1", "variant": "{}", "config": {"A": 1}, "microseconds": 1.0}]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(implementation_race, "race", lambda *args: [])
+    for times in (1.2, 1.0):
+        found = [row | {"over_today": times} for row in rows]
+        monkeypatch.setattr(launch_search, "search", lambda *args, found=found: found)
+        parser = argparse.ArgumentParser()
+        tune.add_arguments(parser)
+        assert tune.main(parser.parse_args([])) == 0
+        assert _tuned.entry("NVIDIA H200")["configs"]["a 1"] == {"A": 1}
+
+
+BROKEN = ["{", "[]", "{}", '{"date": 1, "implementations": {}, "configs": {}}']
+
+
+@pytest.mark.parametrize("content", [*BROKEN, '{"date": "", "implementations": {}, "configs": []}'])
+def test_a_broken_file_is_ignored_with_a_warning(cache, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
     with pytest.warns(UserWarning, match="run fastgpt tune again"):
         assert _tuned.entry("NVIDIA H200") == _tuned.SHIPPED.get("NVIDIA H200", {})
 
@@ -199,7 +228,7 @@ def test_only_some_kernels_leave_what_is_known_of_the_others():
         launch_search.search(device, SMALL, 1.0, ["layer_norn"])
     kept = {"date": "then", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1, "b 1": 1}}
     new = {"date": "now", "implementations": {}, "configs": {"b 1": 2}}
-    assert tune.joined(kept, new) == {
+    assert _tuned.joined(kept, new) == {
         "date": "now", "implementations": {"mlp": "cublas"}, "configs": {"a 1": 1, "b 1": 2},
     }  # fmt: skip
-    assert tune.joined({}, new) == new
+    assert _tuned.joined({}, new) == new
