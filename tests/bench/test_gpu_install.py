@@ -12,6 +12,7 @@ import pytest
 
 from bench.gpu import install, store
 from bench.harness import record
+from fastgpt.kernels import _tuned
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,18 @@ def ops(op: str, variants: tuple[str, ...] = ("eager", "fastgpt")) -> dict:
     rows = [row | {"variant": variant} for variant in variants]
     ceilings = {"flops": 7e14, "bandwidth": 4e12, "source": "measured"}
     return train(bench="ops", settings=settings, rows=rows, ceilings=ceilings)
+
+
+def decode(batch: int) -> dict:
+    row = {
+        "variant": "fastgpt", "seconds": [2e-4, 2.1e-4], "tokens_per_second": 5e3 * batch,
+        "of_floor": 0.3, "over_eager": 20.0, "first_token_seconds": [0.01, 0.01],
+    }  # fmt: skip
+    settings = {"size": "124M", "prompt": 224, "new_tokens": 128, "dtype": "bfloat16", "rounds": 4}
+    settings |= {"batch": batch} if batch > 1 else {}
+    rows = [row | {"variant": "eager", "over_eager": 1.0}, row]
+    floor = {"read_ceiling": 4e12, "floor_seconds": 6e-5}
+    return train(bench="decode", settings=settings, rows=rows, **floor)
 
 
 TUNED = {
@@ -153,11 +166,24 @@ def test_a_tar_that_reaches_out_is_refused(tmp_path):
             list(store.members(tmp_path / "t"))
 
 
+GIVEN = [train(), ops("mlp"), decode(1), decode(8), train(bench="curves")]
+COMMITTED = sorted((ROOT / "bench/results").glob("nvidia-*/*.json"))
+
+
+def test_records_of_every_bench_are_taken():
+    for found in GIVEN:
+        assert install.checked(json.dumps(found).encode(), "x") == found
+    assert {found["bench"] for found in GIVEN} == set(install.BENCHES)
+    for path in COMMITTED:
+        assert install.checked(path.read_bytes(), path.name)
+
+
 @pytest.mark.slow
 def test_records_tables_and_docs_are_put_in_their_places(tree, tmp_path):
     short = train(date="2026-12-01T11:00:00+00:00")
     short["rows"] = short["rows"][:1] + [{"variant": "fastgpt", "problem": "cut off"}]
     records = [train(), short, ops("layer_norm"), ops("mlp"), ops("mlp", ("eager", "own GEMM"))]
+    records += [decode(1), decode(64)]
     code, said = as_command(tree, brought_back(tmp_path / "in", *records))
     assert code == 0, said
     trained, of_ops = (
@@ -172,7 +198,9 @@ def test_records_tables_and_docs_are_put_in_their_places(tree, tmp_path):
         ("mlp", "fastgpt", False), ("mlp", "own GEMM", False),
     ]  # fmt: skip
     assert "only" not in of_ops["settings"]
-    assert json.loads((tree / "kernels/tuned.json").read_text()) == {"NVIDIA H200": TUNED}
+    assert len(list((tree / "bench/results/nvidia-h200").glob("decode-*"))) == 2
+    joined = _tuned.joined(_tuned.SHIPPED.get("NVIDIA H200", {}), TUNED)
+    assert json.loads((tree / "kernels/tuned.json").read_text())["NVIDIA H200"] == joined
     code = "from fastgpt.kernels import _tuned; print(_tuned.entry('NVIDIA H200')['date'])"
     read = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
     assert read.stdout == "2026-12-01\n", read.stderr
