@@ -71,6 +71,14 @@ def check_ids(idx: Tensor, V: int) -> None:
             )
 
 
+def check_prompt(idx: Tensor, wte: nn.Embedding | None) -> None:
+    """check_ids on a GPU too, where PyTorch's own error leaves a process without the GPU: once a
+    text the wait is worth it.
+    """
+    if wte is not None and not idx.is_meta and not torch.compiler.is_compiling():
+        check_ids(idx.cpu(), wte.weight.shape[0])
+
+
 def check_lengths(lengths: Tensor | None, idx: Tensor) -> list[int] | None:
     """The lengths of the prompts in idx (B, T), each at its row's right end, as a list."""
     if lengths is None:
@@ -98,12 +106,21 @@ def check_count(max_new_tokens: int) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """On a GPU, where looking would wait for the device, NaN is for PyTorch to notice."""
-    if can_be_read(logits) and logits.amax(-1).isnan().any():  # NaN is the largest
-        raise RuntimeError(
-            "the logits hold NaN; look for NaN or inf in the model's weights, or for values beyond "
-            "float16's range"
-        )
+    """On a GPU, where looking would wait for the device, `zero` keeps what it would see."""
+    if can_be_read(logits) and not logits.amax(-1).isfinite().all():  # NaN is the largest
+        raise not_finite()
+
+
+def zero(logits: Tensor) -> Tensor:
+    """logits (B, V) -> (B, 1), 0 or NaN where the largest is NaN or infinite."""
+    return 0 * logits.amax(-1, keepdim=True)
+
+
+def not_finite() -> RuntimeError:
+    return RuntimeError(
+        "the logits hold NaN or inf; look for NaN or inf in the model's weights, or for values "
+        "beyond float16's range"
+    )
 
 
 def check_qkv(qkv: Tensor, C: int, n_embd: int) -> None:

@@ -191,9 +191,11 @@ class GPT(nn.Module):
         loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
         return (logits if self.config.return_logits else None), loss
 
-    def _check_tokens(self, idx: Tensor, longest: int | None) -> None:
-        wte = self.transformer.wte
-        checks.check_tokens(idx, longest, wte if plain_lookup(wte) else None)
+    def _check_tokens(self, idx: Tensor, longest: int | None) -> nn.Embedding | None:
+        """-> wte, where it is one whose ids can be checked"""
+        wte = self.transformer.wte if plain_lookup(self.transformer.wte) else None
+        checks.check_tokens(idx, longest, wte)
+        return wte
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first `block_size` positions of a checkpoint with longer contexts."""
@@ -315,7 +317,8 @@ class GPT(nn.Module):
         prompt_lookup: int | sampling.PromptLookup | None,
         watched: bool = True,
     ) -> Iterator[Tensor]:
-        self._check_tokens(idx, None)
+        wte = self._check_tokens(idx, None)
+        checks.check_prompt(idx, wte)
         checks.check_count(max_new_tokens)
         checks.check_decoding_dtype(dtype)
         own = checks.check_lengths(lengths, idx)

@@ -27,6 +27,7 @@ from fastgpt.decoding.lookup import Ahead, PromptLookup
 from fastgpt.decoding.parameters import Parameters, in_dtype, in_int8, parameters, state_of
 from fastgpt.fused.untouched import Snapshot
 
+CHECKED_EVERY = 64  # tokens on a GPU: looking for NaN waits for it
 _multinomial, _largest = torch.multinomial, torch.topk
 
 
@@ -170,7 +171,10 @@ def stream(
             text[:, filled : filled + 1] = new
             yield new
             if stop_token is not None and done.all():
-                return
+                break
+            if (filled - T) % CHECKED_EVERY == CHECKED_EVERY - 1:
+                next_logits.check()
+        next_logits.check()
     finally:
         steps.remove()
         next_logits.close()
@@ -203,7 +207,10 @@ class NextLogits:
         self.seen: Snapshot | None = None
         self.state: Any = None
         self.key: pool.Key | None = None  # under which the decoder may be kept
+        self.decoder: Decoder | None = None
+        self.filled = 0  # columns in the decoder's cache
         self.fed = False  # the decoder has the last ids already, as it drew them
+        self.zero: Tensor | float = 0.0  # or NaN, after logits on a GPU that were not finite
         self.look_again()
 
     def look_again(self) -> None:
@@ -216,8 +223,18 @@ class NextLogits:
         state = None if current is None else state_of(current)
         if state is None or state != self.state:
             self.parameters, self.state = current, state
-            self.decoder: Decoder | None = None
-            self.filled = 0  # columns in the decoder's cache
+            self._drop_decoder()
+
+    def _drop_decoder(self) -> None:
+        if self.decoder is not None:
+            self.zero = self.zero + self.decoder.zero
+        self.decoder, self.filled = None, 0
+
+    def check(self) -> None:
+        """RuntimeError if logits on a GPU held NaN or an infinite one, which `draw` cannot see."""
+        zero = self.zero if self.decoder is None else self.zero + self.decoder.zero
+        if isinstance(zero, Tensor) and zero.isnan().any():
+            raise checks.not_finite()
 
     def forget(self) -> None:
         """Begin anew at the next look, whatever the model seems to be."""
@@ -229,7 +246,10 @@ class NextLogits:
         then reads what was drawn and not the stop token, which changes that row only.)
         """
         if not self._draws_in_a_step(text, sampling):
-            return sampling.draw(self(text))
+            logits = self(text)
+            if notes_pytorch(text.device):
+                self.zero = self.zero + checks.zero(logits)
+            return sampling.draw(logits)
         assert self.decoder is not None
         ids = None if self.fed else text[:, -1]
         self.filled, self.fed = text.size(1), True
@@ -249,7 +269,7 @@ class NextLogits:
         T, block_size = text.size(1), self.model.config.block_size
         moved = [T - start > block_size for start in self.starts]
         if T == 0 or self.parameters is None or all(moved):
-            self.decoder, self.filled = None, 0
+            self._drop_decoder()
             return self._whole(text, range(len(text)))
         logits = self._cached(text)
         if any(moved):

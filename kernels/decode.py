@@ -36,15 +36,16 @@ MAX_HEAD_DIM = 256
 @triton.jit
 def _embed_kernel(
     ids_ptr, positions_ptr, wte_ptr, wpe_ptr,  # in: (B,) int64, (B,) int32, (V, C), (S, C)
-    x_ptr,                                     # out: (B, C)
-    C, EARLY: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr,                                     # out: (B, C), NaN for an id outside the vocabulary
+    V, C, EARLY: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         start_next()
     b = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C).to(tl.int64)
-    mask = cols < C
-    token = tl.load(wte_ptr + tl.load(ids_ptr + b) * C + cols, mask=mask).to(tl.float32)
+    mask, token_id = cols < C, tl.load(ids_ptr + b)
+    known = mask & (token_id >= 0) & (token_id < V)
+    token = tl.load(wte_ptr + token_id * C + cols, mask=known, other=float("nan")).to(tl.float32)
     position = tl.load(positions_ptr + b).to(tl.int64)
     token += tl.load(wpe_ptr + position * C + cols, mask=mask).to(tl.float32)
     tl.store(x_ptr + b * C + cols, token, mask=mask)
@@ -180,9 +181,12 @@ def _project_config(N: int, K: int, P: int) -> dict[str, int]:
 
 
 def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor) -> None:
-    """ids, positions (B,), wte (V, C), wpe (block_size, C), rows contiguous -> out (B, C) fp32."""
+    """ids, positions (B,), wte (V, C), wpe (block_size, C), rows contiguous -> out (B, C) fp32; NaN
+    for an id outside the vocabulary, which a caller's own torch.multinomial may have drawn.
+    """
     B, C = out.shape
-    launch(_embed_kernel, B, ids, positions, wte, wpe, out, C, EARLY=early(out)["EARLY"],
+    launch(_embed_kernel, B, ids, positions, wte, wpe, out, len(wte), C,
+           EARLY=early(out)["EARLY"],
            BLOCK_C=power_of_2(C), num_warps=4)  # fmt: skip
 
 

@@ -60,12 +60,16 @@ class Decoder:
         # of each text's next token, or of a text's next ones; and the largest of the next
         self.positions = torch.zeros(rows * width, dtype=torch.int32, device=device)
         self.last, self.longest = self.ahead.repeat(rows) + capacity - 1, 0
+        self.zero = torch.zeros(rows, 1, dtype=wide, device=device)  # or NaN: checks.zero, added up
         self.run: Any = None  # chosen at the first step: a single token needs none
         self.graphs: Graphs | None = None  # of its functions
         self.drawing: dict[Drawing, Graphs] = {}  # of those and a draw, the latest at the end
 
     def refresh(self, parameters: Parameters) -> None:
-        """Take the values of `parameters`, where they are not the model's own already."""
+        """Take the values of `parameters`, where they are not the model's own already, for another
+        text.
+        """
+        self.zero.zero_()
         pairs = zip(self.parameters.tensors(), parameters.tensors(), strict=True)
         for own, new in pairs:
             if own.data_ptr() != new.data_ptr():
@@ -202,4 +206,5 @@ class Decoder:
         self, forward: Callable[[int, int], None], drawing: Drawing, bucket: int, rows: int
     ) -> None:
         forward(bucket, rows)
+        self.zero.add_(checks.zero(self.logits))
         self.ids.copy_(drawing.draw(self.logits)[:, 0])

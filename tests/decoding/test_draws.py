@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import GPT, GPTConfig, sampling
+from fastgpt import GPT, GPTConfig, checks, sampling
 from fastgpt.decoding import decoder, pool
 from fastgpt.decoding.decoder import KEPT, PATIENCE, Decoder
 from tests.close import DEVICE
@@ -133,6 +133,35 @@ def test_a_model_changed_between_two_columns(steps, monkeypatch):
     assert_same(in_turn, monkeypatch)
     # a new cache, whose first token is of its prefill; and no cache any more
     assert steps.given == [True] + [False] * 8 + [True] + [False] * 8 + [True] + [False] * 8
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", ["greedy", "plain"])
+def test_logits_that_are_not_finite(how, bad, steps, monkeypatch):
+    """Where no draw can look, as on a GPU: in the graph, before it and past block_size."""
+    monkeypatch.setattr(checks, "can_be_read", lambda idx: False)
+    monkeypatch.setattr(torch, "multinomial", sampling._multinomial)
+    monkeypatch.setattr(sampling, "_may_race", lambda p: True)
+    for count in (1, 2, 30, 60):
+        model, idx = tiny(block_size=40), prompt(2, 4)
+        assert len(list(model.generate_stream(idx, count, **HOW[how]))) == count
+        with torch.no_grad():
+            model.lm_head.weight[3] = bad
+        with pytest.raises(RuntimeError, match="the logits hold NaN or inf"):
+            model.generate(idx, count, **HOW[how])
+    columns = model.generate_stream(idx, 200, **HOW[how])
+    with pytest.raises(RuntimeError, match="the logits hold NaN or inf"):
+        for count, _ in enumerate(columns):
+            assert count < sampling.CHECKED_EVERY
+
+
+def test_a_decoder_that_met_nan_goes_on_with_other_weights(steps, monkeypatch):
+    monkeypatch.setattr(sampling, "keeps", lambda device: True)
+    model, idx = tiny(block_size=40), prompt(2, 4)
+    expected = model.generate(idx, 12, temperature=0)
+    (waiting,) = (entry[1] for entry in pool._waiting.values())
+    waiting.zero.fill_(float("nan"))
+    assert torch.equal(model.generate(idx, 12, temperature=0), expected)
 
 
 def test_two_streams_interleaved(steps, monkeypatch):

@@ -217,6 +217,16 @@ def test_embedding(run, low):
     assert torch.equal(out, wte[ids].float() + wpe[positions.long()].float())
 
 
+@pytest.mark.parametrize("run", ["triton"], indirect=True)
+def test_an_id_outside_the_vocabulary_is_nan(run):
+    """What follows is NaN then, and is noticed; nothing is read from outside the table."""
+    ids = torch.tensor([11, 3, -1, 2**40], device=DEVICE)
+    positions, out = torch.zeros(4, device=DEVICE, dtype=torch.int32), randn(4, 24)
+    settle()
+    run.embed(out, ids, positions, randn(11, 24), randn(9, 24))
+    assert out.isnan().all(1).tolist() == [True, False, True, True]
+
+
 def test_positions_go_on_up_to_the_last(run):
     positions = torch.tensor([0, 7, 8, 3], device=DEVICE, dtype=torch.int32)
     last = torch.tensor([8, 8, 8, 3], device=DEVICE, dtype=torch.int32)
