@@ -1,6 +1,7 @@
 """The device and dtype to run on, and what a device can do."""
 
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def peak_flops_of(device_name: str) -> float:
         return float("nan")
     matches = (peak for name, peak in _PEAKS if re.search(rf"\b{name}\b", device_name))
     return next(matches, float("nan"))
+
+
+def cpus() -> int:
+    """Processors that this process may use, where the system says so."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 @functools.cache

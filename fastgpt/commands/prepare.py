@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
+from fastgpt import devices
 from fastgpt.commands import options
 from fastgpt.data import GPT2, GPT2_TOKENS, Characters, Tokenizer, python_documentation
 from fastgpt.storage import files, manifest, texts
@@ -149,7 +150,7 @@ def _write(
     if tokenizer != "char":
         pieces = _between_words(pieces)
     if processes is None:
-        processes = min(len(os.sched_getaffinity(0)), 8) if seen.length > _ONE_PROCESS else 1
+        processes = min(devices.cpus(), 8) if seen.length > _ONE_PROCESS else 1
     content = Manifest(tokenizer, chosen.vocab_size, seen.sources)
     with ExitStack() as stack:
         room = 2 * seen.length if tokenizer == "char" else 0

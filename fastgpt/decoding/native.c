@@ -39,7 +39,11 @@ static inline floats some(const float *p, int count) {
     return v;
 }
 
+#if defined __clang__ || __GNUC__ >= 12
 #define SHUFFLE __builtin_shufflevector
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
 
 /* Lanes of a and then of b, of which each group's two halves are added up: groups of 16, 8, 4, 2 */
 static inline floats fold16(floats a, floats b) {

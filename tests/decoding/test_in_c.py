@@ -1,15 +1,39 @@
 """Steps in C: on several threads, of models in any dtype, and of ids that are none."""
 
+import ctypes
+import shutil
+
 import pytest
 import torch
 
 from fastgpt import use_backend
+from fastgpt.decoding import native
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.parameters import in_dtype, parameters
+from fastgpt.implementations import compiled
 from tests.decoding.test_decoding import MODES, tiny
 from tests.decoding.test_sampling import V, prompt
 
 IN_C = pytest.mark.skipif("auto" not in MODES, reason="there is no C compiler")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no GCC")
+def test_gcc_before_12(monkeypatch, tmp_path):
+    """Which has other shuffles: lanes are added up as by the others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "gcc -U__GNUC__ -D__GNUC__=11")
+    old = compiled.library.__wrapped__(native._SOURCE)
+    assert isinstance(old, ctypes.CDLL), old
+    x, weight = torch.randn(3, 100), torch.randn(40, 100)
+    found = []
+    monkeypatch.setattr(native, "_address", native._address.__wrapped__)  # keeps none
+    for library in (old, compiled.library(native._SOURCE)):
+        monkeypatch.setattr(compiled, "library", lambda source, library=library: library)
+        out = torch.full((3, 40), torch.nan)
+        native.linear(out, x, weight, None)
+        found.append(out)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], x @ weight.T)
 
 
 @IN_C
