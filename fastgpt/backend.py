@@ -2,7 +2,8 @@
 
     "auto"     what was measured to win on this device, else the conservative choice, where it can
                run; else PyTorch
-    "triton"   our kernels; RuntimeError with the reason where they cannot run
+    "triton"   implementations with kernels of ours, GEMMs may be cuBLAS's; RuntimeError with the
+               reason where they cannot run
     "torch"    PyTorch; no fastgpt kernel is ever launched
 
 The mode is process-wide. It starts as $FASTGPT_BACKEND, or "auto".
@@ -141,7 +142,9 @@ class use_backend:
 
     def __enter__(self) -> "use_backend":
         global _mode, _overrides
-        _mode, _overrides = self._chosen  # again, for an object used twice
+        if (_mode, _overrides) != self._chosen:  # another was chosen since
+            self._before = _mode, _overrides
+            _mode, _overrides = self._chosen
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -204,6 +204,9 @@ class GPT(nn.Module):
             raise ValueError(f"cannot crop to block_size={block_size}; use 1 to {limit}")
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        for block in self.transformer.h:
+            if hasattr(block.attn, "bias"):  # a fork's causal mask
+                block.attn.bias = block.attn.bias[:, :, :block_size, :block_size]
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":

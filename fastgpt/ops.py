@@ -159,8 +159,9 @@ def linear_cross_entropy(
     """cross_entropy(x @ weight.T, targets), with the logits never kept.
 
     x (N, C), weight (V, C), targets (N,) as there -> fp32 scalar. The logits exist once, in x's
-    dtype, or in chunks where they would take more than 2 GiB, and become their own gradient in one
-    pass; softmax, loss and the accumulated weight gradient are fp32. All else is cross_entropy's.
+    dtype, or in chunks where they would take more than 2 GiB (256 MiB on a CPU), and become their
+    own gradient in one pass; softmax, loss and the accumulated weight gradient are fp32. All else
+    is cross_entropy's.
     """
     _check_tensors(x=x, weight=weight, targets=targets)
     if x.dim() != 2:

@@ -193,6 +193,8 @@ class AdamW(CheckedAdamW):
             return reference
         if not self._all_groups("fused") or not all(p.is_contiguous() for p in params):
             return reference
+        if any(p.grad.dtype != p.dtype for p in params if p.grad is not None):
+            return reference
         copies = ((p, self.copies[p]) for p in params if p in self.copies)
         if not all(_alike(copy, p) for p, copy in copies):
             return reference

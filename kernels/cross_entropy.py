@@ -159,6 +159,17 @@ def _backward_kernel(
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _rescale_kernel(t_ptr, scale_ptr, SIZE, BLOCK: tl.constexpr):
+    scale = tl.load(scale_ptr)
+    if scale != 1.0:  # only the device knows; without work a launch takes 3 us
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, SIZE, step):
+            at = start + tl.arange(0, BLOCK)
+            t = tl.load(t_ptr + at, mask=at < SIZE).to(tl.float32) * scale
+            tl.store(t_ptr + at, t.to(t_ptr.dtype.element_ty), mask=at < SIZE)
+
+
 def _config(V: int) -> dict[str, int]:
     """About 4096 logits at a time; several rows when the vocabulary is small. No other was
     tried on a GPU."""
@@ -228,17 +239,6 @@ def cross_entropy_(x: Tensor, targets: Tensor, ignore_index: int, factor: Tensor
     launch(_in_place_kernel, M, x, targets, factor, losses, *x.stride(), *targets.stride(), V,
            ignore_index, REST=power_of_2(rest) if rest else 0, **config)  # fmt: skip
     return losses
-
-
-@triton.jit
-def _rescale_kernel(t_ptr, scale_ptr, SIZE, BLOCK: tl.constexpr):
-    scale = tl.load(scale_ptr)
-    if scale != 1.0:  # only the device knows; without work a launch takes 3 us
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, SIZE, step):
-            at = start + tl.arange(0, BLOCK)
-            t = tl.load(t_ptr + at, mask=at < SIZE).to(tl.float32) * scale
-            tl.store(t_ptr + at, t.to(t_ptr.dtype.element_ty), mask=at < SIZE)
 
 
 def rescale_(t: Tensor, scale: Tensor) -> None:

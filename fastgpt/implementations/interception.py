@@ -27,7 +27,7 @@ def from_pytorch(owner: Any, name: str) -> Any:
     own_names = (name, "_wrapped_call_impl")  # the other is nn.Module.__call__
     code, home = getattr(function, "__code__", None), os.path.dirname(torch.__file__)
     of_torch = isinstance(function, BuiltinFunctionType) or (
-        code is not None and code.co_filename.startswith(home)
+        code is not None and code.co_filename.startswith(home + os.sep)
     )
     return function if of_torch and function.__name__ in own_names else object()
 

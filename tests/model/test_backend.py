@@ -66,6 +66,14 @@ def test_a_scope_used_twice_sets_the_mode_twice():
         assert backend._mode == "auto"
 
 
+def test_a_scope_restores_what_was_chosen_after_it_was_made():
+    scope = use_backend("torch")
+    use_backend("auto", packed_causal_attention="torch")
+    with scope:
+        assert backend._mode == "torch"
+    assert (backend._mode, backend._overrides) == ("auto", {"packed_causal_attention": "torch"})
+
+
 def test_an_exception_restores_the_mode():
     use_backend("triton")
     with pytest.raises(KeyError), use_backend("torch"):

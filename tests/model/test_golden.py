@@ -191,5 +191,10 @@ def test_crop_block_size(trained):
     assert list(wpe.shape) == fact["wpe_shape"] and model.config.block_size == size
     assert torch.equal(wpe, trained.model.transformer.wpe.weight[:size])
 
+    for block in (forked := copy.deepcopy(trained.model)).transformer.h:  # with a causal mask
+        block.attn.register_buffer("bias", torch.ones(1, 1, *2 * [forked.config.block_size]).tril())
+    forked.crop_block_size(size)
+    assert all(block.attn.bias.shape == (1, 1, size, size) for block in forked.transformer.h)
+
     x = data(trained.case)[:2, :size]  # what fits in both does not notice
     assert torch.equal(model(x)[0], trained.model(x)[0])
