@@ -64,7 +64,7 @@ OPS: dict[str, Op] = {
     "linear_cross_entropy": Op(_LOSS, "triton", on_cpu="aten"),
     # no public functions: a GPT's fused path, and TrainStep's optimizer
     "block": Op(
-        {"triton": "fastgpt.fused.launchers:kernels", "aten": "fastgpt.fused.launchers:aten"},
+        {"triton": "fastgpt.fused.launchers:of_kernels", "aten": "fastgpt.fused.launchers:of_aten"},
         "triton",
         on_cpu="aten",
         public=False,
@@ -72,7 +72,7 @@ OPS: dict[str, Op] = {
     ),
     # the fused path inside torch.compile; "torch" leaves the modules to it
     "compiled": Op(
-        {"triton": "fastgpt.fused.launchers:operators"}, "triton", public=False, calls_sdpa=True
+        {"triton": "fastgpt.fused.launchers:of_operators"}, "triton", public=False, calls_sdpa=True
     ),
     "adamw": Op({"triton": _KERNELS + "adamw"}, "triton", public=False),
     # a token of sampling, after the first
@@ -231,8 +231,8 @@ def kernels_possible(tensor: Tensor) -> bool:
 
 
 def casts_once(tensor: Tensor) -> bool:
-    """Whether an op with weights should be left to PyTorch for autocast's sake: without gradients,
-    as in sampling, it casts a weight once and remembers it. We would cast it for every token.
+    """Whether PyTorch's autocast is to cast an op's weights: without gradients, as in sampling, it
+    keeps a cast for the next token. We would repeat it.
     """
     if _mode != "auto" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False

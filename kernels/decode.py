@@ -191,15 +191,15 @@ def embed(out: Tensor, ids: Tensor, positions: Tensor, wte: Tensor, wpe: Tensor)
 
 
 def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, bucket: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (R, 3HD) fp32, keys, values (B, H, S, D), written to at `positions` (R,), none of them
-    beyond `longest` -> o (R, H, P, D), sums, maxima (R, H, P) of P chunks, fp32. A single chunk is
+    """qkv (R, 3HD) fp32, keys, values (B, H, S, D), written to at `positions` (R,), all of them
+    below `bucket` -> o (R, H, P, D), sums, maxima (R, H, P) of P chunks, fp32. A single chunk is
     divided by its sum, and neither sums nor maxima are written.
     """
     (B, H, S, D), R = keys.shape, len(qkv)
     config = configured(keys, "decode_attend", _attend_config, D, power_of_2(R))
-    P = cdiv(longest + 1, config["CHUNK"])
+    P = cdiv(bucket, config["CHUNK"])
     o = torch.empty(R, H, P, D, device=qkv.device, dtype=torch.float32)
     sums, tops = (torch.empty(R, H, P, device=qkv.device, dtype=torch.float32) for _ in range(2))
     launch(_attend_kernel, R * H * P, qkv, keys, values, positions, o, sums, tops,
@@ -209,11 +209,11 @@ def attend(
 
 
 def attend_project(
-    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
+    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, bucket: int,
     weight: Weight, bias: Tensor | None,
 ) -> None:  # fmt: skip
     """out (R, N) fp32 += attention @ weight (N, HD).T + bias, for `attend`'s arguments."""
-    o, sums, tops = attend(qkv, keys, values, positions, longest)
+    o, sums, tops = attend(qkv, keys, values, positions, bucket)
     if len(qkv) == 1 and 1 < o.shape[2] <= MAX_CHUNKS:
         _project(out, o, sums, tops, weight, bias)
         return

@@ -25,7 +25,7 @@ def kernels(config: GPTConfig, context: int, gpu: Gpu) -> list[Kernel]:
         own = parameters(GPT(config))
         assert own is not None  # of a GPT just built
         decoder = Decoder(in_dtype(own, DTYPE), 1, config.block_size)
-        decoder.run, decoder.longest = decode, context
+        decoder.run, decoder.next_position = decode, context
         with _launch.record(gpu.arch, gpu.processors) as launches:
             decoder.step(torch.zeros(1, dtype=torch.int64))
     counts = Counter(machine_code.kernel_of("token", launch, gpu.arch) for launch in launches)

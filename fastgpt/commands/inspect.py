@@ -153,9 +153,9 @@ def _run_decoding(decode: Any, dtype: torch.dtype) -> None:
         for D in (64, 80):
             cache = meta(B, H, S, D, dtype=dtype)
             weight = meta(C, H * D, dtype=dtype)
-            for longest in (255, S - 1):
+            for bucket in (256, S):
                 decode.attend_project(
-                    x, meta(B, 3 * H * D), cache, cache, positions, longest, weight, gain
+                    x, meta(B, 3 * H * D), cache, cache, positions, bucket, weight, gain
                 )
 
 

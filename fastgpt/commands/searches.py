@@ -126,18 +126,18 @@ def _in_decoding(device: torch.device, sizes: Sizes) -> Iterator[Search]:
 
         return call
 
-    def cache(R: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = (rand(R, C // D, longest + 1, D, dtype=dtype) for _ in range(2))
-        return keys, values, torch.full((R,), longest, dtype=torch.int32, device=device)
+    def cache(R: int, bucket: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = (rand(R, C // D, bucket, D, dtype=dtype) for _ in range(2))
+        return keys, values, torch.full((R,), bucket - 1, dtype=torch.int32, device=device)
 
-    def attends(R: int, longest: int) -> Callable[[], Tensor]:
-        caches = [cache(R, longest) for _ in range(LAYERS)]
+    def attends(R: int, bucket: int) -> Callable[[], Tensor]:
+        caches = [cache(R, bucket) for _ in range(LAYERS)]
         qkv, weight = rand(R, 3 * C), rand(C, C, dtype=dtype)
 
         def call() -> Tensor:
             out = torch.zeros(R, C, device=device)
             for keys, values, positions in caches:
-                decode.attend_project(out, qkv, keys, values, positions, longest, weight, None)
+                decode.attend_project(out, qkv, keys, values, positions, bucket, weight, None)
             return out
 
         return call
@@ -146,19 +146,19 @@ def _in_decoding(device: torch.device, sizes: Sizes) -> Iterator[Search]:
     for N, K in shapes:
         yield Search(f"decode_row {N} {K} {name}", linears(1, N, K), _row_tiles(power_of_2(K)))
     chunked = _grid(CHUNK=(16, 32, 64, 128), num_warps=(1, 2, 4, 8))
-    yield Search(f"decode_attend {D} 1", attends(1, 511), chunked)
+    yield Search(f"decode_attend {D} 1", attends(1, 512), chunked)
     width = power_of_2(C // D) * power_of_2(D)
     blocks = _grid(BLOCK_N=(1, 2, 4), num_warps=(1, 2, 4, 8, 16))
-    for longest in (255, 511, 1023):
-        chunks = decode.attend(rand(1, 3 * C), *cache(1, longest), longest)[0].shape[2]
-        yield Search(f"decode_project {C} {width} {chunks}", attends(1, longest), blocks)
+    for bucket in (256, 512, 1024):
+        chunks = decode.attend(rand(1, 3 * C), *cache(1, bucket), bucket)[0].shape[2]
+        yield Search(f"decode_project {C} {width} {chunks}", attends(1, bucket), blocks)
     tiles = _grid(
         BLOCK_M=(16,), BLOCK_N=(16, 32, 64), BLOCK_K=(32, 64, 128), SPLIT=(2, 4), num_stages=(2, 3)
     )
     tiles = [dict(tile, num_warps=tile["SPLIT"]) for tile in tiles]
     for N, K in shapes if decode_linear.most_rows(dtype) >= ROWS else ():
         yield Search(f"decode_rows {ROWS} {N} {K} {name}", linears(ROWS, N, K), tiles)
-    yield Search(f"decode_attend {D} {ROWS}", attends(ROWS, 511), chunked)
+    yield Search(f"decode_attend {D} {ROWS}", attends(ROWS, 512), chunked)
 
 
 def _grid(**choices: tuple[int, ...]) -> list[Config]:

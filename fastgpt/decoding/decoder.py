@@ -57,9 +57,9 @@ class Decoder:
         )
         self.ids = torch.zeros(rows * width, dtype=torch.int64, device=device)
         self.ahead = torch.arange(width, dtype=torch.int32, device=device)
-        # of each text's next token, or of a text's next ones; and the largest of the next
+        # at which the next token of each row goes; `next_position` is the largest of them
         self.positions = torch.zeros(rows * width, dtype=torch.int32, device=device)
-        self.last, self.longest = self.ahead.repeat(rows) + capacity - 1, 0
+        self.last, self.next_position = self.ahead.repeat(rows) + capacity - 1, 0
         self.zero = torch.zeros(rows, 1, dtype=wide, device=device)  # or NaN: checks.zero, added up
         self.run: Any = None  # chosen at the first step: a single token needs none
         self.graphs: Graphs | None = None  # of its functions
@@ -85,7 +85,7 @@ class Decoder:
         p, (B, T) = self.parameters, idx.shape
         if T == 1:  # a step reads the weights faster than GEMMs of one row
             self.positions.copy_(self.ahead)
-            self.longest = 0
+            self.next_position = 0
             return self.step(idx[:, 0])
         x = F.embedding(idx, p.wte) + p.wpe[:T]
         x = x.to(self.x.dtype)
@@ -98,7 +98,7 @@ class Decoder:
             else:
                 self.positions.copy_(lengths.clamp(max=self.keys.shape[-2] - 1) + self.ahead)
                 last = x[torch.arange(B, device=x.device), lengths - 1]
-            self.longest = T
+            self.next_position = T
             last = ops.layer_norm(last, p.ln_f, p.ln_f_bias)
             return aten.linear(last.to(p.dtype), dense(p.head, p.dtype), None).to(x.dtype)
 
@@ -120,9 +120,10 @@ class Decoder:
         return x + linear(h, w.mlp_proj, w.mlp_proj_bias)
 
     def step(self, ids: Tensor) -> Tensor:
-        """One more token ids (B,) a text -> logits (B, V), which the next step overwrites. Of a
-        single text ids (n,), n <= width and no more than `room`: the first is its next token, and
-        the others are guesses of the ones after it, until `advance` makes them tokens.
+        """One more token a text, ids (B,) -> logits (B, V), which the next step overwrites.
+
+        With a single text ids (n,) may also hold guesses of the tokens that follow, n <= width and
+        no more than `room`: ids[0] is its next token, the others count only after `advance`.
 
         A text that is full stays so, and its logits mean nothing.
         """
@@ -133,9 +134,8 @@ class Decoder:
         return self.logits[:rows]
 
     def step_and_draw(self, drawing: Drawing, ids: Tensor | None = None) -> Tensor:
-        """One more token ids (B,) a text -> the next ones (B, 1), drawn from its logits. Without
-        ids, the one more token is what the call before this one drew: the host gives nothing but
-        the word to go on.
+        """One more token a text, ids (B,) -> the next ones (B, 1), drawn from its logits. Without
+        ids it goes on from what the call before this one drew, which is on the device already.
         """
         if ids is not None:
             self.ids.copy_(ids)
@@ -144,9 +144,9 @@ class Decoder:
 
     def _do(self, steps: Graphs, rows: int) -> None:
         capacity = self.keys.shape[-2]
-        furthest = self.longest + rows // self.keys.shape[1] - 1
+        furthest = self.next_position + rows // self.keys.shape[1] - 1
         steps(min(max(64, 1 << furthest.bit_length()), capacity), rows)
-        self.longest = min(self.longest + 1, capacity - 1)
+        self.next_position = min(self.next_position + 1, capacity - 1)
 
     def _steps(self) -> Graphs:
         if self.run is None:
@@ -176,12 +176,12 @@ class Decoder:
 
     def room(self) -> int:
         """How many more tokens the longest text can have."""
-        return self.keys.shape[-2] - self.longest
+        return self.keys.shape[-2] - self.next_position
 
     def advance(self) -> None:
         """The last step's guess of the next token was right: the guess is the next token now."""
         self.run.advance(self.positions, self.last)
-        self.longest = min(self.longest + 1, self.keys.shape[-2] - 1)
+        self.next_position = min(self.next_position + 1, self.keys.shape[-2] - 1)
 
     def _forward(self, bucket: int, rows: int) -> None:
         """All of a step that a device does, where every position is below `bucket`: the same calls
@@ -193,7 +193,7 @@ class Decoder:
         for keys, values, w in zip(self.keys, self.values, p.blocks, strict=True):
             run.linear(qkv, x, w.qkv, w.qkv_bias, (w.ln_1, w.ln_1_bias))
             run.attend_project(
-                x, qkv, keys, values, positions, bucket - 1, w.attn_proj, w.attn_proj_bias
+                x, qkv, keys, values, positions, bucket, w.attn_proj, w.attn_proj_bias
             )
             width, norm = hidden_size(w), (w.ln_2, w.ln_2_bias)
             hidden = self.hidden.flatten()[: rows * width].view(-1, width)

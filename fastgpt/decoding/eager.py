@@ -50,13 +50,13 @@ def int8_linear(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
 
 
 def attend_project(
-    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
+    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, bucket: int,
     weight: Weight, bias: Tensor | None,
 ) -> None:  # fmt: skip
     """out (R, C) += weight @ attention + bias: reference.decode_attention_ of qkv (R, 3C) and the
-    cache keys, values (B, H, S, D), where no position is beyond `longest`.
+    cache keys, values (B, H, S, D), where all positions are below `bucket`.
     """
-    seen = keys[:, :, : longest + 1], values[:, :, : longest + 1]
+    seen = keys[:, :, :bucket], values[:, :, :bucket]
     y = reference.decode_attention_(*seen, qkv, positions)
     linear(out, y.to(out.dtype), weight, bias, residual=out)
 

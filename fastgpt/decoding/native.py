@@ -121,7 +121,7 @@ def linear(
 
 
 def attend_project(
-    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, longest: int,
+    out: Tensor, qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, bucket: int,
     weight: Weight, bias: Tensor | None,
 ) -> None:  # fmt: skip
     y = torch.empty_like(out)

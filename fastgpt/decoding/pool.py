@@ -19,5 +19,12 @@ def take(model: Any, key: Key) -> Decoder | None:
     return entry[1] if entry is not None and entry[0] == key else None
 
 
+def drop(model: Any) -> None:
+    """Free the decoder that waits for the model's next call: its cache, its graphs and, in another
+    dtype than the model's, its copies of the weights.
+    """
+    _waiting.pop(model, None)
+
+
 def give_back(model: Any, key: Key, decoder: Decoder) -> None:
     _waiting[model] = key, decoder

@@ -4,6 +4,9 @@ attention and GELU in C where there is a compiler.
 A launcher is a function on tensors without autograd; the units (block.py, embedding.py,
 linear_cross_entropy.py) own the backward. Both sets take the same arguments and give the same
 results, so that a unit does not know which set it calls.
+
+    backend.OPS["block"] -> of_kernels, of_aten      OPS["compiled"] -> of_operators
+    a BlockImplementation -> why not, or the Launchers for such qkv
 """
 
 from collections.abc import Callable
@@ -13,10 +16,19 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend
-from fastgpt.implementations import aten as on_aten
-from fastgpt.implementations import native, sdpa
+from fastgpt.implementations import aten, native, sdpa
 from fastgpt.implementations.sdpa import State
 from fastgpt.linear_cross_entropy import InPlace, Loss, LossBackward
+
+_ATTENTION = "packed_causal_attention"
+# The ops inside a block -> the implementations that a fused block can use.
+FUSABLE: dict[str, tuple[str, ...]] = {
+    "add_layer_norm": ("triton",),
+    "mlp": ("triton", "cublas"),
+    "packed_causal_attention": ("triton", "torch", "cudnn", "flash", "hybrid"),
+}
+# ops that a fused GPT replaces besides
+STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")
 
 # M rows, N or C columns, K the reduction. A result that was not asked for is None or (0,).
 # x, w, b, eps, dtype -> y in dtype; mean, rstd
@@ -76,16 +88,6 @@ class BlockImplementation(NamedTuple):
     launchers: Callable[[Tensor, int, float], Launchers]  # only if `unsupported` gave no reason
 
 
-# The ops inside a block -> the implementations that a fused block can use.
-FUSABLE: dict[str, tuple[str, ...]] = {
-    "add_layer_norm": ("triton",),
-    "mlp": ("triton", "cublas"),
-    "packed_causal_attention": ("triton", "torch", "cudnn", "flash", "hybrid"),
-}
-# ops that a fused GPT replaces besides
-STANDS_IN_FOR = ("layer_norm", "linear_gelu", "linear_cross_entropy")
-
-
 def _asked_otherwise() -> str | None:
     """Why use_backend rules out a fused block, or None: it names an implementation that a fused
     block cannot use. That PyTorch is faster at one part alone is no reason.
@@ -102,23 +104,23 @@ def _asked_otherwise() -> str | None:
 def _aten_unsupported(tensors: tuple[Tensor, ...], n_head: int, dropout_p: float) -> str | None:
     if sdpa.choice(tensors[0], n_head, dropout_p) is None:
         return "SDPA has no fused dropout on a CPU"
-    return _asked_otherwise() or on_aten.unsupported(tensors)
+    return _asked_otherwise() or aten.unsupported(tensors)
 
 
 def _of_aten(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
-    on_aten.keep_freed_memory()
+    aten.keep_freed_memory()
     attention = sdpa.choice(qkv, n_head, dropout_p)
     assert attention is not None  # as _aten_unsupported found
     made = Launchers(
-        norm=on_aten.norm,
-        add_norm=on_aten.add_norm,
-        norm_backward=on_aten.norm_backward,
-        linear_gelu=on_aten.linear_gelu,
-        gelu_dgrad=on_aten.gelu_dgrad,
+        norm=aten.norm,
+        add_norm=aten.add_norm,
+        norm_backward=aten.norm_backward,
+        linear_gelu=aten.linear_gelu,
+        gelu_dgrad=aten.gelu_dgrad,
         attention=attention.packed_forward,
         attention_backward=attention.packed_backward,
-        add_rows_=on_aten.add_rows_,
-        cross_entropy_=on_aten.cross_entropy_,
+        add_rows_=aten.add_rows_,
+        cross_entropy_=aten.cross_entropy_,
         keeps_gelu=True,
     )
     return made if native.unsupported(qkv, dropout_p) else _in_c(made)
@@ -187,9 +189,6 @@ def _of_operators(qkv: Tensor, n_head: int, dropout_p: float) -> Launchers:
     )
 
 
-_ATTENTION = "packed_causal_attention"
-
-
 def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[PackedAttention | None, str]:
     """The attention that dispatch chooses, or None if its backward cannot be called alone; and its
     name with the reason for the choice.
@@ -211,6 +210,6 @@ def _attention(qkv: Tensor, n_head: int, dropout_p: float) -> tuple[PackedAttent
     return PackedAttention(held.packed_forward, held.packed_backward), why
 
 
-aten = BlockImplementation(_aten_unsupported, _of_aten)
-kernels = BlockImplementation(_kernels_unsupported, _of_kernels)
-operators = BlockImplementation(_kernels_unsupported, _of_operators)
+of_aten = BlockImplementation(_aten_unsupported, _of_aten)
+of_kernels = BlockImplementation(_kernels_unsupported, _of_kernels)
+of_operators = BlockImplementation(_kernels_unsupported, _of_operators)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastgpt.decoding import pool
 from fastgpt.devices import autocast
 from fastgpt.model import GPT
 from fastgpt.train_step import TrainStep
@@ -233,6 +234,7 @@ class Run:
             idx = torch.tensor([ids], device=trainer.device)
             new = model.generate(idx, count, temperature=0.8, top_k=200)[0, len(ids) :]
             model.train()
+        pool.drop(model)  # training needs the memory
         text = "".join(trainer.tokenizer.stream(new.tolist()))
         self.progress.note(f"sample:\n{text}\n")
 

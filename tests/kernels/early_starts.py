@@ -29,7 +29,7 @@ def step(R: int) -> None:
     cache = meta(R, H, S, C // H, dtype=low)
     decode.embed(x, meta(R, dtype=torch.int64), positions, meta(9, C), meta(S, C))
     decode.linear(qkv, x, meta(3 * C, C, dtype=low), None, (gain, None))
-    decode.attend_project(x, qkv, cache, cache, positions, S - 1, meta(C, C, dtype=low), None)
+    decode.attend_project(x, qkv, cache, cache, positions, S, meta(C, C, dtype=low), None)
 
 
 def counts(launch: _launch.Launch, arch: int) -> tuple[int, int, int] | None:

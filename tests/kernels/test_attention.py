@@ -102,7 +102,7 @@ def test_hybrid(dtype, monkeypatch):
     monkeypatch.setattr(hybrid, "packed_forward", forward_in_pytorch)
     assert_as_accurate(ours, ref, qkv, grads=[dy])
     monkeypatch.setattr(sdpa.cudnn, "packed_backward", lambda dy, qkv, *_: torch.full_like(qkv, 7))
-    monkeypatch.setitem(hybrid.LONGEST, D, 36)
+    monkeypatch.setitem(hybrid.OURS_UP_TO, D, 36)
     _, (dqkv,) = evaluate(ours, [qkv], [dy], None)
     assert (dqkv == 7).all()
     assert "dropout" in hybrid.unsupported((qkv,), D, 0.1)

@@ -153,7 +153,7 @@ def test_attention_projected_by_int8(run):
     y = reference.decode_attention_(keys.double(), values.double(), qkv.double(), positions)
     truth = x.double() + y @ dense.t() + bias.double()
     settle()
-    run.attend_project(x, qkv, keys, values, positions, 8, weight, bias)
+    run.attend_project(x, qkv, keys, values, positions, 9, weight, bias)
     assert_close(x, truth, torch.bfloat16, rounds(run, 2))
 
 
@@ -191,7 +191,7 @@ def test_attention_and_its_projection(run, low, B, H, S, D, new, filled):
     y = reference.decode_attention_(wide_keys, wide_values, rounded.double(), positions)
     truth = x.double() + y @ weight.double().t() + bias.double()
     settle()
-    run.attend_project(x, qkv, keys, values, positions, furthest + new - 1, weight, bias)
+    run.attend_project(x, qkv, keys, values, positions, furthest + new, weight, bias)
     assert_close(x, truth, low, rounds(run, len(x)) and low != torch.float32)
     torch.testing.assert_close(keys.double(), wide_keys, equal_nan=True)
     torch.testing.assert_close(values.double(), wide_values, equal_nan=True)

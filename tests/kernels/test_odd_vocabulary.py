@@ -29,7 +29,7 @@ def padded(monkeypatch):
 
 
 def launchers_for(mode, x):
-    maker = launchers.kernels if mode == "triton" else launchers.aten
+    maker = launchers.of_kernels if mode == "triton" else launchers.of_aten
     with use_backend(mode):
         return maker.launchers(x.new_empty(1, T, 3 * C), 2, 0.0)
 

@@ -18,7 +18,7 @@ SHAPES = ((C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,), (4 * C, C)
 
 
 def launchers_for(made_of: str, x: torch.Tensor) -> launchers.Launchers:
-    maker = launchers.kernels if made_of == "triton" else launchers.aten
+    maker = launchers.of_kernels if made_of == "triton" else launchers.of_aten
     with use_backend("triton" if made_of == "triton" else "auto"):
         qkv = x.new_empty(1, T, 3 * C)
         assert maker.unsupported((qkv,), H, 0.0) is None
