@@ -155,6 +155,24 @@ def test_logits_that_are_not_finite(how, bad, steps, monkeypatch):
             assert count < sampling.CHECKED_EVERY
 
 
+@pytest.mark.parametrize("count", [20, 45], ids=["in the graph", "and past block_size"])
+def test_logits_that_are_not_finite_once(count, steps, monkeypatch):
+    """Written in a way that nobody sees, so that the graph goes on; and taken back."""
+    monkeypatch.setattr(checks, "can_be_read", lambda idx: False)
+    model, idx = tiny(block_size=40), prompt(1, 4)
+    weight = model.lm_head.weight.data
+    before, columns = weight[3].clone(), model.generate_stream(idx, count, temperature=0)
+    for _ in range(10):
+        next(columns)
+    captures = steps.captures
+    weight[3] = float("nan")
+    next(columns)
+    weight[3] = before
+    with pytest.raises(RuntimeError, match="the logits hold NaN or inf"):
+        list(columns)
+    assert steps.captures == captures > 0
+
+
 def test_a_decoder_that_met_nan_goes_on_with_other_weights(steps, monkeypatch):
     monkeypatch.setattr(sampling, "keeps", lambda device: True)
     model, idx = tiny(block_size=40), prompt(2, 4)
