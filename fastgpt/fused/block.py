@@ -81,10 +81,12 @@ class _Block(torch.autograd.Function):
         h, g = run.linear_gelu(n2, low.fc, low.fc_bias, settings.tanh)
         m, mask2 = _dropout(linear(g, low.mlp_proj, low.mlp_proj_bias), p)
         kept = g if run.keeps_gelu else None
+        # as PyTorch's linear keeps views: `p.data = ...` before the backward changes nothing then
+        matrices = [t.detach() for t in (low.qkv, low.attn_proj, low.fc, low.mlp_proj)]
 
         ctx.run, ctx.settings, ctx.has_delta = run, settings, delta is not None
         ctx.save_for_backward(
-            *(w.ln_1, w.ln_2, low.qkv, low.attn_proj, low.fc, low.mlp_proj),
+            *(w.ln_1, w.ln_2, *matrices),
             *(s1, n1, *stats1, qkv, y, mask1, s2, n2, *stats2, h, kept, mask2, *state),
         )
         return m.view(B, T, C), s2.view(B, T, C)

@@ -101,10 +101,10 @@ def plain_matmul(module: Any) -> bool:
 
 
 def plain(t: Tensor) -> bool:
-    """Whether t is no subclass of Tensor and not wrapped by torch.func. torch.compile cannot ask
-    the latter of a tensor; interception.py asks whether a transform runs.
+    """Whether t is no subclass of Tensor, not sparse and not wrapped by torch.func. torch.compile
+    cannot ask the latter of a tensor; interception.py asks whether a transform runs.
     """
-    if type(t) not in (Tensor, nn.Parameter):
+    if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return torch.compiler.is_compiling() or not wrapped(t)
@@ -181,17 +181,26 @@ def block_as_built(block: Any) -> BlockParts | None:
     return BlockParts(attn, layers, gelu, dropouts) if as_built else None
 
 
+def flat(vector: Tensor | None) -> bool:
+    """Whether a norm's weight or a bias lies in memory as kernels and C take it for granted."""
+    return vector is None or vector.is_contiguous()
+
+
 def _fit(weights: Weights, C: int) -> bool:
-    """Whether the shapes are a block's of width C, with any width inside the MLP."""
+    """Whether the shapes are a block's of width C, with any width inside the MLP, and the vectors
+    are flat.
+    """
     hidden = weights.fc.shape[0] if weights.fc is not None else 0
     outputs = (C, 3 * C, C, C, hidden, C)  # of ln_1, qkv, attn_proj, ln_2, fc, mlp_proj
     inputs = (None, C, C, None, C, hidden)
-    flat = list(weights)  # PyTorch 2.6's Dynamo takes no slices of a NamedTuple
-    pairs = zip(flat[::2], flat[1::2], outputs, inputs, strict=True)
+    tensors = list(weights)  # PyTorch 2.6's Dynamo takes no slices of a NamedTuple
+    pairs = zip(tensors[::2], tensors[1::2], outputs, inputs, strict=True)
     return all(
         weight is not None
         and weight.shape == ((n,) if k is None else (n, k))
+        and (k is not None or flat(weight))
         and (bias is None or bias.shape == (n,))
+        and flat(bias)
         for weight, bias, n, k in pairs
     )
 

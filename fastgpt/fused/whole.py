@@ -24,6 +24,7 @@ from fastgpt.fused.untouched import (
     block_weights,
     calls_untouched,
     embeddings_as_built,
+    flat,
     plain,
     plain_matmul,
     untouched,
@@ -121,7 +122,8 @@ class FusedModel(NamedTuple):
 
     def _norm(self, ln_f: Any, delta: Tensor | None, x: Tensor) -> Tensor:
         """ln_f of the residual stream x + delta; in the matmuls' dtype if ln_f is as built."""
-        if not (untouched(ln_f, "LayerNorm") and alike(self.weight, x, ln_f.weight, ln_f.bias)):
+        as_built = untouched(ln_f, "LayerNorm") and flat(ln_f.weight) and flat(ln_f.bias)
+        if not (as_built and alike(self.weight, x, ln_f.weight, ln_f.bias)):
             return ln_f(_sum(delta, x))
         return block_unit.norm(self.run, delta, x, ln_f.weight, ln_f.bias, self.dtype)
 

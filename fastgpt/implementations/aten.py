@@ -51,7 +51,8 @@ def _onednn_linear() -> Any:
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x (..., K) @ w.T + b: w (N, K), b (N,) -> (..., N)."""
-    if _onednn_takes(x, w) and (onednn_linear := _onednn_linear()):
+    flat = b is None or b.is_contiguous()  # or it reads past the end
+    if flat and _onednn_takes(x, w) and (onednn_linear := _onednn_linear()):
         return onednn_linear(x, w, b, "none", [], "")
     return F.linear(x, w, b)
 

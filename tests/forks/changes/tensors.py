@@ -201,6 +201,48 @@ def strided_weights(model, undo):
     replace_parameters(model.transformer.h[0], strided)
 
 
+def strided_vectors(model, undo):
+    """Columns of one matrix, say; in all layers, and no matrix beside them."""
+
+    def strided(p):
+        if p.dim() > 1:
+            return p
+        return nn.Parameter(torch.stack([p.detach() + 0.5, 7 * p.detach()], dim=-1)[..., 0])
+
+    replace_parameters(model, strided)
+
+
+def one_number_for_biases(model, undo):
+    """Not leaves, without memory of their own for each element."""
+    model.one = nn.Parameter(torch.full((), 0.3))
+    for module in model.modules():
+        if getattr(module, "bias", None) is not None:
+            shape = module.bias.shape
+            del module.bias
+            module.bias = model.one.expand(shape)
+
+
+def quantised_in_the_forward(model, undo):
+    """The backward has the weights that the forward had, though they are back in their places."""
+    kept = {}
+
+    def quantise(module, args):
+        for p in model.parameters():
+            kept[p], p.data = p.data, (4 * p.data).round() / 4
+
+    def give_back(module, args, output):
+        for p, data in kept.items():
+            p.data = data
+
+    model.register_forward_pre_hook(quantise)
+    model.register_forward_hook(give_back)
+
+
+def sparse_matrix(model, undo):
+    linear = model.transformer.h[0].mlp.c_fc
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
 def assigned_state(model, undo):
     state = {name: t.clone() / 2 for name, t in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -358,7 +400,8 @@ CHANGES = (
     bfloat16_block_behind_a_wider_one, bfloat16_embeddings, double_head, double_norms, double_block,
     bfloat16_scalar_first, double_vector_first, unused_meta_parameter_first, meta_block,
     no_parameters, plain_tensors_for_weights, weight_made_of_others, tensor_subclass,
-    transposed_weights, strided_weights, assigned_state, assigned_data, deep_copy, pickled,
+    transposed_weights, strided_weights, strided_vectors, one_number_for_biases, sparse_matrix,
+    quantised_in_the_forward, assigned_state, assigned_data, deep_copy, pickled,
     extra_parameter, extra_buffer, slow_attention, slow_attention_with_a_window,
     slow_attention_with_dropout, slow_attention_without_a_mask, more_heads_in_one_layer,
     heads_of_the_config, dropout_of_the_config, vocabulary_of_the_config, layers_of_the_config,
