@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import checks
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.config import GPTConfig, setting
+from fastgpt.model import GPT
 from fastgpt.storage import files, seal
 from fastgpt.storage.printable import first_line
 from fastgpt.weights import bare_name
@@ -158,7 +159,7 @@ def config_of(args: Mapping[str, Any]) -> GPTConfig:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r:.40} must be at least 0 and below 1")
     try:
-        checks.check_config(config, GPTConfig)
+        checks.check_config(config)
     except TypeError as error:
         raise ValueError(str(error)) from None
     return config
@@ -284,7 +285,7 @@ def load_model(saved: Mapping[str, Any]) -> GPT:
 
 def model_args(config: GPTConfig) -> dict[str, Any]:
     """nanoGPT's fields, and of fastgpt's own those that change what is computed."""
-    args = {field.name: (getattr(config, field.name), field.default) for field in fields(GPTConfig)}
+    args = {field.name: (setting(config, field.name), field.default) for field in fields(GPTConfig)}
     for name in ("return_logits", "checkpoint_blocks"):  # change how it is computed, not what
         del args[name]
     return {k: v for k, (v, default) in args.items() if k in NANOGPT_FIELDS or v != default}

@@ -1,7 +1,6 @@
 """Checks of what a GPT is called with: its configuration, token ids and options."""
 
 import math
-from dataclasses import fields
 from numbers import Integral
 from typing import Any
 
@@ -9,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import init
+from fastgpt.config import setting
 from fastgpt.implementations.interception import interception
 
 
-def check_config(config: Any, known: type) -> None:
-    """Complete `config` with the defaults of `known`, GPTConfig; ValueError names a bad field."""
-    for known_field in fields(known):  # nanoGPT's GPTConfig, or a fork's, lacks fastgpt's fields
-        if not hasattr(config, known_field.name):
-            setattr(config, known_field.name, known_field.default)
+def check_config(config: Any) -> None:
+    """ValueError names a bad field."""
     for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, field)
         least = 0 if field == "n_layer" else 1  # embeddings and a head alone are a bigram model
@@ -27,10 +24,10 @@ def check_config(config: Any, known: type) -> None:
             f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "
             f"try n_embd={math.ceil(config.n_embd / config.n_head) * config.n_head}"
         )
-    if config.gelu not in ("none", "tanh"):
-        raise ValueError(f"unknown gelu={config.gelu!r}; use 'none' (exact) or 'tanh'")
-    if config.return_logits not in (True, False, "eager"):
-        raise ValueError(f"unknown return_logits={config.return_logits!r}; use a bool or 'eager'")
+    if (gelu := setting(config, "gelu")) not in ("none", "tanh"):
+        raise ValueError(f"unknown gelu={gelu!r}; use 'none' (exact) or 'tanh'")
+    if (returned := setting(config, "return_logits")) not in (True, False, "eager"):
+        raise ValueError(f"unknown return_logits={returned!r}; use a bool or 'eager'")
     init.linear_std(config), init.residual_std(config)  # raise on an unknown scheme
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import nn
 
+from fastgpt.config import setting
+
 EMBEDDING_STD = 0.02  # the only number of the specification that no scheme names
 
 LINEAR_INIT: Mapping[str, Callable[[int], float]] = {  # of n_embd
@@ -42,12 +44,14 @@ def scheme(field: str, name: object, schemes: Mapping[str, Callable[[int], float
 
 
 def linear_std(config: Any) -> float:
-    return scheme("linear_init", config.linear_init, LINEAR_INIT)(config.n_embd)
+    std = scheme("linear_init", setting(config, "linear_init"), LINEAR_INIT)
+    return std(config.n_embd)
 
 
 def residual_std(config: Any) -> float:
     """Of the output projections; without layers there are none, and any value serves."""
-    return scheme("residual_init", config.residual_init, RESIDUAL_INIT)(max(config.n_layer, 1))
+    std = scheme("residual_init", setting(config, "residual_init"), RESIDUAL_INIT)
+    return std(max(config.n_layer, 1))
 
 
 def init_module(module: nn.Module, std: float) -> None:

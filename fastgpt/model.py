@@ -7,7 +7,6 @@ that. The modules here are what runs otherwise, and what a fork changes.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import checks, devices, init, ops, optim, reference, sampling, weights
+from fastgpt.config import GPTConfig as GPTConfig
+from fastgpt.config import setting
 from fastgpt.fused.untouched import plain_lookup, plain_matmul, remember
 from fastgpt.fused.whole import fused_model
 
@@ -35,7 +36,7 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     bias: Tensor  # (1, 1, T, T), 0 where nobody attends: what a fork registers for flash=False
 
-    def __init__(self, config: "GPTConfig"):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -66,10 +67,12 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: "GPTConfig"):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate=config.gelu)
+        gelu = setting(config, "gelu")
+        # without arguments, as nanoGPT: a fork may have put another class there
+        self.gelu = nn.GELU() if gelu == "none" else nn.GELU(approximate=gelu)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -81,7 +84,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: "GPTConfig"):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
@@ -93,26 +96,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-@dataclass
-class GPTConfig:
-    """nanoGPT's seven fields, then fastgpt's own, whose defaults change nothing."""
-
-    block_size: int = 1024
-    vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
-    # False: forward(idx, targets) returns (None, loss). "eager": it returns logits, and the head is
-    # left out of the graph under torch.compile
-    return_logits: bool | str = True
-    gelu: str = "none"  # exact; "tanh" is what OpenAI's weights were trained with
-    residual_init: float | str = "0.02/sqrt(2*n_layer)"  # see init.py for the schemes
-    linear_init: float | str = 0.02
-    checkpoint_blocks: bool = False  # compute a block again in the backward, instead of storing it
-
-
 class GPT(nn.Module):
     transformer: Any  # a ModuleDict of wte, wpe, drop, h and ln_f
     # parameter -> its values in the matmuls' dtype, where somebody keeps them: TrainStep, in a step
@@ -121,7 +104,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        checks.check_config(config, GPTConfig)
+        checks.check_config(config)
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
@@ -162,7 +145,8 @@ class GPT(nn.Module):
         targets other than -1, an fp32 scalar. On a GPU rows of logits may lie a bit further apart
         than V, if that is no multiple of 64.
         """
-        self._check_tokens(idx, self.config.block_size)
+        wte = self.transformer.wte
+        checks.check_tokens(idx, self.config.block_size, wte if plain_lookup(wte) else None)
         if targets is None:
             checks.check_last_position(idx)
         fused = fused_model(self, idx)
@@ -177,7 +161,7 @@ class GPT(nn.Module):
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         pos_emb = self.transformer.wpe(pos)  # (T, C)
         x = self.transformer.drop(tok_emb + pos_emb)
-        recompute = self.config.checkpoint_blocks and torch.is_grad_enabled()
+        recompute = setting(self.config, "checkpoint_blocks") and torch.is_grad_enabled()
         for block in self.transformer.h:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         x = self.transformer.ln_f(x)
@@ -185,17 +169,12 @@ class GPT(nn.Module):
         if targets is None:  # only the last position's; a list, to keep the time dimension
             return self.lm_head(x[:, [-1], :]), None
         targets, head = targets.reshape(-1), self.lm_head
-        if not self.config.return_logits and plain_matmul(head):
+        returned = setting(self.config, "return_logits")
+        if not returned and plain_matmul(head):
             return None, ops.linear_cross_entropy(x.flatten(0, 1), head.weight, targets)
         logits = head(x)
         loss = ops.cross_entropy(logits.view(-1, logits.size(-1)), targets, ignore_index=-1)
-        return (logits if self.config.return_logits else None), loss
-
-    def _check_tokens(self, idx: Tensor, longest: int | None) -> nn.Embedding | None:
-        """-> wte, where it is one whose ids can be checked"""
-        wte = self.transformer.wte if plain_lookup(self.transformer.wte) else None
-        checks.check_tokens(idx, longest, wte)
-        return wte
+        return (logits if returned else None), loss
 
     def crop_block_size(self, block_size: int) -> None:
         """Keep only the first `block_size` positions of a checkpoint with longer contexts."""
@@ -237,7 +216,8 @@ class GPT(nn.Module):
         for name, group in (("decayed", decay), ("non-decayed", no_decay)):
             count = sum(p.numel() for p in group)
             print(f"num {name} parameter tensors: {len(group)}, with {count:,} parameters")
-        fused = device_type in ("cuda", "cpu")  # exact on both, and several times faster
+        real = all(p.is_floating_point() for p in params)
+        fused = device_type in ("cuda", "cpu") and real  # exact on both, and several times faster
         print(f"using fused AdamW: {fused}")
         names = {p: name for name, p in self.named_parameters()}
         how = dict(lr=learning_rate, betas=betas, fused=fused or None)
@@ -320,7 +300,9 @@ class GPT(nn.Module):
         prompt_lookup: int | sampling.PromptLookup | None,
         watched: bool = True,
     ) -> Iterator[Tensor]:
-        wte = self._check_tokens(idx, None)
+        table = getattr(getattr(self, "transformer", None), "wte", None)  # a subclass may have none
+        wte = table if plain_lookup(table) else None
+        checks.check_tokens(idx, None, wte)
         checks.check_prompt(idx, wte)
         checks.check_count(max_new_tokens)
         checks.check_decoding_dtype(dtype)

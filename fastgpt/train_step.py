@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastgpt.config import setting
 from fastgpt.devices import autocast
 from fastgpt.fused.untouched import Snapshot, calls_untouched
 from fastgpt.implementations.interception import interception
@@ -65,7 +66,7 @@ class TrainStep:
             raise ValueError(f"capture=True needs a CUDA GPU, the model is on {self.device}")
         if capture and data_parallel:
             raise ValueError("capture=True records one process's step; leave data_parallel or it")
-        if capture and model.config.checkpoint_blocks:
+        if capture and setting(model.config, "checkpoint_blocks"):
             raise ValueError(
                 "capture=True cannot record checkpoint_blocks=True, which asks for the state of "
                 "random numbers; leave one of them out"

@@ -16,7 +16,8 @@ import torch
 from fastgpt import data, weights
 from fastgpt.checkpoint import load_checkpoint, load_model, model_args, save_checkpoint, size_of
 from fastgpt.commands.sample import tokenizer_of
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.config import GPTConfig
+from fastgpt.model import GPT
 from fastgpt.storage import files, hf_tokenizer, shards
 from fastgpt.storage.printable import printable
 from fastgpt.training import sharded_folder

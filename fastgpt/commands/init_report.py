@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastgpt import data, environment, init
 from fastgpt.commands import init_audit
 from fastgpt.commands.options import count, number, seed
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.config import GPTConfig
+from fastgpt.model import GPT
 
 SCAN = GPTConfig(block_size=32, vocab_size=256, n_head=4, n_embd=128)
 RUN = GPTConfig(block_size=32, n_layer=24, n_head=2, n_embd=64)  # deep and narrow

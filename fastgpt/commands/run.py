@@ -13,6 +13,7 @@ as under return_logits="eager".
 
 import argparse
 import math
+import os
 import runpy
 import sys
 import traceback
@@ -84,7 +85,7 @@ def execute(script: Path, args: list[str], folder: Path, **modules: ModuleType) 
     """
     with _as_python_would([str(script), *args], folder, modules):
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            runpy.run_path(os.path.abspath(script), run_name="__main__")
         except Exception as error:
             if (name := _only_beside_script(error, script)) is not None:
                 raise FileNotFoundError(

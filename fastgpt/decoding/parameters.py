@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt.config import setting
 from fastgpt.fused.block import Settings, Weights
 from fastgpt.fused.untouched import alike, block_weights, decodable, embeddings_as_built
 
@@ -49,14 +50,15 @@ def parameters(model: Any) -> Parameters | None:
     if not decodable(model):
         return None
     cfg, parts, head = model.config, model.transformer, model.lm_head.weight
-    settings = Settings(cfg.n_head, cfg.gelu == "tanh", 0.0)
+    gelu = setting(cfg, "gelu")
+    settings = Settings(cfg.n_head, gelu == "tanh", 0.0)
     blocks = [block_weights(block, settings, head.shape[1]) for block in parts.h]
     ln_f = parts.ln_f
     if not embeddings_as_built(model, head, cfg.block_size) or None in blocks:
         return None
     result = Parameters(
         parts.wte.weight, parts.wpe.weight, tuple(b for b in blocks if b is not None),
-        ln_f.weight, ln_f.bias, head, cfg.n_head, cfg.gelu, head.dtype,
+        ln_f.weight, ln_f.bias, head, cfg.n_head, gelu, head.dtype,
     )  # fmt: skip
     return result if alike(head, *result.tensors()) and head.is_contiguous() else None
 

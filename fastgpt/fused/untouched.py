@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import GELU, Dropout, Embedding, Linear, ModuleList, Sequential  # as of import
 from torch.nn.modules import module as nn_module
 
 from fastgpt.fused.block import Settings, Weights
@@ -43,7 +44,7 @@ def remember(*kinds: type[nn.Module]) -> None:
         _KINDS[kind.__name__] = kind
 
 
-for _kind in (nn.Linear, nn.GELU, nn.Dropout, nn.Embedding):
+for _kind in (Linear, GELU, Dropout, Embedding):
     _remember(_kind, {name: from_pytorch(_kind, name) for name in _METHODS})
 
 
@@ -89,7 +90,7 @@ def _own_forward(module: Any) -> bool:
 def plain_lookup(module: Any) -> bool:
     """Whether `module` is an embedding without any of nn.Embedding's options."""
     return (
-        untouched(module, nn.Embedding)
+        untouched(module, Embedding)
         and (module.padding_idx, module.max_norm) == (None, None)
         and not (module.scale_grad_by_freq or module.sparse)
     )
@@ -97,7 +98,7 @@ def plain_lookup(module: Any) -> bool:
 
 def plain_matmul(module: Any) -> bool:
     """Whether `module` is a linear layer without a bias, as GPT's head is."""
-    return untouched(module, nn.Linear) and calls_untouched() and module.bias is None
+    return untouched(module, Linear) and calls_untouched() and module.bias is None
 
 
 def plain(t: Tensor) -> bool:
@@ -173,9 +174,9 @@ def block_as_built(block: Any) -> BlockParts | None:
     gelu, dropouts = mlp.gelu, (attn.resid_dropout, mlp.dropout)
     as_built = (
         all(untouched(m, "LayerNorm") for m in (ln_1, ln_2))
-        and all(untouched(m, nn.Linear) for m in (c_attn, attn_proj, c_fc, mlp_proj))
-        and untouched(gelu, nn.GELU)
-        and all(untouched(m, nn.Dropout) and not m.inplace for m in dropouts)
+        and all(untouched(m, Linear) for m in (c_attn, attn_proj, c_fc, mlp_proj))
+        and untouched(gelu, GELU)
+        and all(untouched(m, Dropout) and not m.inplace for m in dropouts)
     )
     layers = ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj
     return BlockParts(attn, layers, gelu, dropouts) if as_built else None
@@ -209,15 +210,15 @@ def decodable(model: Any) -> bool:
     """Whether decoding with a key-value cache gives what a GPT's forward would: the model is as it
     was built, without dropout, and no hook or patch has to see the modules' calls.
     """
+    if not (calls_untouched() and interception() is None and untouched(model, "GPT")):
+        return False
     parts = model.transformer
     return (
-        calls_untouched()
-        and interception() is None
-        and untouched(model, "GPT")
+        type(parts.h) in (ModuleList, Sequential)  # a fork's own may give other blocks each time
         and all(plain_lookup(m) for m in (parts.wte, parts.wpe))
-        and untouched(parts.drop, nn.Dropout)
+        and untouched(parts.drop, Dropout)
         and untouched(parts.ln_f, "LayerNorm")
-        and untouched(model.lm_head, nn.Linear)
+        and untouched(model.lm_head, Linear)
         and all(block_as_built(block) is not None for block in parts.h)
         and not any(rate > 0 for rate in _dropout_rates(parts))  # a mask for every position anew
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import backend, ops, reference
+from fastgpt.config import setting
 from fastgpt.fused import block as block_unit
 from fastgpt.fused import embedding
 from fastgpt.fused.block import Settings, Weights
@@ -57,7 +58,8 @@ def fused_model(model: Any, idx: Tensor) -> "FusedModel | None":
         return None
     if torch.compiler.is_compiling() and _is_little(idx, weight.shape[1]):
         return None
-    settings = Settings(cfg.n_head, cfg.gelu == "tanh", cfg.dropout if model.training else 0.0)
+    dropout_p = cfg.dropout if model.training else 0.0
+    settings = Settings(cfg.n_head, setting(cfg, "gelu") == "tanh", dropout_p)
     facts = dict(n_head=cfg.n_head, dropout_p=settings.dropout_p)
     dtype = ops.autocast_dtype(weight)
     qkv = weight.new_empty((1, idx.shape[1], 3 * weight.shape[1]), dtype=dtype)
@@ -89,7 +91,7 @@ class FusedModel(NamedTuple):
 
     def head_is_outside(self, targets: Tensor | None) -> bool:
         """Whether the head is left out of the graph that is traced (eager_head.py)."""
-        wanted = self.model.config.return_logits == "eager" and targets is not None
+        wanted = setting(self.model.config, "return_logits") == "eager" and targets is not None
         return wanted and torch.compiler.is_compiling()
 
     def hidden(self, idx: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +133,7 @@ class FusedModel(NamedTuple):
         self, x: Tensor, weight: Tensor | None, targets: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits and loss; `weight` None calls the head as the module it is."""
-        head, returned = self.model.lm_head, self.model.config.return_logits
+        head, returned = self.model.lm_head, setting(self.model.config, "return_logits")
         if targets is None:
             return head(x[:, [-1], :]), None
         targets = targets.reshape(-1)
@@ -176,7 +178,7 @@ class FusedModel(NamedTuple):
 
 
 def _recomputes(model: Any) -> bool:
-    return model.config.checkpoint_blocks and torch.is_grad_enabled()
+    return setting(model.config, "checkpoint_blocks") and torch.is_grad_enabled()
 
 
 def _sum(delta: Tensor | None, x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from pathlib import Path
 from fastgpt.devices import cpu_info
 
 _SHARED = Path(__file__).with_name("vectors.h")  # what all of them include
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fwrapv", "-fopenmp", "-shared", "-fPIC")
+_END = b"fastgpt: all of it"  # loaders do not read what is behind a library
 
 
 @functools.cache
@@ -28,14 +29,24 @@ def library(source: Path) -> ctypes.CDLL | str:
     read = source.read_bytes(), _SHARED.read_bytes()
     made_of = (*read, compiler, *_FLAGS, platform.machine(), _cpu())
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastgpt"
-    path /= f"{source.stem}-{key}.so"
     try:
-        if not path.exists():
+        path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastgpt"
+        path /= f"{source.stem}-{key}.so"
+        if not _is_whole(path):
             _compile(source, compiler, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # no home: RuntimeError
         return f"compiling {source.name} failed: {getattr(error, 'stderr', None) or error}"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether it ends as `_compile` left it: a library that was cut off would end the process."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_END), os.SEEK_END)
+            return file.read() == _END
+    except OSError:
+        return False
 
 
 def _compile(source: Path, compiler: str, path: Path) -> None:
@@ -46,6 +57,10 @@ def _compile(source: Path, compiler: str, path: Path) -> None:
         command = [*compiler.split(), *_FLAGS, f"-I{_SHARED.parent}", str(source)]
         command += ["-o", str(temporary), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True)
+        with temporary.open("ab") as file:
+            file.write(_END)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
 
 

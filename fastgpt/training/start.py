@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastgpt import checkpoint, data, weights
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.config import GPTConfig
+from fastgpt.model import GPT
 from fastgpt.storage import hf_tokenizer
 from fastgpt.training.config import SHAPE, TrainConfig, option
 

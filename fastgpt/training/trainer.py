@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fastgpt import checkpoint, data
+from fastgpt.config import GPTConfig
 from fastgpt.devices import autocast, pick_device, pick_dtype
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT
 from fastgpt.optim import MOMENTS
 from fastgpt.storage.printable import first_line
 from fastgpt.train_step import TrainStep
