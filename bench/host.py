@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from fastgpt import GPT, GPTConfig, TrainStep, use_backend
+from fastgpt.commands.timing import host_sample
 from fastgpt.environment import versions
 from fastgpt.fused.untouched import block_weights
 from fastgpt.fused.whole import fused_model
-from fastgpt.timing import host_sample
 
 OPTIMIZER: dict[str, Any] = dict(weight_decay=0.1, lr=1e-4, betas=(0.9, 0.95))
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fastgpt import optim, use_backend
 from fastgpt.commands.launch_search import distance
+from fastgpt.commands.timing import Variants, in_turns
 from fastgpt.implementations import aten
-from fastgpt.timing import Variants, in_turns
 
 Row = dict[str, Any]
 ALL = ("fc", "dgrad", "wgrad", "adamw")

@@ -27,7 +27,7 @@ from bench.harness.op_cases import Case, cases
 from bench.harness.roofline import Ceilings, Work
 from bench.peers.ops import Peer, peers
 from fastgpt import devices, reference
-from fastgpt.timing import Variants, in_turns
+from fastgpt.commands.timing import Variants, in_turns
 
 Row = dict[str, Any]
 SAMPLES = 50  # kept of each variant

@@ -15,7 +15,8 @@ import torch
 from bench import ops
 from bench.harness import op_cases
 from bench.peers.ops import peers
-from fastgpt import devices, timing
+from fastgpt import devices
+from fastgpt.commands import timing
 
 CASES = op_cases.cases(torch.device("cpu"), torch.float32, 64, 64, 64)  # for their names
 NAMES = [

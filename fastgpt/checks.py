@@ -1,6 +1,7 @@
 """Checks of what a GPT is called with: its configuration, token ids and options."""
 
 import math
+import operator
 from numbers import Integral
 from typing import Any
 
@@ -37,6 +38,8 @@ def check_tokens(idx: Tensor, longest: int | None, wte: nn.Embedding | None) -> 
     `wte` None allows any id, for an embedding that is not a plain one. On a GPU, where looking
     would wait for the device, an id outside the vocabulary is for PyTorch to notice.
     """
+    if not isinstance(idx, Tensor):
+        raise TypeError(f"idx must be a tensor of token ids, got {type(idx).__name__}")
     if idx.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"idx must be int64 or int32 token ids, got {idx.dtype}; convert with .long()"
@@ -76,19 +79,21 @@ def check_prompt(idx: Tensor, wte: nn.Embedding | None) -> None:
         check_ids(idx.cpu(), wte.weight.shape[0])
 
 
-def check_lengths(lengths: Tensor | None, idx: Tensor) -> list[int] | None:
+def check_lengths(lengths: Any, idx: Tensor) -> list[int] | None:
     """The lengths of the prompts in idx (B, T), each at its row's right end, as a list."""
     if lengths is None:
         return None
-    values: list[int] = lengths.tolist() if lengths.dim() == 1 else []
-    if len(values) != idx.size(0) or not all(
-        isinstance(n, int) and 0 < n <= idx.size(1) for n in values
+    values = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    if (
+        not isinstance(values, list | tuple)
+        or len(values) != idx.size(0)
+        or not all(type(n) is int and 0 < n <= idx.size(1) for n in values)
     ):
         raise ValueError(
-            f"lengths={lengths.tolist()} must be (B,) integers from 1 to T, for idx (B, T), "
+            f"lengths={values} must be (B,) integers from 1 to T, for idx (B, T), "
             f"{tuple(idx.shape)}; an empty prompt has nothing to go on from"
         )
-    return values
+    return list(values)
 
 
 def check_decoding_dtype(dtype: torch.dtype | None) -> None:
@@ -97,9 +102,38 @@ def check_decoding_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype={dtype} is no dtype to decode in; use one of {known} or None")
 
 
-def check_count(max_new_tokens: int) -> None:
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+def checked_count(max_new_tokens: Any) -> int:
+    """As an int, which it may be a tensor of."""
+    try:
+        count = operator.index(max_new_tokens)
+    except TypeError:
+        count = -1
+    if count < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be an integer of at least 0")
+    return count
+
+
+def check_kind(name: str, value: Any, kind: type, or_none: bool = False) -> None:
+    """TypeError unless value is one of these numbers (a bool is none of them), or a tensor of one,
+    or None.
+    """
+    one = isinstance(value, Tensor) and value.numel() == 1
+    if one or (or_none and value is None):
+        return
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return
+    what = "an integer" if kind is Integral else "a number"
+    raise TypeError(f"{name}={value!r} must be {what}{' or None' if or_none else ''}")
+
+
+def check_stop_token(stop_token: Any, wte: nn.Embedding | None) -> None:
+    check_kind("stop_token", stop_token, Integral, or_none=True)
+    V = math.inf if wte is None else wte.weight.shape[0]
+    if stop_token is not None and not 0 <= stop_token < V:
+        raise ValueError(
+            f"stop_token={stop_token} is never sampled: ids are from 0 to {V - 1}; use None to go "
+            "on to the end"
+        )
 
 
 def check_logits(logits: Tensor) -> None:

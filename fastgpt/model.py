@@ -304,11 +304,13 @@ class GPT(nn.Module):
         wte = table if plain_lookup(table) else None
         checks.check_tokens(idx, None, wte)
         checks.check_prompt(idx, wte)
-        checks.check_count(max_new_tokens)
+        if count := checks.checked_count(max_new_tokens):
+            checks.check_last_position(idx)
+        checks.check_stop_token(stop_token, wte)
         checks.check_decoding_dtype(dtype)
         own = checks.check_lengths(lengths, idx)
         lookup = sampling.prompt_lookup(prompt_lookup, rows=idx.size(0))
-        args = idx, max_new_tokens, how, stop_token, dtype, own, watched, lookup
+        args = idx, count, how, stop_token, dtype, own, watched, lookup
         return sampling.stream(self, *args)
 
 

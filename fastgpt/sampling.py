@@ -10,8 +10,9 @@ GEMM shapes); in bf16 they are as far apart as two runs of differently shaped GE
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,9 +27,20 @@ from fastgpt.decoding.graphs import notes_pytorch
 from fastgpt.decoding.lookup import Ahead, PromptLookup
 from fastgpt.decoding.parameters import Parameters, in_dtype, in_int8, parameters, state_of
 from fastgpt.fused.untouched import Snapshot
+from fastgpt.implementations.interception import from_pytorch
 
 CHECKED_EVERY = 64  # tokens on a GPU: looking for NaN waits for it
-_multinomial, _largest = torch.multinomial, torch.topk
+_ROOM = 1024  # tokens that a text has room for, before it needs more
+_multinomial, _largest = (from_pytorch(torch, name) for name in ("multinomial", "topk"))
+_optimizer_steps = 0  # a fused optimizer writes into weights without PyTorch's counting it
+
+
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)  # once: within a step nobody can add another
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,15 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.temperature, Tensor) and not self.temperature >= 0:  # NaN is not
-            raise ValueError(f"temperature={self.temperature} must be 0 (argmax) or positive")
+        if isinstance(self.temperature, Tensor):
+            if not (self.temperature > 0).all():
+                raise ValueError(f"temperature={self.temperature} must be positive for every row")
+        else:
+            checks.check_kind("temperature", self.temperature, Real)
+            if not self.temperature >= 0:  # NaN is not
+                raise ValueError(f"temperature={self.temperature} must be 0 (argmax) or positive")
+        checks.check_kind("top_k", self.top_k, Integral, or_none=True)
+        checks.check_kind("top_p", self.top_p, Real, or_none=True)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} keeps nothing; use None to keep every id")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -69,7 +88,7 @@ class Sampling:
             kept = _topk(logits, min(self.top_k, logits.size(-1)))
             kth = kept.amin(dim=-1, keepdim=True)  # no index, which the host would have to send
             logits = logits.masked_fill(logits < kth, -math.inf)  # ties with the k-th stay
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p < 1:
             logits = _keep_nucleus(logits, self.top_p)
         p = F.softmax(logits, dim=-1)
         return _race(p) if _may_race(p) else torch.multinomial(p, num_samples=1)
@@ -154,12 +173,9 @@ def stream(
     `watched`: the caller may change the model between two columns.
     """
     (B, T), end = idx.shape, idx.size(1) + max_new_tokens
-    with torch.inference_mode(False):  # inference mode's tensors cannot be written to outside it
-        text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)
-        done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+    text = _with_room(idx, min(max_new_tokens, _ROOM))
+    done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype, lookup)
-    # a fused optimizer writes into weights without PyTorch's counting it
-    steps = register_optimizer_step_post_hook(lambda *_: next_logits.forget())
     try:
         for filled in range(T, end):
             if watched and filled > T:
@@ -167,7 +183,9 @@ def stream(
             new = next_logits.draw(text[:, :filled], sampling)
             if stop_token is not None:
                 new = new.masked_fill(done, stop_token)
-                done |= new == stop_token
+                done = done | (new == stop_token)
+            if filled == text.size(1):
+                text = _with_room(text, min(end, 2 * filled) - filled)
             text[:, filled : filled + 1] = new
             yield new
             if stop_token is not None and done.all():
@@ -176,8 +194,17 @@ def stream(
                 next_logits.check()
         next_logits.check()
     finally:
-        steps.remove()
         next_logits.close()
+
+
+@torch.inference_mode(False)  # whose tensors could not be written to outside it
+def _with_room(text: Tensor, tokens: int) -> Tensor:
+    """text (B, T) and behind it room for more, int64 as new ids are."""
+    return torch.cat((text, text.new_zeros(len(text), tokens, dtype=torch.int64)), dim=1)
+
+
+def _state(parameters: Parameters) -> Any:
+    return _optimizer_steps, state_of(parameters)
 
 
 def keeps(device: torch.device) -> bool:
@@ -216,11 +243,11 @@ class NextLogits:
     def look_again(self) -> None:
         """Begin anew if the model is not what it was: every cached key is of its old weights."""
         old, seen = self.parameters, self.seen
-        if old is not None and seen is not None and seen.holds() and state_of(old) == self.state:
+        if old is not None and seen is not None and seen.holds() and _state(old) == self.state:
             return
         current = parameters(self.model)
         self.seen = None if current is None else Snapshot(self.model)
-        state = None if current is None else state_of(current)
+        state = None if current is None else _state(current)
         if state is None or state != self.state:
             self.parameters, self.state = current, state
             self._drop_decoder()
@@ -228,6 +255,7 @@ class NextLogits:
     def _drop_decoder(self) -> None:
         if self.decoder is not None:
             self.zero = self.zero + self.decoder.zero
+            self.decoder.close()
         self.decoder, self.filled = None, 0
 
     def check(self) -> None:
@@ -235,10 +263,6 @@ class NextLogits:
         zero = self.zero if self.decoder is None else self.zero + self.decoder.zero
         if isinstance(zero, Tensor) and zero.isnan().any():
             raise checks.not_finite()
-
-    def forget(self) -> None:
-        """Begin anew at the next look, whatever the model seems to be."""
-        self.state = None
 
     def draw(self, text: Tensor, sampling: Sampling) -> Tensor:
         """Ids (B, 1) drawn from them. Where a step of the decoder is a CUDA graph, they are drawn
@@ -321,9 +345,13 @@ class NextLogits:
         return Decoder(current, rows, capacity, width)
 
     def close(self) -> None:
-        """Let the next call have the decoder."""
-        if self.decoder is not None and self.key is not None:
+        """Let the next call have the decoder, where one is worth keeping."""
+        if self.decoder is None:
+            return
+        if self.key is not None:
             pool.give_back(self.model, self.key, self.decoder)
+        else:
+            self.decoder.close()
 
     def _at_the_left(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Texts moved to their rows' left ends, cropped to block_size, and their lengths."""
@@ -335,14 +363,20 @@ class NextLogits:
         columns = starts[:, None] + torch.arange(width, device=text.device)
         return text.gather(1, columns.clamp(max=T - 1)), (T - starts).clamp(max=width)
 
+    def _own_dtype(self, device_type: str) -> AbstractContextManager[Any]:
+        if self.dtype is torch.float32:
+            return torch.autocast(device_type, enabled=False)
+        low = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(device_type, self.dtype) if low else nullcontext()
+
     def _whole(self, text: Tensor, rows: Sequence[int]) -> Tensor:
         """nanoGPT's way, a forward of the last block_size tokens; row by row where they differ."""
         first = max(0, text.size(1) - self.model.config.block_size)
         starts = [max(self.starts[b], first) for b in rows]
-        low = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(text.device.type, self.dtype) if low else nullcontext():
+        with self._own_dtype(text.device.type):
             if len(set(starts)) <= 1:
                 alike = text if len(rows) == len(text) else text[list(rows)]
-                return self.model(alike[:, max(starts, default=first) :])[0][:, -1, :]
+                text = alike[:, max(starts, default=first) :].contiguous()  # a fork may view it
+                return self.model(text)[0][:, -1, :]
             pairs = zip(rows, starts, strict=True)
             return torch.cat([self.model(text[[b], s:])[0][:, -1, :] for b, s in pairs])

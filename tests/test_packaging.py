@@ -25,7 +25,7 @@ FILES = sorted(
 # no circle. What is in brackets is imported inside functions: importing fastgpt needs no triton.
 LAYERS = """
     storage
-    reference kernels._tuned kernels._autograd timing config devices data weights
+    reference kernels._tuned kernels._autograd config devices data weights
     init
     implementations.interception implementations.compiled
     checks implementations.sdpa implementations.flash_attn implementations.aten

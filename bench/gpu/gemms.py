@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from fastgpt.commands.timing import Variants, in_turns
 from fastgpt.implementations.aten import wgrad
-from fastgpt.timing import Variants, in_turns
 
 
 def main() -> int:

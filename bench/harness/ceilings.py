@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastgpt.commands.timing import host_sample, in_turns
 from fastgpt.decoding.huge_pages import HugePages
-from fastgpt.timing import host_sample, in_turns
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -18,10 +18,10 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig, backend, examples, ops, reference, use_backend
 from fastgpt.commands.launch_search import MARGIN, distance
 from fastgpt.commands.searches import Sizes
+from fastgpt.commands.timing import Variants, in_turns
 from fastgpt.devices import autocast
 from fastgpt.examples import example, outline
 from fastgpt.fused.launchers import FUSABLE
-from fastgpt.timing import Variants, in_turns
 
 WHOLE = ("block", "compiled")  # ops that are made of others
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fastgpt.commands.searches import Search, Sizes, searches
+from fastgpt.commands.timing import Variants, in_turns
 from fastgpt.kernels import _tuned
 from fastgpt.storage.printable import first_line
-from fastgpt.timing import Variants, in_turns
 
 MARGIN = 1.02  # a winner must be this many times as fast: less is noise
 

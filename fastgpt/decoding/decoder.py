@@ -75,6 +75,13 @@ class Decoder:
             if own.data_ptr() != new.data_ptr():
                 own.copy_(new)
 
+    def close(self) -> None:
+        """Let go of the graphs, which hold this decoder: its memory is free then, and not some time
+        later.
+        """
+        self.graphs = None
+        self.drawing.clear()
+
     def prefill(self, idx: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Prompts idx (B, T), of which a row counts up to lengths[b] (all by default), from its
         left -> logits (B, V) after each row's last token.

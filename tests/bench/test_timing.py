@@ -1,10 +1,10 @@
-"""fastgpt.timing on CUDA, without one: the order of what it would ask of the device."""
+"""fastgpt.commands.timing on CUDA, without one: the order of what it would ask of the device."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import timing
+from fastgpt.commands import timing
 
 CPU = torch.device("cpu")
 

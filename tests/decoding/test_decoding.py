@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastgpt import GPT, GPTConfig, TrainStep, sampling, use_backend
 from fastgpt.decoding import native
@@ -179,13 +179,19 @@ def test_weights_written_to_while_copies_are_read(dtype):
     assert torch.equal(new, expected)
 
 
-def test_an_optimizer_has_no_hook_left_of_a_stream():
-    before = len(_global_optimizer_post_hooks)
-    stream = tiny().generate_stream(prompt(1, 3), 6)
-    next(stream)
-    assert len(_global_optimizer_post_hooks) == before + 1
-    stream.close()
-    assert len(_global_optimizer_post_hooks) == before
+def test_in_a_hook_of_an_optimizers_step():
+    """As training samples: no other hook can be added there."""
+    model, idx = tiny(), prompt(1, 3)
+    expected = model.generate(idx, 5, temperature=0)
+    optimizer, found = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), []
+    stream = model.generate_stream(idx, 5, temperature=0)
+    hook = register_optimizer_step_post_hook(
+        lambda *_: found.extend([model.generate(idx, 5, temperature=0), next(stream)])
+    )
+    optimizer.step()
+    hook.remove()
+    assert torch.equal(found[0], expected)
+    assert torch.equal(torch.cat([idx, found[1], *stream], dim=1), expected)
 
 
 def test_a_decoder_that_waits_is_of_its_model(monkeypatch):
