@@ -7,6 +7,7 @@ What a user can put right ends as `fastgpt: <message>` with exit code 2 and no t
 import argparse
 import importlib
 import io
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -64,13 +65,16 @@ _USER_ERRORS = (
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        print(overview())
-        return 0
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a name or a text that the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        if not argv:
+            print(overview(), flush=True)
+            return 0
         args = _arguments(argv)
         return args.main(args)
     except KeyboardInterrupt:

@@ -87,6 +87,7 @@ class TrainStep:
         self.optimizer = AdamW(plain.param_groups, lr, betas, max_norm, self.copies, names)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.graph = _Graph(self) if capture else None
+        self.updating = False  # in the midst of it weights are neither the old nor the new ones
         self.skipped = SkippedSteps(max_skipped)
 
     def __call__(self, batches: Sequence[Batch], seeds: Sequence[int] | None = None) -> Tensor:
@@ -112,7 +113,9 @@ class TrainStep:
             if (explained := _explained(error, batches[0][0])) is None:
                 raise
             raise explained from error
+        self.updating = True  # and so it stays where that fails
         self.scaler.step(self.optimizer)
+        self.updating = False
         self.scaler.update()
         self.skipped.look(self.optimizer.skipped)
         if self.graph is None or len(batches) > 1:  # a graph writes one batch's gradients anew

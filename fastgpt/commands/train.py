@@ -121,8 +121,9 @@ def settings(
     out = Path(values.get("out", "out"))
     restarted = _restarted_run(out)
     if restarted or values.get("resume"):
-        values |= {"resume": True, "force": False}
-        values.pop("init_from", None)
+        given = {} if restarted else from_options  # a restart repeats the command as it was
+        values |= {"resume": True, "force": given.get("force", False)}
+        values["init_from"] = given.get("init_from")
         values.setdefault("shard", _is_sharded(out))
         saved = restarted or sharded_folder.load(out, values["shard"])
         with _from(f"the checkpoint in {out}"):

@@ -8,6 +8,7 @@ releases, so that a leftover can be told from a file that somebody is still writ
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _MARK = ".fastgpt-"  # in the names of what is being written: .ckpt.pt.fastgpt-0123abcd
+_OURS = re.compile(re.escape(_MARK) + "[0-9a-f]{8}")
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def sweep(folder: Path, name: str = "") -> None:
     """Remove what dead writers of `name`, or of anything in `folder`, have left there."""
     with suppress(OSError):  # of another owner, or gone meanwhile: not in the way
         for path in folder.glob(f".{name or '*'}{_MARK}*"):
-            if _is_dead(path):
+            if _OURS.search(path.name) and _is_dead(path):
                 remove(path)
 
 

@@ -14,7 +14,7 @@ class Lock:
 
     def __init__(self, folder: Path, what: str):
         """OSError says who holds it: `what` is what it is for, as in "training into out"."""
-        path = folder / ".lock"
+        self._path = path = folder / ".lock"
         self._fd: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +37,18 @@ class Lock:
         with suppress(OSError):  # a full disk: whoever writes more than this says so
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def check(self) -> None:
+        """OSError if the folder was moved away and another has its name: it is somebody else's."""
+        try:
+            here = os.stat(self._path, follow_symlinks=False)
+        except OSError:
+            return
+        if self._fd is not None and not os.path.samestat(here, os.fstat(self._fd)):
+            raise OSError(
+                f"{self._path.parent} is another folder than at the start, which was moved away; "
+                "move it back, or train on in the one that was moved with --resume"
+            )
 
     def release(self) -> None:
         if self._fd is not None:

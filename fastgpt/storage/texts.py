@@ -1,6 +1,7 @@
 """Texts as pieces that fit in memory: of files, or of one string."""
 
 import codecs
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,14 +28,20 @@ def of_files(paths: Sequence[Path]) -> Documents:
 
 def _listed(path: Path) -> list[Path]:
     if path.is_dir():
-        if files := sorted(p for p in path.rglob("*.txt") if p.is_file()):
-            return files
+        folders = os.walk(path, onerror=_raise)
+        files = (Path(folder) / name for folder, _, names in folders for name in names)
+        if texts := sorted(p for p in files if p.suffix == ".txt" and p.is_file()):
+            return texts
         raise FileNotFoundError(f"{path} is a folder without .txt files; name the files")
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
     if not path.is_file():
         raise ValueError(f"{path} is no regular file, and a text is read twice; save it as one")
     return [path]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def pieces_of(path: Path) -> Iterator[str]:

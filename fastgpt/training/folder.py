@@ -77,9 +77,9 @@ class RunFolder:
         return _by_step(_NUMBERED, (p for p in self.path.glob("ckpt-*.pt") if p.is_file()))
 
     def save(self, saved: Mapping[str, Any], best: bool) -> None:
+        self._lock.check()
         step = int(saved["iter_num"])
-        latest = self.path / LATEST
-        copies = [self.path / BEST] * best + [self.path / f"ckpt-{step:06}.pt"] * bool(self.keep)
+        latest, copies = self.path / LATEST, self._copies(step, best)
         checkpoint.save_checkpoint(saved, latest)
         for path in copies:
             files.copy(latest, path)
@@ -87,6 +87,18 @@ class RunFolder:
         numbered = self.numbered()
         for number in superseded(numbered, step, self.keep):
             numbered[number].unlink()
+
+    def _copies(self, step: int, best: bool) -> list[Path]:
+        return [self.path / BEST] * best + [self.path / f"ckpt-{step:06}.pt"] * bool(self.keep)
+
+    def complete(self, step: int, best: bool) -> None:
+        """Make the copies of the latest checkpoint that a crash has left out."""
+        latest = self.path / LATEST
+        if not latest.is_file():  # weights are on shards
+            return
+        for path in self._copies(step, best):
+            if not path.is_file() or path.stat().st_mtime_ns < latest.stat().st_mtime_ns:
+                files.copy(latest, path)
 
     def saved(self, *paths: Path) -> None:
         """Delete what is left of the run that is written over: the checkpoints `paths` are safe."""

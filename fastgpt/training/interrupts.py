@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -11,7 +12,8 @@ class Interrupts:
     """`with Interrupts() as interrupts`: a signal only sets `interrupts.number`.
 
     For a step that does not end: a Ctrl-C that comes `PATIENCE` seconds after the first signal
-    interrupts at once, unless a checkpoint is being written.
+    interrupts at once, unless `saving` a checkpoint or `updating()` weights: soon done, and half of
+    it is worth nothing.
     """
 
     PATIENCE = 5.0
@@ -20,18 +22,18 @@ class Interrupts:
         self.number = 0
         self.first = 0.0
         self.saving = False
+        self.updating: Callable[[], bool] = lambda: False
         self._before: dict[int, Any] = {}
 
     def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         self.first = self.first or now
         self.number = number
-        if number != signal.SIGINT or self.saving:
+        if number != signal.SIGINT or self.saving or self.updating():
             return
         if now - self.first > self.PATIENCE:
             raise KeyboardInterrupt
-        if now > self.first:
-            os.write(2, b"\nstopping after this step; Ctrl-C some seconds from now loses it\n")
+        os.write(2, b"\nstopping after this step; Ctrl-C some seconds from now loses it\n")
 
     def __enter__(self) -> "Interrupts":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.storage import files
+from fastgpt.storage.printable import first_line
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.other_logs import OtherLogs
 
@@ -79,10 +80,17 @@ def _line(values: Mapping[str, Any]) -> str:
 def draw(log: Path, picture: Path) -> str:
     """Write the loss curves of a log -> what to tell about it."""
     try:
-        from matplotlib.figure import Figure
+        _plot(read(log), picture)
     except ImportError:
         return "no loss.png, which needs matplotlib; pip install 'fastgpt[plot]'"
-    lines = read(log)
+    except Exception as error:  # of a backend, a font, a disk: the run is none the worse
+        return f"no loss curves: {first_line(error)}"
+    return f"loss curves: {picture}"
+
+
+def _plot(lines: list[dict[str, Any]], picture: Path) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for name, label, style in (
@@ -90,14 +98,11 @@ def draw(log: Path, picture: Path) -> str:
         ("train_loss", "training, at validations", dict(marker=".")),
         ("val_loss", "validation", dict(marker=".")),
     ):
-        points = [(line["step"], line[name]) for line in lines if name in line and "step" in line]
+        values = ((line.get("step"), line.get(name)) for line in lines)
+        points = [pair for pair in values if all(isinstance(n, int | float) for n in pair)]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        with files.replacing(picture) as file:
-            figure.savefig(file, format="png", dpi=120)
-    except OSError as error:
-        return f"no loss curves: {error}"
-    return f"loss curves: {picture}"
+    with files.replacing(picture) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,8 @@ class Run:
         if folder is not None:
             size = 3 * 4 * sum(p.numel() for p in trainer.model.parameters())
             folder.check_room(size)
+            if config.resume and trainer.steps_done:
+                folder.complete(trainer.steps_done, trainer.is_best())
             self.log = Log(folder.path, config, trainer.steps_done, trainer.run)
             trainer.run = self.log.run
         self.progress = Progress(
@@ -100,28 +102,44 @@ class Run:
             quiet=folder is None,
         )
         self.interrupts = Interrupts()
+        self.interrupts.updating = self._updating
+
+    def _updating(self) -> bool:
+        return isinstance(self.trainer.step, TrainStep) and self.trainer.step.updating
 
     def to_the_end(self) -> Result:
         with self.interrupts:
             try:
                 result = self._steps()
-            except (ValueError, OSError, torch.OutOfMemoryError):
-                # data that changed or cannot be read, a full disk under the log, a step that was
-                # not taken: the last whole one is worth keeping
-                with suppress(OSError):
-                    self._flush()
-                if not self.config.shard:
-                    self._save()
+            except FloatingPointError:  # such weights are not worth keeping
                 raise
-            except RuntimeError as error:
-                explanation = self.world.explained(error)
-                if not isinstance(explanation, LostProcess):
-                    raise
-                raise self._rescued(explanation) from None
+            except BaseException as error:
+                explanation = self.world.explained(error) if isinstance(error, RuntimeError) else 0
+                if isinstance(explanation, LostProcess):
+                    raise self._rescued(explanation) from None
+                self._keep(error)
+                raise
             if self.folder is not None and self.log is not None:
                 self.log.sync()
                 self.progress.note(draw(self.log.path, self.folder.path / "loss.png"))
             return result
+
+    def _keep(self, error: BaseException) -> None:
+        """Save the last whole step: what failed is data that changed, a disk, memory, a step that
+        was not taken, or somebody's patience.
+        """
+        # what all processes do together cannot be done where one has failed
+        alone = self.world.size == 1 or not isinstance(error, RuntimeError)
+        if self.config.shard or self._updating() or not alone:
+            return
+        with suppress(OSError):
+            self._flush()
+        before = self.trainer.saved_at
+        expected = isinstance(error, ValueError | OSError)
+        with nullcontext() if expected else suppress(Exception):  # a GPU may be beyond reading
+            self._save()
+        if self.trainer.saved_at > before:
+            self.progress.note(f"step {self.trainer.steps_done:,} is saved")
 
     def _steps(self) -> Result:
         trainer, config = self.trainer, self.config
@@ -188,8 +206,8 @@ class Run:
         trainer = self.trainer
         if trainer.steps_done == 0 or trainer.saved_at == trainer.steps_done:
             return
-        measured = trainer.losses if trainer.validated_at == trainer.steps_done else None
-        best = measured is not None and measured.val < trainer.best_val_loss
+        measured, best_before = trainer.measured(), trainer.best_val_loss
+        best = measured is not None and measured.val < best_before
         if best and measured is not None:
             trainer.best_val_loss = measured.val
         trainer.check_finite()
@@ -197,6 +215,9 @@ class Run:
         try:
             with self.world.writing():
                 self._write(best)
+        except BaseException:
+            trainer.best_val_loss = best_before
+            raise
         finally:
             self.interrupts.saving = False
         trainer.saved_at = trainer.steps_done

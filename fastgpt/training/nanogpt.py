@@ -50,9 +50,9 @@ def translated(name: str, value: Any) -> dict[str, Any]:
     if name == "init_from" and value in ("scratch", "resume"):
         return {"resume": value == "resume"}
     if name == "decay_lr":
-        return {} if value else {"schedule": "constant"}
+        return {"schedule": "cosine" if value else "constant"}
     if name == "wandb_log":
-        return {"wandb": "online"} if value else {}
+        return {"wandb": "online" if value else "disabled"}
     if name in ("always_save_checkpoint", "backend"):  # both are written; the device decides
         return {}
     return {name: value}

@@ -22,7 +22,7 @@ class OtherLogs:
         self.writers: dict[str, Writer] = {}
         if config.tensorboard:
             self._open("tensorboard", lambda: _tensorboard(folder / "tensorboard", step))
-        if config.wandb:
+        if config.wandb not in (None, "disabled"):
             self._open("wandb", lambda: _wandb(folder, config))
 
     def _open(self, name: str, writer: Callable[[], Writer]) -> None:

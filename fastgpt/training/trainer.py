@@ -230,6 +230,14 @@ class Trainer:
             self.model.train(was_training)
         return (world.sum(total) / cfg.eval_iters).item()
 
+    def measured(self) -> Losses | None:
+        """Of the weights as they are, if they were validated."""
+        return self.losses if self.validated_at == self.steps_done else None
+
+    def is_best(self) -> bool:
+        measured = self.measured()
+        return measured is not None and measured.val == self.best_val_loss
+
     def state(self) -> dict[str, Any]:
         """A checkpoint, in nanoGPT's format; without weights if these are sharded."""
         extras = {

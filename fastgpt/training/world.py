@@ -42,6 +42,11 @@ class World:
     def __init__(self, device: str | None = None):
         self.launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         self.rank, self.size = rank(), _number("WORLD_SIZE", 1)
+        if self.size > 1 and not self.launched:
+            raise ValueError(
+                f"WORLD_SIZE={self.size} is in the environment and RANK is not; start with "
+                "torchrun, or unset WORLD_SIZE"
+            )
         if self.rank >= self.size:
             raise ValueError(
                 f"RANK={self.rank} in the environment must be below WORLD_SIZE={self.size}; start "

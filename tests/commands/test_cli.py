@@ -158,7 +158,9 @@ class TestRun:
         first, *explained, last = capsys.readouterr().out.splitlines()
         assert "`model` answered by fastgpt" in first
         assert explained == [] or "mfu is nan" in explained[0]
-        seen = f"fastgpt.model fastgpt.model ['--batch_size=4', '-x', '--help'] __main__ {tmp_path}"
+        seen = (
+            f"fastgpt.model fastgpt.config ['--batch_size=4', '-x', '--help'] __main__ {tmp_path}"
+        )
         assert last == seen
         assert (sys.argv, sys.path, sys.modules.get("model")) == before
 
