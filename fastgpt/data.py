@@ -95,6 +95,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         with path.open("rb") as file:
             meta = _PlainUnpickler(file).load()
         return Characters(_vocabulary(meta))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(
             f"{path} is no meta.pkl of vocab_size, stoi and itos: {error or type(error).__name__}"
@@ -102,7 +104,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _vocabulary(meta: Any) -> list[str]:
-    itos, size = meta["itos"], meta["vocab_size"]
+    itos = meta["itos"]
+    size = meta.get("vocab_size", len(itos))  # nanoGPT's sample.py does not read it
     if not isinstance(size, int) or not 0 < size <= 2**16 or len(itos) != size:
         raise ValueError(f"vocab_size={size!r:.40} is not the number of its {len(itos)} characters")
     characters = [itos[i] for i in range(size)]
@@ -226,7 +229,10 @@ def _identity(splits: Mapping[str, Split]) -> str:
 def _existing(folder: Path, split: str) -> Path:
     path = folder / f"{split}.bin"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}; make one with `fastgpt prepare FILE --out {folder}`")
+        raise FileNotFoundError(
+            f"no {path}; make one with `fastgpt prepare FILE --out {folder}`, or "
+            "name the folder that has it with --data"
+        )
     if path.stat().st_size < 2:
         raise ValueError(f"{path} is empty; `fastgpt prepare` writes it anew")
     return path

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from fastgpt import devices, model
+from fastgpt.commands import forked
 
 
 class WithoutLogits(model.GPT):
@@ -61,21 +62,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not args.script.is_file():
         raise FileNotFoundError(f"no script {args.script}; call this in nanoGPT's folder")
-    answer, how = model, ""
+    folder = args.script.resolve().parent
+    if (fork := forked.differences(folder)) is not None:
+        return _run_fork(args, folder, *fork)
+    answer: ModuleType = model
+    how = ""
     if args.no_logits:
-        answer, how = _model_with(WithoutLogits), ", without logits beside a loss"
+        answer, how = _Answer(WithoutLogits), ", without logits beside a loss"
     elif args.eager_logits:
-        answer, how = _model_with(WithEagerLogits), ", logits outside compiled graphs"
+        answer, how = _Answer(WithEagerLogits), ", logits outside compiled graphs"
     print(f"fastgpt: {args.script} runs with `model` answered by fastgpt{how}", flush=True)
     if math.isnan(devices.peak_flops(devices.pick_device(None))):
         print("fastgpt: this device's peak is not known, so mfu is nan", flush=True)
-    return execute(args.script, args.args, folder=args.script.resolve().parent, model=answer)
+    return execute(args.script, args.args, folder, model=answer)
 
 
-def _model_with(gpt: type[model.GPT]) -> ModuleType:
-    answer = ModuleType("model")
-    vars(answer).update({**vars(model), "GPT": gpt})
-    return answer
+def _run_fork(args: argparse.Namespace, folder: Path, path: Path, names: list[str]) -> int:
+    """A fork's model is no other model's numbers: it runs as it is."""
+    changed = f"{path} has {', '.join(names)} otherwise than nanoGPT"
+    if args.no_logits or args.eager_logits:
+        flag = "--no-logits" if args.no_logits else "--eager-logits"
+        raise ValueError(f"{changed}, and {flag} is fastgpt's; leave it out, or move the file away")
+    print(
+        f"fastgpt: {changed}, so it runs as it is, without fastgpt. Make these changes to classes "
+        "of fastgpt.model instead (subclass, replace or patch them): the rest is fused then",
+        flush=True,
+    )
+    return execute(args.script, args.args, folder)
+
+
+class _Answer(ModuleType):
+    """fastgpt.model with another GPT. What a script assigns to it is assigned there, too: the
+    classes find each other by their names in that module.
+    """
+
+    def __init__(self, gpt: type[model.GPT]):
+        super().__init__("model")
+        vars(self).update({**vars(model), "GPT": gpt})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(model, name, value)
+        super().__setattr__(name, value)
 
 
 def execute(script: Path, args: list[str], folder: Path, **modules: ModuleType) -> int:

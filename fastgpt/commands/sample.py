@@ -74,14 +74,15 @@ def write_sample(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; a model needs at least one token to go on from")
-    print(printable(prompt), end="", flush=True)
+    shown = printable if sys.stdout.isatty() else str  # a file gets what the model wrote
+    print(shown(prompt), end="", flush=True)
     timer = timer or Timer()
     with autocast(device, pick_dtype(device, None)):
         idx = torch.tensor([ids], device=device)
         columns = model.generate_stream(idx, max_new_tokens, **sampling)
         text = ""
         for piece in tokenizer.stream(timer.watch(columns)):
-            print(printable(piece), end="", flush=True)
+            print(shown(piece), end="", flush=True)
             text += piece
             if stop and stop in text:
                 break
@@ -140,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         # less, and logits divided by it are no numbers
-        "--temperature", type=number(float, 1e-3, or_zero=True), default=0.8,
+        "--temperature", type=number(float, 1e-30, or_zero=True), default=0.8,
         help="0 is argmax (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -163,6 +164,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", help="text that ends a sample")
     parser.add_argument("--seed", type=seed, default=1337, help="(%(default)s)")
     parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--compile", nargs="?", const="True", choices=("True", "False"), default="False",
+        help="nanoGPT's; changes nothing, as a decoding step is a graph already",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=WEIGHTS, help="of the weights as they are read (a GPU: 16 bits)"
     )
@@ -202,6 +207,7 @@ def _loaded(args: argparse.Namespace) -> tuple[GPT, data.Tokenizer]:
 
 def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
+    torch.manual_seed(args.seed)  # as nanoGPT's sample.py: what a new model draws comes after it
     lookup = None if args.prompt_lookup is None else PromptLookup(args.prompt_lookup)
     with contextlib.redirect_stdout(io.StringIO()):  # stdout is for text alone
         model, tokenizer = _loaded(args)
@@ -210,7 +216,6 @@ def main(args: argparse.Namespace) -> int:
     prompt, timer = _prompt(args, tokenizer), Timer(lookup)
     if not prompt:
         raise ValueError(f"{args.prompt_file or args.prompt} is empty; name a text to go on from")
-    torch.manual_seed(args.seed)
     for _ in range(args.num_samples):
         write_sample(
             model,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgpt.storage.printable import first_line
+
 # nanoGPT's name -> fastgpt's, where the value is the same
 SAME = {
     "out_dir": "out",
@@ -70,7 +72,7 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"no config file {path}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"no config file of Python assignments: {error}") from None
+        raise ValueError(f"no config file of Python assignments: {first_line(error)}") from None
     values: dict[str, Any] = {}
     for line in tree.body:
         if isinstance(line, (ast.Import, ast.ImportFrom)) or _is_text(line):
@@ -94,6 +96,13 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
             raise ValueError(f"sets {unknown.pop()}, which is no setting; see train --help")
         settings |= new
     return settings
+
+
+def _power(base: float, exponent: float) -> float:
+    """A whole number where both are, unless it would be too long for any setting."""
+    short = abs(base) <= 2**32 and 0 <= exponent <= 64
+    whole = isinstance(base, int) and isinstance(exponent, int)
+    return base**exponent if whole and short else float(base) ** float(exponent)
 
 
 def _is_text(line: ast.stmt) -> bool:
@@ -121,7 +130,7 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.BinOp):
         values = _value(node.left, names), _value(node.right, names)
         if type(node.op) is ast.Pow and all(isinstance(v, (int, float)) for v in values):
-            return float(values[0]) ** float(values[1])
+            return _power(*values)
         if type(node.op) is ast.Mult and any(isinstance(v, str) for v in values):
             raise ValueError("a text times a number is no setting")
         if type(node.op) in _OPERATORS:
