@@ -219,9 +219,11 @@ class GPT(nn.Module):
         real = all(p.is_floating_point() for p in params)
         fused = device_type in ("cuda", "cpu") and real  # exact on both, and several times faster
         print(f"using fused AdamW: {fused}")
+        how: dict[str, Any] = dict(lr=learning_rate, betas=betas)
+        if torch.optim.AdamW is not optim.PYTORCHS:  # a fork's own, called as nanoGPT calls it
+            return torch.optim.AdamW(groups, **how)
         names = {p: name for name, p in self.named_parameters()}
-        how = dict(lr=learning_rate, betas=betas, fused=fused or None)
-        return optim.CheckedAdamW(groups, names, **how)
+        return optim.CheckedAdamW(groups, names, fused=fused or None, **how)
 
     def estimate_mfu(
         self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = None

@@ -19,10 +19,11 @@ from fastgpt import backend, reference
 
 CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PYTORCHS = torch.optim.AdamW  # as of import: a fork may put another there
 _ALL_MOMENTS = (*MOMENTS, "max_exp_avg_sq")  # the last with amsgrad only
 
 
-class CheckedAdamW(torch.optim.AdamW):
+class CheckedAdamW(PYTORCHS):
     """torch.optim.AdamW, refusing state that does not fit, by the names of the parameters.
 
     PyTorch's fused kernel takes tensors for flat memory of the parameter's size: moments of another
@@ -55,7 +56,7 @@ class CheckedAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self.check()
-        _without_hooks(torch.optim.AdamW.step)(self)
+        _without_hooks(PYTORCHS.step)(self)
         return loss
 
     def check(self) -> None:
@@ -221,7 +222,7 @@ class AdamW(CheckedAdamW):
         before = {name: vars(self).pop(name, None) for name in ("grad_scale", "found_inf")}
         self.grad_scale, self.found_inf = divisor.nan_to_num(1.0), divisor.isnan().float()
         try:
-            _without_hooks(torch.optim.AdamW.step)(self)
+            _without_hooks(PYTORCHS.step)(self)
         finally:
             del self.grad_scale, self.found_inf
             vars(self).update({name: t for name, t in before.items() if t is not None})
@@ -239,7 +240,7 @@ class AdamW(CheckedAdamW):
             if self._counted(norm.isfinite()):
                 if self.max_norm > 0:
                     torch.nn.utils.clip_grads_with_norm_(params, self.max_norm, norm)
-                _without_hooks(torch.optim.AdamW.step)(self)
+                _without_hooks(PYTORCHS.step)(self)
         finally:
             vars(self).update({name: t for name, t in before.items() if t is not None})
         self._after_update()

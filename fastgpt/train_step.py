@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.config import setting
@@ -20,7 +20,7 @@ from fastgpt.devices import autocast
 from fastgpt.fused.untouched import Snapshot, calls_untouched
 from fastgpt.implementations.interception import interception
 from fastgpt.model import GPT
-from fastgpt.optim import AdamW
+from fastgpt.optim import PYTORCHS, AdamW, CheckedAdamW
 from fastgpt.storage.printable import first_line
 
 Batch = tuple[Tensor, Tensor]  # idx and targets, (B, T) int64 on the model's device
@@ -83,6 +83,7 @@ class TrainStep:
         cast = [p for p in model.parameters() if p.dtype in lower and p.dtype != dtype]
         self.copies: dict[Tensor, Tensor] = {p: torch.empty_like(p, dtype=dtype) for p in cast}
         plain = model.configure_optimizers(weight_decay, lr, betas, self.device.type)
+        _check_optimizer(plain, model)
         names = {p: name for name, p in model.named_parameters()}
         self.optimizer = AdamW(plain.param_groups, lr, betas, max_norm, self.copies, names)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
@@ -225,6 +226,23 @@ class _Graph:
         optimizer.zero_grad(set_to_none=False)
         self.grads = [(p, p.grad) for p in self.step.model.parameters() if p.grad is not None]
         self.recorded, self.modules = self._facts(), Snapshot(self.step.model)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """ValueError for one that a fork's configure_optimizers has made otherwise than nanoGPT's: its
+    groups are all that TrainStep has of it.
+    """
+    remedy = "TrainStep takes AdamW's own step; train with a loop of your own"
+    if type(optimizer) not in (CheckedAdamW, PYTORCHS):
+        raise ValueError(f"configure_optimizers gave {type(optimizer).__name__}: {remedy}")
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise ValueError(f"the optimizer of configure_optimizers has hooks: {remedy}")
+    given = {p for group in optimizer.param_groups for p in group["params"]}
+    if missing := [n for n, p in model.named_parameters() if p.requires_grad and p not in given]:
+        raise ValueError(
+            f"configure_optimizers left out {missing[0]}, one of {len(missing)}; set "
+            "requires_grad_(False) for what shall not be trained"
+        )
 
 
 def _explained(error: BaseException, x: Tensor) -> RuntimeError | None:

@@ -1,5 +1,7 @@
 """fastgpt's own training step: its AdamW against PyTorch's, and the step against nanoGPT's loop."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -227,6 +229,63 @@ def test_capture_needs_a_gpu():
         assert captured(batches(i, 2, 4)).item() == pytest.approx(plain(batches(i, 2, 4)).item())
     with pytest.raises(ValueError, match="keep the shape"):
         captured(batches(0, 1, 8))
+
+
+class Sign(torch.optim.AdamW):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(1e-3 * p.grad.sign())
+
+
+def with_a_hook(groups, **how):
+    optimizer = torch.optim.AdamW(groups, **how)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    return optimizer
+
+
+def of_some(groups, **how):
+    return torch.optim.AdamW([groups[0]["params"][0]], **how)
+
+
+def with_sgd(groups, lr, betas):
+    return torch.optim.SGD(groups, lr)
+
+
+OPTIMIZERS = [
+    (with_sgd, "gave SGD: TrainStep takes AdamW's own step"),
+    (Sign, "gave Sign: TrainStep takes AdamW's own step"),
+    (with_a_hook, "has hooks: TrainStep takes AdamW's own step"),
+    (of_some, r"left out \S+, one of 27; set requires_grad_\(False\)"),
+]
+
+
+@pytest.mark.parametrize(
+    "make, message", OPTIMIZERS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_an_optimizer_of_a_forks_is_not_taken_for_adamw(monkeypatch, make, message):
+    gpt, whole = model(), GPT.configure_optimizers
+
+    def configure(self, weight_decay, lr, betas, device_type):
+        groups = whole(self, weight_decay, lr, betas, device_type).param_groups
+        plain = [{k: g[k] for k in ("params", "weight_decay")} for g in groups]
+        return make(plain, lr=lr, betas=betas)
+
+    monkeypatch.setattr(GPT, "configure_optimizers", configure)
+    with pytest.raises(ValueError, match=message):
+        TrainStep(gpt, 0.1, 1e-2, BETAS)
+
+
+@pytest.mark.parametrize(
+    "put", [Sign, functools.partial(torch.optim.AdamW, eps=1e-3)], ids=["class", "partial"]
+)
+def test_another_adamw_in_pytorchs_place(monkeypatch, put):
+    """A fork may assign one whenever it likes."""
+    gpt = model()
+    monkeypatch.setattr(torch.optim, "AdamW", put)
+    optimizer = gpt.configure_optimizers(0.1, 1e-2, BETAS, DEVICE)
+    assert type(optimizer) is (Sign if put is Sign else put.func)
+    assert optimizer.defaults["eps"] == (1e-8 if put is Sign else 1e-3)
 
 
 def test_a_step_that_raises_leaves_no_gradient():
