@@ -175,7 +175,8 @@ def stream(
     (B, T), end = idx.shape, idx.size(1) + max_new_tokens
     text = _with_room(idx, min(max_new_tokens, _ROOM))
     done = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
-    next_logits = NextLogits(model, [T - n for n in lengths or [T] * B], end, dtype, lookup)
+    starts, once = [T - n for n in lengths or [T] * B], max_new_tokens == 1 < T
+    next_logits = NextLogits(model, starts, end, dtype, lookup, once)
     try:
         for filled in range(T, end):
             if watched and filled > T:
@@ -226,7 +227,9 @@ class NextLogits:
         end: int,
         dtype: torch.dtype | None = None,
         lookup: PromptLookup | None = None,
+        once: bool = False,  # there is one call, and a cache would serve nobody
     ):
+        self.once = once and dtype is None and len(set(starts)) == 1
         self.model, self.starts, self.end, self.dtype = model, starts, end, dtype
         self.lookup = lookup  # for a single text
         self.ahead: Ahead | None = None
@@ -245,7 +248,7 @@ class NextLogits:
         old, seen = self.parameters, self.seen
         if old is not None and seen is not None and seen.holds() and _state(old) == self.state:
             return
-        current = parameters(self.model)
+        current = None if self.once else parameters(self.model)
         self.seen = None if current is None else Snapshot(self.model)
         state = None if current is None else _state(current)
         if state is None or state != self.state:

@@ -18,6 +18,7 @@ from fastgpt.kernels._autograd import constant_in_a_graph, differentiable_once, 
 
 aten = torch.ops.aten
 STRIP = 2**19  # elements of the logits that cross_entropy_ works on at once: 2 MB in fp32
+LARGE = 5_000_000  # multiplications of a product that oneDNN is faster at, of a row as for 12
 _FROM_ACCUMULATOR = "dtype" in aten.mm.overloads()  # mm(out_dtype=), of PyTorch 2.8
 
 _keeps_freed_memory = False
@@ -65,9 +66,12 @@ def dgrad(dy: Tensor, w: Tensor) -> Tensor:
 
 
 def _onednn_takes(x: Tensor, w: Tensor) -> bool:
-    """Whether these are fp32 on a CPU: in 16 bits PyTorch calls oneDNN itself."""
+    """Whether these are fp32 on a CPU (in 16 bits PyTorch calls oneDNN itself), and large enough:
+    a call of oneDNN takes 15 us at least, one of MKL 2.
+    """
     return (
-        x.dtype == w.dtype == torch.float32
+        w.numel() * max(x.numel() // x.shape[-1], 12) >= LARGE
+        and x.dtype == w.dtype == torch.float32
         and x.device.type == w.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and torch._C._get_mkldnn_enabled()
