@@ -13,7 +13,9 @@ import torch
 
 import fastgpt
 from fastgpt import backend, checkpoint, cli, data, environment
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.commands import sample
+from fastgpt.config import GPTConfig
+from fastgpt.model import GPT
 
 ROOT = Path(fastgpt.__file__).resolve().parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 40
@@ -254,6 +256,33 @@ class TestSample:
             assert cli.main(["sample", out, f"{trained}/out", *how]) == 0
             texts.append(capsys.readouterr().out)
         assert texts[0] == texts[1] and texts[0].count("lazy dog") == 2
+
+    def test_the_text_is_that_of_nanogpts_sample_py(self, trained, capsys):
+        """Which seeds, builds a model, whose first weights draw from the generator, and loads."""
+        saved = checkpoint.load_checkpoint(trained / "out/ckpt.pt")
+        tokenizer = sample.tokenizer_of(saved, trained / "out")
+        torch.manual_seed(5)
+        model = GPT(GPTConfig(**saved["model_args"]))
+        model.load_state_dict(saved["model"])
+        idx = torch.tensor([tokenizer.encode("The ")])
+        ids = [model.eval().generate(idx, 30, temperature=0.8, top_k=200) for _ in range(2)]
+        theirs = "".join(
+            f"{''.join(tokenizer.stream(y[0].tolist()))}\n---------------\n" for y in ids
+        )
+        capsys.readouterr()
+        command = ["sample", f"--out_dir={trained}/out", "--start=The ", "--seed=5"]
+        more = ["--num_samples=2", "--max_new_tokens=30", "--compile=False", "--device=cpu"]
+        assert cli.main([*command, *more]) == 0
+        assert capsys.readouterr().out == theirs
+
+    def test_a_file_gets_every_character(self, trained, capsys, monkeypatch):
+        """A terminal does not: some move its cursor."""
+        for tty, shown in ((False, "The \r"), (True, "The \\r")):
+            monkeypatch.setattr("sys.stdout.isatty", lambda tty=tty: tty)
+            monkeypatch.setattr(data.Characters, "encode", lambda self, text: [0])
+            command = ["sample", "--out", f"{trained}/out", "--prompt", "The \r"]
+            assert cli.main([*command, "--max-new-tokens", "1"]) == 0
+            assert capsys.readouterr().out.startswith(shown)
 
     def test_ends_with_its_speed(self, trained, capsys):
         command = ["sample", "--out", f"{trained}/out", "--prompt", "The ", "--dtype", "bfloat16"]
