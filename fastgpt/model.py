@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import checks, devices, init, ops, optim, reference, sampling, weights
 from fastgpt.config import GPTConfig as GPTConfig
 from fastgpt.config import setting
+from fastgpt.decoding.draws import Sampling
 from fastgpt.fused.untouched import plain_lookup, plain_matmul, remember
 from fastgpt.fused.whole import fused_model
 
@@ -269,7 +270,7 @@ class GPT(nn.Module):
         nearly equal ones.) A PromptLookup counts the guesses. Fills a key-value cache up to
         block_size; past it the window moves and is computed anew, as in nanoGPT.
         """
-        how = sampling.Sampling(temperature, top_k, top_p)
+        how = Sampling(temperature, top_k, top_p)
         args = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
         new = self._sample(*args, watched=False)
         return torch.cat([idx, *new], dim=1)
@@ -287,7 +288,7 @@ class GPT(nn.Module):
         prompt_lookup: int | sampling.PromptLookup | None = None,
     ) -> Iterator[Tensor]:
         """`generate`, one (B, 1) column of new ids at a time: one for each row."""
-        how = sampling.Sampling(temperature, top_k, top_p)
+        how = Sampling(temperature, top_k, top_p)
         args = idx, max_new_tokens, how, stop_token, dtype, lengths, prompt_lookup
         return self._sample(*args)
 
@@ -295,7 +296,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         max_new_tokens: int,
-        how: sampling.Sampling,
+        how: Sampling,
         stop_token: int | None,
         dtype: torch.dtype | None,
         lengths: Tensor | None,

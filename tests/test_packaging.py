@@ -33,7 +33,7 @@ LAYERS = """
     linear_cross_entropy [kernels]
     backend
     ops optim
-    decoding.eager decoding.graphs decoding.huge_pages
+    decoding.eager decoding.graphs decoding.huge_pages decoding.draws
     decoding.native
     fused.second_stream fused.guards
     fused.launchers [kernels]

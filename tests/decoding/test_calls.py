@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, sampling
+from fastgpt.decoding import draws
 from tests.decoding.test_sampling import BLOCK_SIZE, assert_samples_alike, prompt, tiny
 
 
@@ -117,7 +118,7 @@ def test_every_id_may_be_kept(monkeypatch):
     for top_p in (None, 1.0):
         torch.manual_seed(0)
         with monkeypatch.context() as patch:
-            patch.setattr(sampling, "_race", lambda p: p)
-            patch.setattr(sampling, "_may_race", lambda p: True)
-            drawn.append(sampling.Sampling(top_p=top_p).draw(logits))
+            patch.setattr(draws, "_race", lambda p: p)
+            patch.setattr(draws, "_may_race", lambda p: True)
+            drawn.append(draws.Sampling(top_p=top_p).draw(logits))
     assert torch.equal(*drawn) and (drawn[0] > 0).all()

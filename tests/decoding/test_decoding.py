@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastgpt import GPT, GPTConfig, TrainStep, sampling, use_backend
-from fastgpt.decoding import native
+from fastgpt.decoding import draws, native
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.graphs import Graphs
 from fastgpt.decoding.parameters import dense, in_dtype, in_int8, parameters
@@ -160,7 +160,7 @@ def test_a_model_changed_between_two_columns(change, mode, monkeypatch):
         drawn.append(logits.clone())
         return logits.argmax(-1, keepdim=True)
 
-    monkeypatch.setattr(sampling.Sampling, "draw", draw)
+    monkeypatch.setattr(draws.Sampling, "draw", draw)
     stream = model.generate_stream(idx, 6, temperature=0)
     text = torch.cat([idx, next(stream), next(stream)], dim=1)
     change(model)

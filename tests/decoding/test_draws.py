@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, checks, sampling
-from fastgpt.decoding import decoder, pool
+from fastgpt.decoding import decoder, draws, pool
 from fastgpt.decoding.decoder import KEPT, PATIENCE, Decoder
 from tests.close import DEVICE
 from tests.decoding.test_decoding import tiny
@@ -140,8 +140,8 @@ def test_a_model_changed_between_two_columns(steps, monkeypatch):
 def test_logits_that_are_not_finite(how, bad, steps, monkeypatch):
     """Where no draw can look, as on a GPU: in the graph, before it and past block_size."""
     monkeypatch.setattr(checks, "can_be_read", lambda idx: False)
-    monkeypatch.setattr(torch, "multinomial", sampling._multinomial)
-    monkeypatch.setattr(sampling, "_may_race", lambda p: True)
+    monkeypatch.setattr(torch, "multinomial", draws._multinomial)
+    monkeypatch.setattr(draws, "_may_race", lambda p: True)
     for count in (1, 2, 30, 60):
         model, idx = tiny(block_size=40), prompt(2, 4)
         assert len(list(model.generate_stream(idx, count, **HOW[how]))) == count

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import GPT, GPTConfig, sampling
+from fastgpt.decoding import draws
 from fastgpt.decoding.decoder import Decoder
-from fastgpt.sampling import Sampling
+from fastgpt.decoding.draws import Sampling
 
 V, BLOCK_SIZE = 31, 12
 
@@ -188,7 +189,7 @@ def test_training_mode_without_dropout_keeps_the_cache(cached):
 
 def drawn(logits: list[float], count: int = 4000, **how) -> dict[int, float]:
     """How often each id was drawn from the same logits."""
-    ids = sampling.Sampling(**how).draw(torch.tensor([logits]).repeat(count, 1))
+    ids = draws.Sampling(**how).draw(torch.tensor([logits]).repeat(count, 1))
     assert ids.shape == (count, 1)
     return {i: n / count for i, n in enumerate(ids.flatten().bincount().tolist()) if n}
 
@@ -298,7 +299,7 @@ def three_draws(how: Sampling, logits: Tensor) -> list[Tensor]:
 def test_a_draw_is_that_of_multinomial(shape, how, monkeypatch):
     logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = three_draws(Sampling(**how), logits)
-    monkeypatch.setattr(sampling, "_may_race", lambda p: False)
+    monkeypatch.setattr(draws, "_may_race", lambda p: False)
     assert all(map(torch.equal, found, three_draws(Sampling(**how), logits)))
 
 
@@ -308,13 +309,13 @@ def test_where_exponentials_are_known_they_are_made():
     u = torch.empty(97, dtype=torch.float64).uniform_(generator=other)
     if not torch.equal(e, -torch.log1p(-u).float()):
         pytest.skip("this PyTorch makes exponential numbers in another way")
-    assert sampling._multinomial_races()
+    assert draws._multinomial_races()
 
 
 @pytest.mark.parametrize("logits", [torch.full((1, 5), math.inf), torch.zeros(1, 5).double()])
 def test_what_is_left_to_multinomial(logits, monkeypatch):
     """What it refuses, and dtypes nobody has compared."""
-    monkeypatch.setattr(sampling, "_race", None)
+    monkeypatch.setattr(draws, "_race", None)
     if logits.isinf().any():
         with pytest.raises(RuntimeError, match="inf"):
             Sampling().draw(logits)
@@ -323,9 +324,9 @@ def test_what_is_left_to_multinomial(logits, monkeypatch):
 
 
 def test_a_pytorch_that_draws_otherwise(monkeypatch):
-    monkeypatch.setattr(sampling, "_multinomial", lambda p, n, generator: p.argmin(-1, True))
-    sampling._multinomial_races.cache_clear()
+    monkeypatch.setattr(draws, "_multinomial", lambda p, n, generator: p.argmin(-1, True))
+    draws._multinomial_races.cache_clear()
     try:
-        assert not sampling._multinomial_races()
+        assert not draws._multinomial_races()
     finally:
-        sampling._multinomial_races.cache_clear()
+        draws._multinomial_races.cache_clear()
