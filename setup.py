@@ -49,7 +49,7 @@ setup(
     package_dir={"fastgpt.kernels": "kernels"},
     package_data={
         "fastgpt": ["py.typed"],
-        "fastgpt.decoding": ["native.c"],
+        "fastgpt.decoding": ["step.c"],
         "fastgpt.implementations": ["native.c", "vectors.h"],
         "fastgpt.kernels": ["tuned.json"],
     },

@@ -77,7 +77,7 @@ OPS: dict[str, Op] = {
     "adamw": Op({"triton": _KERNELS + "adamw"}, "triton", public=False),
     # a token of sampling, after the first
     "decode": Op(
-        {"triton": _KERNELS + "decode", "native": "fastgpt.decoding.native"},
+        {"triton": _KERNELS + "decode", "native": "fastgpt.decoding.step_in_c"},
         "triton",
         on_cpu="native",
         public=False,

@@ -34,7 +34,7 @@ LAYERS = """
     backend
     ops optim
     decoding.eager decoding.graphs decoding.huge_pages decoding.draws
-    decoding.native
+    decoding.step_in_c
     fused.second_stream fused.guards
     fused.launchers [kernels]
     fused.block fused.embedding

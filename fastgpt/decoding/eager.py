@@ -1,7 +1,7 @@
 """A decoding step's functions in PyTorch's ops, after the definitions in reference.py.
 
 Each writes `out`: a step runs in memory that was allocated before it. The two other sets,
-native.py's and kernels/decode.py's, have the same functions.
+step_in_c.py's and kernels/decode.py's, have the same functions.
 """
 
 import torch

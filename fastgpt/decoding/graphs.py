@@ -1,5 +1,5 @@
 """A function that does the same on the same memory every time, replayed: on CUDA from graphs, on a
-CPU from the C calls that native.py recorded.
+CPU from the C calls that step_in_c.py recorded.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ class Graphs:
 
 
 def notes_pytorch(device: torch.device) -> bool:
-    """Whether a capture there notes PyTorch's ops too; a CPU's notes native.c's calls."""
+    """Whether a capture there notes PyTorch's ops too; a CPU's notes step.c's calls."""
     return device.type == "cuda"
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastgpt import GPT, GPTConfig, TrainStep, sampling, use_backend
-from fastgpt.decoding import draws, native
+from fastgpt.decoding import draws, step_in_c
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.graphs import Graphs
 from fastgpt.decoding.parameters import dense, in_dtype, in_int8, parameters
@@ -17,8 +17,8 @@ from tests.decoding import test_sampling
 from tests.decoding.test_sampling import BLOCK_SIZE, V, prompt
 
 MODES = ["torch"]
-if native.unsupported((torch.empty(1),), 8) is None:
-    MODES.append("auto")  # on a CPU that is native.c
+if step_in_c.unsupported((torch.empty(1),), 8) is None:
+    MODES.append("auto")  # on a CPU that is step.c
 
 
 def tiny(**changes) -> GPT:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgpt import use_backend
-from fastgpt.decoding import native
+from fastgpt.decoding import step_in_c
 from fastgpt.decoding.decoder import Decoder
 from fastgpt.decoding.parameters import in_dtype, parameters
 from fastgpt.implementations import compiled
@@ -22,15 +22,15 @@ def test_gcc_before_12(monkeypatch, tmp_path):
     """Which has other shuffles: lanes are added up as by the others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "gcc -U__GNUC__ -D__GNUC__=11")
-    old = compiled.library.__wrapped__(native._SOURCE)
+    old = compiled.library.__wrapped__(step_in_c._SOURCE)
     assert isinstance(old, ctypes.CDLL), old
     x, weight = torch.randn(3, 100), torch.randn(40, 100)
     found = []
-    monkeypatch.setattr(native, "_address", native._address.__wrapped__)  # keeps none
-    for library in (old, compiled.library(native._SOURCE)):
+    monkeypatch.setattr(step_in_c, "_address", step_in_c._address.__wrapped__)  # keeps none
+    for library in (old, compiled.library(step_in_c._SOURCE)):
         monkeypatch.setattr(compiled, "library", lambda source, library=library: library)
         out = torch.full((3, 40), torch.nan)
-        native.linear(out, x, weight, None)
+        step_in_c.linear(out, x, weight, None)
         found.append(out)
     assert torch.equal(*found)
     torch.testing.assert_close(found[0], x @ weight.T)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import reference
-from fastgpt.decoding import eager, native
+from fastgpt.decoding import eager, step_in_c
 from fastgpt.kernels import decode, decode_linear
 from tests.close import DEVICE, EPS_BUDGET, randn
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.ops("decode")
 
 ROOT = Path(__file__).parents[2]
 RUNS = {"triton": decode, "eager": eager}
-if DEVICE == "cpu" and native.unsupported((torch.empty(1),), 16) is None:
-    RUNS = {"native": native} | RUNS  # the soonest done, and the soonest to show what is wrong
+if DEVICE == "cpu" and step_in_c.unsupported((torch.empty(1),), 16) is None:
+    RUNS = {"native": step_in_c} | RUNS  # the soonest done, and the soonest to show what is wrong
 
 
 @pytest.fixture(params=RUNS)
@@ -32,7 +32,7 @@ def run(request):
 @pytest.fixture
 def low(run, dtype) -> torch.dtype:
     """Of weights, caches and embeddings."""
-    if run is native and dtype == torch.float16:
+    if run is step_in_c and dtype == torch.float16:
         return torch.bfloat16
     return dtype
 
@@ -132,9 +132,9 @@ def test_a_row_in_c_gives_the_same_bits_alone(kind):
         weight = in_8_bits(N, K)[0] if kind == "int8" else dense
         for rows in (2, 4, 6):
             together, alone = torch.empty(rows, N), torch.empty(1, N)
-            native.linear(together, x[:rows], weight, None)
+            step_in_c.linear(together, x[:rows], weight, None)
             for row, found in zip(x[:rows], together, strict=True):
-                native.linear(alone, row[None], weight, None)
+                step_in_c.linear(alone, row[None], weight, None)
                 assert torch.equal(alone[0], found)
 
 

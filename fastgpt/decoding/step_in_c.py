@@ -1,4 +1,4 @@
-"""A decoding step on a CPU at the rate of memory: native.c, compiled once by the machine's C
+"""A decoding step on a CPU at the rate of memory: step.c, compiled once by the machine's C
 compiler.
 
 PyTorch's GEMV reads weights at half a core's bandwidth in fp32 and at a quarter in bf16. Where
@@ -21,16 +21,16 @@ from fastgpt.decoding.eager import Norm, Weight
 from fastgpt.decoding.huge_pages import HugePages
 from fastgpt.implementations import compiled
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCE = Path(__file__).with_name("step.c")
 _WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 _CACHES = torch.float32, torch.bfloat16
-_ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # as native.c numbers them
+_ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # as step.c numbers them
 _MOVING = 0.1  # of a step's time, for pages of weights
 MAX_ROWS = 8
 
 
 class _Call(ctypes.Structure):
-    """native.c's struct call"""
+    """step.c's struct call"""
 
     _fields_ = (
         ("function", ctypes.c_void_p),

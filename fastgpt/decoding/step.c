@@ -1,4 +1,4 @@
-/* A decoding step for CPUs: see native.py.
+/* A decoding step for CPUs: see step_in_c.py.
 
    A GEMV reads each weight once. Every output is one dot product along a row of the weight, as
    nanoGPT stores it, and blocks of rows are shared among threads; sums are fp32 in vector lanes. */
