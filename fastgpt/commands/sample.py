@@ -74,15 +74,14 @@ def write_sample(
     ids = tokenizer.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty; a model needs at least one token to go on from")
-    shown = printable if sys.stdout.isatty() else str  # a file gets what the model wrote
-    print(shown(prompt), end="", flush=True)
+    print(printable(prompt), end="", flush=True)
     timer = timer or Timer()
     with autocast(device, pick_dtype(device, None)):
         idx = torch.tensor([ids], device=device)
         columns = model.generate_stream(idx, max_new_tokens, **sampling)
         text = ""
         for piece in tokenizer.stream(timer.watch(columns)):
-            print(shown(piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
             text += piece
             if stop and stop in text:
                 break

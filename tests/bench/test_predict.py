@@ -19,7 +19,7 @@ from bench.prediction.kernel import ATTENTION, GEMM, TRITON, Kernel
 from bench.prediction.model import GPUS
 from fastgpt import GPTConfig, use_backend
 from fastgpt.commands import sass
-from fastgpt.fused.launchers import kernels as chosen
+from fastgpt.fused.launchers import of_kernels as chosen
 
 triton = pytest.importorskip("triton", reason="what is predicted are its kernels")
 mlp = pytest.importorskip("fastgpt.kernels.mlp")

@@ -275,15 +275,6 @@ class TestSample:
         assert cli.main([*command, *more]) == 0
         assert capsys.readouterr().out == theirs
 
-    def test_a_file_gets_every_character(self, trained, capsys, monkeypatch):
-        """A terminal does not: some move its cursor."""
-        for tty, shown in ((False, "The \r"), (True, "The \\r")):
-            monkeypatch.setattr("sys.stdout.isatty", lambda tty=tty: tty)
-            monkeypatch.setattr(data.Characters, "encode", lambda self, text: [0])
-            command = ["sample", "--out", f"{trained}/out", "--prompt", "The \r"]
-            assert cli.main([*command, "--max-new-tokens", "1"]) == 0
-            assert capsys.readouterr().out.startswith(shown)
-
     def test_ends_with_its_speed(self, trained, capsys):
         command = ["sample", "--out", f"{trained}/out", "--prompt", "The ", "--dtype", "bfloat16"]
         for tokens, words in (
