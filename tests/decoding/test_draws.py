@@ -314,3 +314,18 @@ def test_on_cuda(how, rows, monkeypatch):
             mine = sampled(count)
         assert all(map(torch.equal, mine, theirs))
     assert sum(captured) == 3 and len(captured) > 3 * PATIENCE  # buckets of 64, 128 and 160
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="where logits and ids cannot be looked at")
+@pytest.mark.parametrize("how", ["greedy", "plain"])
+def test_errors_on_cuda_leave_the_gpu_usable(how):
+    model, idx = tiny(block_size=60).to(DEVICE), prompt(2, 4).to(DEVICE)
+    expected = model.generate(idx, 40, temperature=0)
+    with pytest.raises(IndexError, match="idx holds ids from"):
+        model.generate(torch.full((1, 1), 10**6, device=DEVICE), 3)
+    row = model.lm_head.weight.data[3].clone()
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(RuntimeError, match="the logits hold NaN or inf"):
+        model.generate(idx, 40, **HOW[how])
+    model.lm_head.weight.data[3] = row
+    assert torch.equal(model.generate(idx, 40, temperature=0), expected)
