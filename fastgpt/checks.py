@@ -117,8 +117,9 @@ def check_kind(name: str, value: Any, kind: type, or_none: bool = False) -> None
     """TypeError unless value is one of these numbers (a bool is none of them), or a tensor of one,
     or None.
     """
-    one = isinstance(value, Tensor) and value.numel() == 1
-    if one or (or_none and value is None):
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if or_none and value is None:
         return
     if isinstance(value, kind) and not isinstance(value, bool):
         return
@@ -128,11 +129,11 @@ def check_kind(name: str, value: Any, kind: type, or_none: bool = False) -> None
 
 def check_stop_token(stop_token: Any, wte: nn.Embedding | None) -> None:
     check_kind("stop_token", stop_token, Integral, or_none=True)
-    V = math.inf if wte is None else wte.weight.shape[0]
-    if stop_token is not None and not 0 <= stop_token < V:
+    V = None if wte is None else wte.weight.shape[0]
+    if stop_token is not None and (stop_token < 0 or (V is not None and stop_token >= V)):
+        ids = "not negative" if V is None else f"from 0 to {V - 1}"
         raise ValueError(
-            f"stop_token={stop_token} is never sampled: ids are from 0 to {V - 1}; use None to go "
-            "on to the end"
+            f"stop_token={stop_token} is never sampled: ids are {ids}; use None to go on to the end"
         )
 
 

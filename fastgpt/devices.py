@@ -77,7 +77,7 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name} was asked for; there are {torch.cuda.device_count()} GPUs")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device {name!r} is none that models train or sample on; use cpu or cuda")
+        raise ValueError(f"device {name!r} is none that fastgpt knows; use cpu, cuda or mps")
     return device
 
 

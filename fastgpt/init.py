@@ -44,14 +44,14 @@ def scheme(field: str, name: object, schemes: Mapping[str, Callable[[int], float
 
 
 def linear_std(config: Any) -> float:
-    std = scheme("linear_init", setting(config, "linear_init"), LINEAR_INIT)
-    return std(config.n_embd)
+    std_of = scheme("linear_init", setting(config, "linear_init"), LINEAR_INIT)
+    return std_of(config.n_embd)
 
 
 def residual_std(config: Any) -> float:
     """Of the output projections; without layers there are none, and any value serves."""
-    std = scheme("residual_init", setting(config, "residual_init"), RESIDUAL_INIT)
-    return std(max(config.n_layer, 1))
+    std_of = scheme("residual_init", setting(config, "residual_init"), RESIDUAL_INIT)
+    return std_of(max(config.n_layer, 1))
 
 
 def init_module(module: nn.Module, std: float) -> None:

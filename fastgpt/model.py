@@ -5,6 +5,7 @@ Reads top-down like nanoGPT's model.py (github.com/karpathy/nanoGPT). What diffe
 that. The modules here are what runs otherwise, and what a fork changes.
 """
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -217,12 +218,16 @@ class GPT(nn.Module):
         for name, group in (("decayed", decay), ("non-decayed", no_decay)):
             count = sum(p.numel() for p in group)
             print(f"num {name} parameter tensors: {len(group)}, with {count:,} parameters")
+        own = torch.optim.AdamW is optim.PYTORCHS  # or a fork's, called as nanoGPT calls it
         real = all(p.is_floating_point() for p in params)
         fused = device_type in ("cuda", "cpu") and real  # exact on both, and several times faster
+        if not own:
+            known = "fused" in inspect.signature(torch.optim.AdamW).parameters
+            fused = known and device_type == "cuda"
         print(f"using fused AdamW: {fused}")
         how: dict[str, Any] = dict(lr=learning_rate, betas=betas)
-        if torch.optim.AdamW is not optim.PYTORCHS:  # a fork's own, called as nanoGPT calls it
-            return torch.optim.AdamW(groups, **how)
+        if not own:
+            return torch.optim.AdamW(groups, **how | ({"fused": True} if fused else {}))
         names = {p: name for name, p in self.named_parameters()}
         return optim.CheckedAdamW(groups, names, fused=fused or None, **how)
 

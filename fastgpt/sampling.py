@@ -151,7 +151,7 @@ class NextLogits:
         if self.decoder is not None:
             self.zero = self.zero + self.decoder.zero
             self.decoder.close()
-        self.decoder, self.filled = None, 0
+        self.decoder, self.ahead, self.filled = None, None, 0
 
     def check(self) -> None:
         """RuntimeError if logits on a GPU held NaN or an infinite one, which `draw` cannot see."""

@@ -88,7 +88,9 @@ class TrainStep:
         self.optimizer = AdamW(plain.param_groups, lr, betas, max_norm, self.copies, names)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.graph = _Graph(self) if capture else None
-        self.updating = False  # in the midst of it weights are neither the old nor the new ones
+        # from the optimizer's step on, until whoever counts steps has counted this one and says so:
+        # weights are neither those of one count nor of the other, or half of each
+        self.updating = False
         self.skipped = SkippedSteps(max_skipped)
 
     def __call__(self, batches: Sequence[Batch], seeds: Sequence[int] | None = None) -> Tensor:
@@ -99,6 +101,7 @@ class TrainStep:
         """
         if not batches:
             raise ValueError("no batches: a training step needs at least one (x, y)")
+        self.updating = False
         self.optimizer.copy_weights()  # of those that somebody changed since
         run = self.graph.replay if self.graph else self.micro_step
         try:
@@ -114,9 +117,8 @@ class TrainStep:
             if (explained := _explained(error, batches[0][0])) is None:
                 raise
             raise explained from error
-        self.updating = True  # and so it stays where that fails
+        self.updating = True
         self.scaler.step(self.optimizer)
-        self.updating = False
         self.scaler.update()
         self.skipped.look(self.optimizer.skipped)
         if self.graph is None or len(batches) > 1:  # a graph writes one batch's gradients anew
@@ -181,14 +183,20 @@ class SkippedSteps:
 class _Graph:
     """A micro step in a CUDA graph, on tensors that stay where they are."""
 
+    OFTEN = 5  # recordings one after the other
+
     def __init__(self, step: TrainStep):
         self.step = step
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.in_a_row = 0
 
     def replay(self, x: Tensor, y: Tensor, count: int) -> Tensor:
         if self.graph is None or self.recorded != self._facts() or not self.modules.unchanged():
             with torch.cuda.device(self.step.device):
                 self._record(x, y, count)
+            self._count_recording()
+        else:
+            self.in_a_row = 0
         if (x.shape, count) != (self.x.shape, self.count):
             raise ValueError(
                 f"captured for {self.count} batches of {tuple(self.x.shape)} a step, got {count} "
@@ -210,22 +218,37 @@ class _Graph:
         addresses = ((p.data_ptr(), p.requires_grad) for p in parameters)
         return [calls_untouched(), interception(), *addresses]
 
+    def _count_recording(self) -> None:
+        self.in_a_row += 1
+        if self.in_a_row == self.OFTEN:
+            warnings.warn(
+                f"fastgpt: a step's CUDA graph was recorded {self.OFTEN} times in a row, and that "
+                "takes far longer than a replay: something in the model or its config changes in "
+                "every step; keep such values elsewhere, or use capture=False",
+                stacklevel=4,
+            )
+
     def _record(self, x: Tensor, y: Tensor, count: int) -> None:
-        """On the current device, whose streams these are."""
-        self.x, self.y, self.count = x.clone(), y.clone(), count
+        """On the current device, whose streams these are. Until all is done there is no graph, and
+        the memory of the one before is free.
+        """
+        self.graph, self.loss, self.grads = None, x.new_empty(0), []
+        self.step.optimizer.zero_grad()
+        x, y = x.clone(), y.clone()
         optimizer, aside = self.step.optimizer, torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # compile and allocate before anything is recorded
             for _ in range(3):
-                self.step.micro_step(self.x, self.y, count)
+                self.step.micro_step(x, y, count)
         torch.cuda.current_stream().wait_stream(aside)
         optimizer.zero_grad(set_to_none=count == 1)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=aside):
-            self.loss = self.step.micro_step(self.x, self.y, count)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
+            loss = self.step.micro_step(x, y, count)
         optimizer.zero_grad(set_to_none=False)
         self.grads = [(p, p.grad) for p in self.step.model.parameters() if p.grad is not None]
         self.recorded, self.modules = self._facts(), Snapshot(self.step.model)
+        self.x, self.y, self.count, self.loss, self.graph = x, y, count, loss, graph
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -33,18 +33,23 @@ def path(device_name: str) -> Path:
 @functools.cache
 def entry(device_name: str) -> dict[str, Any]:
     """What was measured on the device, by its user or else by us; {} if nothing was."""
-    shipped = SHIPPED.get(device_name, {})
+    shipped, users = SHIPPED.get(device_name, {}), of_user(device_name)
+    return joined(shipped, users) if users else shipped
+
+
+def of_user(device_name: str) -> dict[str, Any]:
+    """What `fastgpt tune` has measured here; {} if nothing."""
     try:
         file = path(device_name)
     except RuntimeError:  # the user has no home folder
-        return shipped
+        return {}
     try:
-        return joined(shipped, _checked(json.loads(file.read_text())))
+        return _checked(json.loads(file.read_text()))
     except FileNotFoundError:
-        return shipped
+        return {}
     except (OSError, ValueError) as error:
-        warnings.warn(f"fastgpt: {file} is ignored ({error}); run fastgpt tune again", stacklevel=2)
-        return shipped
+        warnings.warn(f"fastgpt: {file} is ignored ({error}); run fastgpt tune again", stacklevel=3)
+        return {}
 
 
 def _checked(entry: Any) -> dict[str, Any]:

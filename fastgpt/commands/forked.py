@@ -21,9 +21,20 @@ _NANOGPT = {
 }
 
 
+_IMPORTED = {  # the names that these classes use
+    "math": "math",
+    "inspect": "inspect",
+    "dataclass": "dataclasses.dataclass",
+    "torch": "torch",
+    "nn": "torch.nn",
+    "F": "torch.nn.functional",
+}
+_IMPORTS, _OTHERS = "its imports", "its other lines"
+
+
 def differences(folder: Path) -> tuple[Path, list[str]] | None:
     """The model.py that a script in `folder` would import, and what it has otherwise than
-    nanoGPT's; None if that is nothing, or if there is no such file with a GPT in it.
+    nanoGPT's; None if that is nothing, or if there is no such file that names a GPT.
     """
     spec = PathFinder.find_spec("model", [str(folder)])
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
@@ -32,29 +43,41 @@ def differences(folder: Path) -> tuple[Path, list[str]] | None:
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
+        return path, ["what Python cannot parse"]
+    if not any(map(_names_a_model, tree.body)):
         return None
-    found = {getattr(line, "name", "its own lines"): _digest(line) for line in _lines(tree)}
-    if not _has_a_model(tree):
-        return None
+    imports = [line for line in tree.body if isinstance(line, ast.Import | ast.ImportFrom)]
+    lines = [line for line in tree.body if line not in imports and not _is_nothing(line)]
+    found = {getattr(line, "name", _OTHERS): _digest(line) for line in lines}
     differing = [name for name, known in _NANOGPT.items() if found.get(name) not in known]
     differing += [name for name in found if name not in _NANOGPT]
+    if _IMPORTED.items() - _origins(imports).items():
+        differing.append(_IMPORTS)
     return (path, differing) if differing else None
 
 
-def _has_a_model(tree: ast.Module) -> bool:
-    """Whether it defines a GPT that can be called, and no stand-in."""
-    models = (c for c in tree.body if isinstance(c, ast.ClassDef) and c.name == "GPT" and c.bases)
-    return any(getattr(part, "name", "") == "forward" for model in models for part in model.body)
+def _names_a_model(line: ast.stmt) -> bool:
+    """Whether a line gives a GPT: a class that is one of modules, an import or an assignment."""
+    if isinstance(line, ast.ClassDef):
+        return line.name == "GPT" and bool(line.bases)
+    if isinstance(line, ast.Import | ast.ImportFrom):
+        return any((name.asname or name.name) in ("GPT", "*") for name in line.names)
+    names = (node.id for node in ast.walk(line) if isinstance(node, ast.Name))
+    return isinstance(line, ast.Assign) and "GPT" in names
 
 
-def _lines(tree: ast.Module) -> list[ast.stmt]:
-    return [line for line in tree.body if not _is_nothing(line, ast.Import, ast.ImportFrom)]
+def _origins(imports: list[ast.Import | ast.ImportFrom]) -> dict[str, str]:
+    """Imported name -> where it comes from."""
+    found: dict[str, str] = {}
+    for line in imports:
+        start = f"{line.module}." if isinstance(line, ast.ImportFrom) else ""
+        found |= {name.asname or name.name: start + name.name for name in line.names}
+    return found
 
 
-def _is_nothing(line: Any, *others: type) -> bool:
-    """Whether a line is a text that nobody reads, or one of `others`."""
-    text = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
-    return text or isinstance(line, others)
+def _is_nothing(line: Any) -> bool:
+    """Whether a line is a text that nobody reads."""
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def _digest(node: ast.AST) -> str:

@@ -84,8 +84,8 @@ def _run_fork(args: argparse.Namespace, folder: Path, path: Path, names: list[st
         flag = "--no-logits" if args.no_logits else "--eager-logits"
         raise ValueError(f"{changed}, and {flag} is fastgpt's; leave it out, or move the file away")
     print(
-        f"fastgpt: {changed}, so it runs as it is, without fastgpt. Make these changes to classes "
-        "of fastgpt.model instead (subclass, replace or patch them): the rest is fused then",
+        f"fastgpt: {changed}, so it runs as it is. To have fastgpt underneath, make its changes to "
+        "fastgpt.model's classes, there or in the script (docs/training.md shows how)",
         flush=True,
     )
     return execute(args.script, args.args, folder)

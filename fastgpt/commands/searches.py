@@ -165,9 +165,9 @@ def _in_decoding(sizes: Sizes, rand: Rand) -> Iterator[Search]:
     yield Search(f"decode_attend {D} 1", attends(1, 512), chunked)
     width = _power_of_2(C // D) * _power_of_2(D)
     blocks = _grid(BLOCK_N=(1, 2, 4), num_warps=(1, 2, 4, 8, 16))
-    for bucket in (256, 512, 1024):
-        chunks = decode.attend(wide(1, 3 * C), *cache(1, bucket), bucket)[0].shape[2]
-        yield Search(f"decode_project {C} {width} {chunks}", attends(1, bucket), blocks)
+    chunk = 1024 // decode.attend(wide(1, 3 * C), *cache(1, 1024), 1024)[0].shape[2]
+    for chunks in (2, 4, 8, 16):  # whatever their size will be
+        yield Search(f"decode_project {C} {width} {chunks}", attends(1, chunks * chunk), blocks)
     tiles = _grid(
         BLOCK_M=(16,), BLOCK_N=(16, 32, 64), BLOCK_K=(32, 64, 128), SPLIT=(2, 4), num_stages=(2, 3)
     )

@@ -15,16 +15,20 @@ _waiting: WeakKeyDictionary[Any, tuple[Key, Decoder]] = WeakKeyDictionary()
 
 def take(model: Any, key: Key) -> Decoder | None:
     """The model's decoder if it waits under this key; one under another key is dropped."""
-    entry = _waiting.pop(model, None)
-    return entry[1] if entry is not None and entry[0] == key else None
+    if model in _waiting and _waiting[model][0] == key:
+        return _waiting.pop(model)[1]
+    drop(model)
+    return None
 
 
 def drop(model: Any) -> None:
     """Free the decoder that waits for the model's next call: its cache, its graphs and, in another
     dtype than the model's, its copies of the weights.
     """
-    _waiting.pop(model, None)
+    if entry := _waiting.pop(model, None):
+        entry[1].close()
 
 
 def give_back(model: Any, key: Key, decoder: Decoder) -> None:
+    drop(model)
     _waiting[model] = key, decoder

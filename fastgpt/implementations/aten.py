@@ -70,11 +70,11 @@ def _onednn_takes(x: Tensor, w: Tensor) -> bool:
     a call of oneDNN takes 15 us at least, one of MKL 2.
     """
     return (
-        w.numel() * max(x.numel() // x.shape[-1], 12) >= LARGE
-        and x.dtype == w.dtype == torch.float32
+        x.dtype == w.dtype == torch.float32
         and x.device.type == w.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and torch._C._get_mkldnn_enabled()
+        and w.numel() * max(x.shape[:-1].numel(), 12) >= LARGE
         and x.is_contiguous()
         and w.is_contiguous()
     )

@@ -46,8 +46,8 @@ class Lock:
             return
         if self._fd is not None and not os.path.samestat(here, os.fstat(self._fd)):
             raise OSError(
-                f"{self._path.parent} is another folder than at the start, which was moved away; "
-                "move it back, or train on in the one that was moved with --resume"
+                f"{self._path.parent} is another folder than at the start, or has another .lock: "
+                "another run's, it may be; move the first one back, or go on in it with --resume"
             )
 
     def release(self) -> None:

@@ -67,6 +67,10 @@ class RunFolder:
         files = [self.path / LATEST, self.path / BEST, *self.numbered().values()]
         return [path for path in files if path.is_file()] + list(sharded(self.path).values())
 
+    def check(self) -> None:
+        """OSError if the folder of this name is not the one of the start."""
+        self._lock.check()
+
     def check_room(self, size: int) -> None:
         """Whether the checkpoints that a run writes, and one being written, fit on the disk."""
         used = sum(files.size_of(path) for path in self._checkpoints())
@@ -77,7 +81,7 @@ class RunFolder:
         return _by_step(_NUMBERED, (p for p in self.path.glob("ckpt-*.pt") if p.is_file()))
 
     def save(self, saved: Mapping[str, Any], best: bool) -> None:
-        self._lock.check()
+        self.check()
         step = int(saved["iter_num"])
         latest, copies = self.path / LATEST, self._copies(step, best)
         checkpoint.save_checkpoint(saved, latest)

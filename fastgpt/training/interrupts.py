@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.number = 0
         self.first = 0.0
-        self.saving = False
+        self.saving = self.quiet = False
         self.updating: Callable[[], bool] = lambda: False
         self._before: dict[int, Any] = {}
 
@@ -33,7 +34,9 @@ class Interrupts:
             return
         if now - self.first > self.PATIENCE:
             raise KeyboardInterrupt
-        os.write(2, b"\nstopping after this step; Ctrl-C some seconds from now loses it\n")
+        if not self.quiet:
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, b"\nstopping after this step; Ctrl-C some seconds from now loses it\n")
 
     def __enter__(self) -> "Interrupts":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

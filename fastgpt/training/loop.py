@@ -89,7 +89,7 @@ class Run:
         if folder is not None:
             size = 3 * 4 * sum(p.numel() for p in trainer.model.parameters())
             folder.check_room(size)
-            if config.resume and trainer.steps_done:
+            if config.resume and trainer.steps_done and not config.shard:
                 folder.complete(trainer.steps_done, trainer.is_best())
             self.log = Log(folder.path, config, trainer.steps_done, trainer.run)
             trainer.run = self.log.run
@@ -102,7 +102,7 @@ class Run:
             quiet=folder is None,
         )
         self.interrupts = Interrupts()
-        self.interrupts.updating = self._updating
+        self.interrupts.updating, self.interrupts.quiet = self._updating, folder is None
 
     def _updating(self) -> bool:
         return isinstance(self.trainer.step, TrainStep) and self.trainer.step.updating
@@ -114,7 +114,9 @@ class Run:
             except FloatingPointError:  # such weights are not worth keeping
                 raise
             except BaseException as error:
-                explanation = self.world.explained(error) if isinstance(error, RuntimeError) else 0
+                explanation = None
+                if isinstance(error, RuntimeError):
+                    explanation = self.world.explained(error)
                 if isinstance(explanation, LostProcess):
                     raise self._rescued(explanation) from None
                 self._keep(error)
@@ -128,15 +130,14 @@ class Run:
         """Save the last whole step: what failed is data that changed, a disk, memory, a step that
         was not taken, or somebody's patience.
         """
-        # what all processes do together cannot be done where one has failed
-        alone = self.world.size == 1 or not isinstance(error, RuntimeError)
-        if self.config.shard or self._updating() or not alone:
+        # weights on shards are saved by all processes, which may not all have failed
+        if self.config.shard or self._updating():
             return
-        with suppress(OSError):
-            self._flush()
         before = self.trainer.saved_at
         expected = isinstance(error, ValueError | OSError)
         with nullcontext() if expected else suppress(Exception):  # a GPU may be beyond reading
+            with suppress(OSError):
+                self._flush()  # first: after a loss that is not finite nothing is saved
             self._save()
         if self.trainer.saved_at > before:
             self.progress.note(f"step {self.trainer.steps_done:,} is saved")

@@ -21,6 +21,7 @@ def save(trainer: Trainer, folder: RunFolder | None, best: bool) -> None:
         shards.write(tensors, Path(world.told(None)))
         world.wait()
         return
+    folder.check()
     path, state = out / f"sharded-{trainer.steps_done:06}", trainer.state()
     size = checkpoint.size_of(tensors) * world.size
     with files.replacing_folder(path, size) as temporary:

@@ -164,6 +164,8 @@ class Trainer:
         batches = self.batches.of_step(self.steps_done)
         loss = self.take_step(batches, self._dropout_seeds())
         self.steps_done += 1  # the weights have taken it, whatever becomes of its loss
+        if isinstance(self.step, TrainStep):
+            self.step.updating = False
         return self.world.sum(loss) / self.world.size
 
     def _dropout_seeds(self) -> Sequence[int] | None:

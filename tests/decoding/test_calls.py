@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, sampling
-from fastgpt.decoding import draws
+from fastgpt.decoding import draws, pool
 from tests.decoding.test_sampling import BLOCK_SIZE, assert_samples_alike, prompt, tiny
 
 
@@ -53,6 +53,24 @@ def test_a_finished_call_leaves_no_memory_to_the_collector(monkeypatch):
         gc.enable()
 
 
+def test_a_decoder_that_waits_is_free_when_it_is_dropped(monkeypatch):
+    monkeypatch.setattr(sampling, "keeps", lambda device: True)
+    model = tiny(block_size=40)
+    gc.collect()
+    gc.disable()
+    try:
+        for free in (
+            lambda: pool.drop(model),
+            lambda: model.generate(prompt(3, 3), 4),  # of another number of rows
+        ):
+            model.generate(prompt(2, 3), 4)
+            waiting = weakref.ref(pool._waiting[model][1])
+            free()
+            assert waiting() is None
+    finally:
+        gc.enable()
+
+
 def test_ids_for_a_forks_forward_are_contiguous():
     class Viewing(GPT):
         def forward(self, idx, targets=None):
@@ -85,6 +103,9 @@ BAD = [
     (TypeError, "top_k='5' must be an integer or None", {"top_k": "5"}),
     (TypeError, "top_p='0.5' must be a number or None", {"top_p": "0.5"}),
     (TypeError, "stop_token='a' must be an integer or None", {"stop_token": "a"}),
+    (TypeError, "stop_token=1.5 must", {"stop_token": torch.tensor(1.5)}),
+    (TypeError, r"stop_token=tensor\(\[3\]\) must", {"stop_token": torch.tensor([3])}),
+    (TypeError, "top_k=2.5 must", {"top_k": torch.tensor(2.5)}),
     (TypeError, "stop_token=5.5 must be an integer or None", {"stop_token": 5.5}),
     (ValueError, "stop_token=-1 is never sampled: ids are from 0 to 30", {"stop_token": -1}),
     (ValueError, "stop_token=31 is never sampled: ids are from 0 to 30", {"stop_token": 31}),

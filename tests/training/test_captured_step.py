@@ -118,6 +118,32 @@ def test_anew_after_a_change_of_the_model(change, step, recordings, monkeypatch)
     assert len(recordings) == 2
 
 
+@pytest.mark.parametrize("part", ["micro_step", "graph"])
+def test_after_a_recording_that_failed_there_is_none(part, step, recordings, monkeypatch):
+    """Neither half a graph, nor the one before on memory that is not its own any more."""
+    take(step)
+    gelu = step.model.transformer.h[0].mlp.gelu
+    step.model.transformer.h[0].mlp.gelu = nn.SiLU()
+    with monkeypatch.context() as patch:
+        owner = step if part == "micro_step" else torch.cuda
+        patch.setattr(owner, part, lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            take(step)
+    step.model.transformer.h[0].mlp.gelu = gelu
+    assert step.graph.graph is None and all(p.grad is None for p in step.model.parameters())
+    take(step)
+    assert len(recordings) == 2
+
+
+def test_a_model_that_changes_in_every_step_is_told_of(step, recordings):
+    for i in range(4):
+        step.model.number = i
+        take(step)
+    step.model.number = 5
+    with pytest.warns(UserWarning, match="recorded 5 times in a row.*keep such values elsewhere"):
+        take(step)
+
+
 def test_blocks_that_are_computed_again_are_refused(monkeypatch):
     gpt = model()
     gpt.config.checkpoint_blocks = True

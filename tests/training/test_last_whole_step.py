@@ -9,6 +9,7 @@ import torch
 
 from fastgpt import checkpoint, cli
 from fastgpt.storage import files
+from fastgpt.train_step import SkippedSteps
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.interrupts import Interrupts
 from fastgpt.training.log import draw
@@ -71,6 +72,49 @@ def test_weights_that_may_be_half_updated_are_not_saved(config, monkeypatch):
     assert step_of(Path(config.out) / "ckpt.pt") == 2
 
 
+def test_weights_that_no_count_is_of_are_not_saved(config, monkeypatch):
+    """They were updated, and the step was not counted yet."""
+    whole, calls = SkippedSteps.look, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(SkippedSteps, "look", fails)
+    with pytest.raises(KeyboardInterrupt):
+        train(changed(config, eval_every=2))
+    saved = checkpoint.load_checkpoint(Path(config.out) / "ckpt.pt")
+    (steps,) = {int(state["step"]) for state in saved["optimizer"]["state"].values()}
+    assert steps == saved["iter_num"] == 2
+
+
+def test_a_process_without_memory_saves_whatever_its_company(config, monkeypatch):
+    whole = Trainer.train_step
+
+    def train_step(trainer):
+        if trainer.steps_done == 3:
+            trainer.world.size = 2
+            raise torch.OutOfMemoryError("in the fourth step")
+        return whole(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(torch.OutOfMemoryError, match="in the fourth step"):
+        train(config)
+    assert step_of(Path(config.out) / "ckpt.pt") == 3
+
+
+def test_a_ctrl_c_whose_answer_nobody_reads(monkeypatch):
+    def closed(fd, text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", closed)
+    interrupts = Interrupts()
+    interrupts._note(2, None)
+    assert interrupts.number == 2
+
+
 def test_a_ctrl_c_in_an_update_waits_for_its_end():
     interrupts = Interrupts()
     interrupts.first = time.monotonic() - 60
@@ -128,7 +172,9 @@ def test_a_folder_moved_away_is_not_mistaken_for_another(config, tmp_path, monke
         return whole(trainer)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    with pytest.raises(OSError, match=r"is another folder than at the start.*move it back"):
+    with pytest.raises(
+        OSError, match=r"is another folder than at the start.*move the first one back"
+    ):
         train(config)
     assert (out / "ckpt.pt").read_text() == "its checkpoint"
 
@@ -204,7 +250,10 @@ def test_files_of_others_are_not_swept(tmp_path):
 def test_a_device_that_is_none_to_train_on(config, capsys, device):
     command = ["train", "--data", config.data, "--out", config.out, "--device", device]
     assert cli.main(command) == 2
-    assert f"device '{device}' is none that models train or sample on" in capsys.readouterr().err
+    assert (
+        f"device '{device}' is none that fastgpt knows; use cpu, cuda or mps"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_closed_stdout(monkeypatch):
