@@ -44,7 +44,7 @@ def of_user(device_name: str) -> dict[str, Any]:
     except RuntimeError:  # the user has no home folder
         return {}
     try:
-        return _checked(json.loads(file.read_text()))
+        return checked(json.loads(file.read_text()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -52,10 +52,11 @@ def of_user(device_name: str) -> dict[str, Any]:
         return {}
 
 
-def _checked(entry: Any) -> dict[str, Any]:
+def checked(entry: Any) -> dict[str, Any]:
+    """`entry`, or ValueError if it is none."""
     kinds = {"date": str} | dict.fromkeys(PARTS, dict)
     if not isinstance(entry, dict) or [k for k in kinds if not isinstance(entry.get(k), kinds[k])]:
-        raise ValueError(f"it is no entry with {', '.join(kinds)}")
+        raise ValueError(f"no entry of fastgpt tune: it needs {', '.join(kinds)}")
     return entry
 
 

@@ -189,11 +189,10 @@ def _shipped(path: Path, device: str, root: Path) -> bytes:
         raise Refused(f"{path} is not JSON: {error}") from None
     if not device or device.startswith(("CPU", "unknown")):
         raise Refused(f"{path} was measured on {device!r}, which is no GPU")
-    kinds = {"date": str, "implementations": dict, "configs": dict}
-    if not isinstance(entry, dict) or not all(
-        isinstance(entry.get(name), kind) for name, kind in kinds.items()
-    ):
-        raise Refused(f"{path} is no entry of fastgpt tune: it needs {', '.join(kinds)}")
+    try:
+        _tuned.checked(entry)
+    except ValueError as error:
+        raise Refused(f"{path} is {error}") from None
     for op, name in entry["implementations"].items():
         if op not in backend.OPS or name not in (*backend.OPS[op].implementations, "torch"):
             raise Refused(f"{path} chooses {name!r} for {op!r}, which this checkout does not know")

@@ -124,6 +124,7 @@ def _loss(sizes: Sizes, rand: Rand) -> Iterator[Search]:
 def _in_decoding(sizes: Sizes, rand: Rand) -> Iterator[Search]:
     """A step's kernels, for one text and for ROWS; all but weights and caches are fp32."""
     from fastgpt.kernels import decode, decode_linear
+    from fastgpt.kernels._launch import power_of_2
 
     _, C, D, V, dtype = sizes
     wide = functools.partial(rand, dtype=torch.float32)
@@ -159,11 +160,11 @@ def _in_decoding(sizes: Sizes, rand: Rand) -> Iterator[Search]:
     shapes = (3 * C, C), (4 * C, C), (C, 4 * C), (V, C)
     for N, K in shapes:
         yield Search(
-            f"decode_row {N} {K} {_name(dtype)}", linears(1, N, K), _row_tiles(_power_of_2(K))
+            f"decode_row {N} {K} {_name(dtype)}", linears(1, N, K), _row_tiles(power_of_2(K))
         )
     chunked = _grid(CHUNK=(16, 32, 64, 128), num_warps=(1, 2, 4, 8))
     yield Search(f"decode_attend {D} 1", attends(1, 512), chunked)
-    width = _power_of_2(C // D) * _power_of_2(D)
+    width = power_of_2(C // D) * power_of_2(D)
     blocks = _grid(BLOCK_N=(1, 2, 4), num_warps=(1, 2, 4, 8, 16))
     chunk = 1024 // decode.attend(wide(1, 3 * C), *cache(1, 1024), 1024)[0].shape[2]
     for chunks in (2, 4, 8, 16):  # whatever their size will be
@@ -181,13 +182,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _block(n: int) -> int:
     """Of a kernel that holds n numbers at once."""
-    return max(16, _power_of_2(n))
+    from fastgpt.kernels._launch import power_of_2
+
+    return max(16, power_of_2(n))
 
 
 def _grid(**choices: tuple[int, ...]) -> list[Config]:
